@@ -1,0 +1,175 @@
+"""Group commit: many requests, few commits.
+
+A commit to stable storage costs the same for one row and for a hundred. So one thread writes:
+while it commits, appends gather in its queue, and the next commit takes them all.
+"""
+
+import asyncio
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from lrpilot.server._store import Append, LogRow, Store, StoreUnavailable
+
+logger = logging.getLogger("lrpilot.server")
+
+
+class CommitObserver(Protocol):
+    """Who is told of each commit. Called on the writer's thread: it must be quick."""
+
+    def commit_finished(self, seconds: float, appends: int, rows: int, ok: bool) -> None:
+        """Count one commit of `appends` appends with `rows` rows in all.
+
+        `ok` is False where the store failed; an append that met a conflict is counted as any
+        other.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class _Delete:
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    work: Append | _Delete
+    done: asyncio.Future[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcome:
+    done: asyncio.Future[bool]
+    result: bool | Exception
+
+
+class GroupCommitter:
+    """The one writer of a store. Use it from one event loop.
+
+    What is handed over is carried out in that order, also when its caller is cancelled meanwhile.
+    The store is not closed here: it belongs to whoever opened it.
+    """
+
+    def __init__(self, store: Store, observer: CommitObserver | None = None) -> None:
+        self._store = store
+        self._observer = observer
+        self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
+        self._closed = False
+        # A daemon, so that a server that failed before `close` can still end.
+        self._thread = threading.Thread(target=self._write, name="lrpilot-commit", daemon=True)
+        self._thread.start()
+
+    async def append(self, run: str, rows: Sequence[LogRow], create: bool = False) -> None:
+        """Append rows to a run's log; return once they are durable.
+
+        Raises SeqTaken where they do not continue the log, StoreUnavailable where the store
+        fails or the committer is closed, and ValueError for rows that no log can take. See
+        Store.append.
+        """
+        await self._submit(Append(run, tuple(rows), create))
+
+    async def delete(self, run: str) -> bool:
+        """Remove a run with its whole log; return whether there was one.
+
+        Raises StoreUnavailable where the store fails or the committer is closed.
+        """
+        return await self._submit(_Delete(run))
+
+    async def close(self) -> None:
+        """Take nothing more, and return once everything handed over is carried out."""
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _submit(self, work: Append | _Delete) -> asyncio.Future[bool]:
+        if self._closed:
+            raise StoreUnavailable("the server is shutting down")
+        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._queue.put(_Task(work, done))
+        return done
+
+    def _write(self) -> None:
+        open_ = True
+        while open_:
+            tasks, open_ = self._drain()
+            for kind, group in itertools.groupby(tasks, lambda task: type(task.work)):
+                if kind is Append:
+                    self._commit(list(group))
+                else:
+                    for task in group:
+                        self._resolve([_Outcome(task.done, self._delete(task.work.run))])
+
+    def _drain(self) -> tuple[list[_Task], bool]:
+        """Wait for a task, then return all there are, and whether more may come."""
+        tasks: list[_Task] = []
+        task = self._queue.get()
+        while task is not None:
+            tasks.append(task)
+            try:
+                task = self._queue.get_nowait()
+            except queue.Empty:
+                return tasks, True
+        return tasks, False
+
+    def _commit(self, tasks: list[_Task]) -> None:
+        batch = [task.work for task in tasks if isinstance(task.work, Append)]
+        started = time.perf_counter()
+        failure: Exception | None = None
+        try:
+            results = self._store.append(batch)
+        except Exception as error:
+            failure = error
+        seconds = time.perf_counter() - started
+        self._resolve(
+            [
+                _Outcome(task.done, True if conflict is None else conflict)
+                for task, conflict in zip(tasks, results, strict=True)
+            ]
+            if failure is None
+            else [_Outcome(task.done, _unavailable(failure)) for task in tasks]
+        )
+        if self._observer is not None:
+            try:
+                rows = sum(len(append.rows) for append in batch)
+                self._observer.commit_finished(seconds, len(batch), rows, failure is None)
+            except Exception:
+                logger.exception("a commit could not be counted")
+
+    def _delete(self, run: str) -> bool | Exception:
+        try:
+            return self._store.delete(run)
+        except Exception as error:
+            return _unavailable(error)
+
+    def _resolve(self, outcomes: list[_Outcome]) -> None:
+        """Wake everyone of a batch with one message to the event loop."""
+        try:
+            outcomes[0].done.get_loop().call_soon_threadsafe(_set, outcomes)
+        except RuntimeError:
+            # The loop is closed: nobody waits any more, and what was written stays written.
+            logger.warning("the event loop ended before %d writes did", len(outcomes))
+
+
+def _unavailable(failure: Exception) -> StoreUnavailable:
+    """Return an exception of its own for each who waits: they raise it in different places."""
+    text = str(failure)
+    if not isinstance(failure, StoreUnavailable):
+        text = f"{type(failure).__name__}: {text}"
+    error = StoreUnavailable(text)
+    error.__cause__ = failure
+    return error
+
+
+def _set(outcomes: list[_Outcome]) -> None:
+    for outcome in outcomes:
+        if outcome.done.done():
+            continue  # The caller was cancelled.
+        if isinstance(outcome.result, Exception):
+            outcome.done.set_exception(outcome.result)
+        else:
+            outcome.done.set_result(outcome.result)

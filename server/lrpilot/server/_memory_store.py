@@ -1,0 +1,84 @@
+"""The store for tests and simulations: nothing outlives the process."""
+
+import threading
+from collections.abc import Sequence
+
+from lrpilot.server._store import Append, AppendResult, LogRow, SeqTaken, StoreUnavailable
+
+
+class MemoryStore:
+    """A Store in memory. See the protocol for what each method does.
+
+    Durability is the one promise that it cannot keep.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._logs: dict[str, list[LogRow]] = {}
+        self._closed = False
+
+    def append(self, batch: Sequence[Append]) -> list[AppendResult]:
+        """Append to the logs of runs in one transaction; return one result per append."""
+        with self._lock:
+            self._check_open()
+            return [self._append(append) for append in batch]
+
+    def _append(self, append: Append) -> AppendResult:
+        log = self._logs.get(append.run)
+        first = append.rows[0].seq
+        last = log[-1].seq if log else None
+        if append.create:
+            if last is not None:
+                return SeqTaken(append.run, first, last)
+            log = self._logs[append.run] = []
+        elif log is None or last is None or first != last + 1:
+            return SeqTaken(append.run, first, last)
+        log.extend(append.rows)
+        return None
+
+    def read(self, run: str, after_seq: int = 0, limit: int | None = None) -> list[LogRow]:
+        """Return the rows of a run with `seq > after_seq` in order, the first `limit` of them."""
+        check_limit(limit)
+        with self._lock:
+            self._check_open()
+            log = self._logs.get(run)
+            if log is None:
+                return []
+            begin = max(0, after_seq + 1 - log[0].seq)
+            return log[begin : None if limit is None else begin + limit]
+
+    def head(self, run: str) -> tuple[int, str] | None:
+        """Return `seq` and digest of a run's last row; None: no run has that name."""
+        with self._lock:
+            self._check_open()
+            log = self._logs.get(run)
+            return (log[-1].seq, log[-1].digest) if log else None
+
+    def runs(self, after_name: str = "", limit: int | None = None) -> list[str]:
+        """Return the names of runs greater than `after_name`, the first `limit` of them."""
+        check_limit(limit)
+        with self._lock:
+            self._check_open()
+            return sorted(name for name in self._logs if name > after_name)[:limit]
+
+    def delete(self, run: str) -> bool:
+        """Remove a run with its whole log, for good; return whether there was one."""
+        with self._lock:
+            self._check_open()
+            return self._logs.pop(run, None) is not None
+
+    def close(self) -> None:
+        """Forget everything. A second call does nothing."""
+        with self._lock:
+            self._closed = True
+            self._logs.clear()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreUnavailable("the store is closed")
+
+
+def check_limit(limit: int | None) -> None:
+    """Raise ValueError where `limit` is negative."""
+    if limit is not None and limit < 0:
+        raise ValueError(f"limit must be at least 0, got {limit}")

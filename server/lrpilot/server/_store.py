@@ -1,0 +1,153 @@
+"""What a log store promises, whichever database is behind it.
+
+A store keeps one log per run: rows with a dense `seq`, each an opaque payload and the digest
+of the hash chain there. It knows nothing of what an event means. Replicas that share a store
+need no leader, because of one rule alone: a `seq` is given out once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class LogRow:
+    """One event of a run's log."""
+
+    seq: int
+    """Position in the log, from 1 on."""
+    payload: bytes
+    """The event as canonical bytes; the store does not look inside."""
+    digest: str
+    """Digest of the hash chain up to and with this row."""
+    recorded_at_ns: int
+    """When the row was made, in Unix nanoseconds. For people: nothing is computed from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Rows for the end of one run's log, which go in together or not at all."""
+
+    run: str
+    """Name of the run."""
+    rows: tuple[LogRow, ...]
+    """At least one row, each with the `seq` after that of the row before."""
+    create: bool = False
+    """Whether the run is to be made with these rows. Then it must not exist, and its log begins
+    at the first row's `seq`, whatever that is; otherwise it must exist and end just before."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no log can take. Raises ValueError."""
+        if not self.rows:
+            raise ValueError(f"run {self.run!r}: an append needs at least one row")
+        first = self.rows[0].seq
+        if first < 1:
+            raise ValueError(f"run {self.run!r}: seq must be at least 1, got {first}")
+        for expected, row in enumerate(self.rows, first):
+            if row.seq != expected:
+                raise ValueError(f"run {self.run!r}: expected seq {expected}, got {row.seq}")
+
+
+class StoreError(Exception):
+    """Base of what a store raises on purpose; the text is meant for people."""
+
+
+class SeqTaken(StoreError):
+    """Rows do not continue the log as it is: the caller reads it and evaluates again."""
+
+    def __init__(self, run: str, seq: int, last_seq: int | None) -> None:
+        if last_seq is None:
+            text = f"run {run!r} does not exist, so it has no place for seq {seq}"
+        else:
+            text = f"run {run!r} ends at seq {last_seq}, so its next row is not seq {seq}"
+        super().__init__(text)
+        self.run = run
+        """Name of the run."""
+        self.seq = seq
+        """First `seq` of the rows refused."""
+        self.last_seq = last_seq
+        """Where the log ended; None: no run has that name."""
+
+
+class StoreUnavailable(StoreError):
+    """The store cannot be read or written now, or is closed.
+
+    After an append or a delete failed so, nobody knows whether it was carried out. The caller
+    may simply try again: if it was, the `seq` is taken and the log says by whom.
+    """
+
+
+class StoreLocked(StoreError):
+    """Another server uses the data folder."""
+
+
+class SchemaTooNew(StoreError):
+    """A newer release wrote the database, in a form that this release does not know."""
+
+
+AppendResult = SeqTaken | None
+"""What became of one append: None says that its rows are durable."""
+
+
+class Store(Protocol):
+    """The logs of all runs.
+
+    Threads: every method may be called from any thread at any time, and blocks until it is
+    done. Appends and deletes are carried out one after the other; a read sees all of an append
+    or nothing of it, and every one that has returned.
+
+    Copies: rows are immutable, and lists that go in or come out are the caller's own. To change
+    them afterwards changes nothing in the store.
+
+    Errors: every method but `close` raises StoreUnavailable where the database fails and after
+    `close`. What else one raises stands with it.
+    """
+
+    def append(self, batch: Sequence[Append]) -> list[AppendResult]:
+        """Append to the logs of runs in one transaction; return one result per append, in order.
+
+        Appends are carried out in the order given, and each sees those before it, so that several
+        may continue one run. One that does not continue the log of its run (its first `seq` is
+        taken or leaves a gap; the run is missing, or exists where `create` was asked) gets a
+        SeqTaken as its result and leaves no row, and the others go on without it. When the call
+        returns, the rows of the others are on stable storage: they outlive a crash of the process
+        and of the machine.
+
+        When StoreUnavailable is raised, either all appends of the batch that had no conflict were
+        carried out or none.
+        """
+        ...
+
+    def read(self, run: str, after_seq: int = 0, limit: int | None = None) -> list[LogRow]:
+        """Return the rows of a run with `seq > after_seq` in order, the first `limit` of them.
+
+        The list is empty when there are none or no run has that name. Raises ValueError where
+        `limit` is negative.
+        """
+        ...
+
+    def head(self, run: str) -> tuple[int, str] | None:
+        """Return `seq` and digest of a run's last row; None: no run has that name.
+
+        The cost does not grow with the length of the log.
+        """
+        ...
+
+    def runs(self, after_name: str = "", limit: int | None = None) -> list[str]:
+        """Return the names of runs greater than `after_name`, the first `limit` of them.
+
+        They are ordered by code point, as Python orders strings. Raises ValueError where `limit`
+        is negative.
+        """
+        ...
+
+    def delete(self, run: str) -> bool:
+        """Remove a run with its whole log, for good; return whether there was one.
+
+        The name is free afterwards, and a run made under it has nothing of the old one.
+        """
+        ...
+
+    def close(self) -> None:
+        """Release connections and locks. A second call does nothing."""
+        ...
