@@ -1,0 +1,207 @@
+"""Cut the LR when the loss has stopped improving, as torch's ReduceLROnPlateau does."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from lrpilot.core._errors import InvalidState
+from lrpilot.core._fields import Rule, count, number, one_of
+from lrpilot.core.policies._interface import Misfit, Multiply, Observation, PolicySpec, View
+
+_RATE = number()
+
+
+def _read_floor(value: Any) -> float | tuple[float, ...]:
+    if isinstance(value, (list, tuple)):
+        return tuple(_RATE.read(item) for item in value)
+    rate: float = _RATE.read(value)
+    return rate
+
+
+class PlateauSpec(PolicySpec):
+    """Fields of the plateau policy; they carry torch's names, save that its mode is `objective`."""
+
+    kind: Annotated[Literal["plateau"], one_of("plateau")] = "plateau"
+    objective: Annotated[Literal["min", "max"], one_of("min", "max")] = "min"
+    """Whether less or more is better."""
+    factor: Annotated[float, number(high=1.0, open_low=True, open_high=True)] = 0.5
+    """What the LR is multiplied by."""
+    patience: Annotated[int, count()] = 10
+    """Reports without improvement that are borne; the next one cuts."""
+    threshold: Annotated[float, number()] = 1e-4
+    """What counts as an improvement: a share of the best (rel) or a difference (abs)."""
+    threshold_mode: Annotated[Literal["rel", "abs"], one_of("rel", "abs")] = "rel"
+    cooldown: Annotated[int, count()] = 0
+    """Reports after a cut in which none counts as bad."""
+    min_lr: Annotated[
+        float | tuple[float, ...],
+        Rule(f"{_RATE.allowed}, or a list with one for each group", _read_floor, 0.0),
+    ] = 0.0
+    """Floor of the LR: one for all groups, or one each."""
+    eps: Annotated[float, number()] = 1e-8
+    """A change of at most this is not made."""
+    window: Annotated[int, count(1)] = 1
+    """Losses in a report: 1 takes each as it is, k the mean of k."""
+    metric: Annotated[
+        Literal["loss"],
+        Rule(
+            "loss (named validation losses are not read yet)",
+            one_of("loss").read,
+            "loss",
+            ("loss",),
+        ),
+    ] = "loss"
+    """What is read."""
+    nonfinite: Annotated[Literal["skip", "count"], one_of("skip", "count")] = "skip"
+    """`skip` does not observe NaN and infinities; `count` makes each a report, as torch does."""
+
+    def misfits(self, group_names: Sequence[str]) -> tuple[Misfit, ...]:
+        """Refuse a list of floors of another length than the groups."""
+        if isinstance(self.min_lr, tuple) and len(self.min_lr) != len(group_names):
+            wanted = f"one number, or a list of {len(group_names)}: one for each group"
+            return (Misfit("min_lr", list(self.min_lr), wanted),)
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlateauState:
+    """What must be kept between losses; everything else follows from the spec."""
+
+    best: float
+    bad: int
+    """Reports without improvement since the last better one, cut, or end of a cooldown."""
+    cooldown: int
+    """Reports left in the cooldown."""
+    total: float
+    """Sum of the losses in the report under way, added in order."""
+    seen: int
+    """Number of losses in the report under way."""
+
+
+class Plateau:
+    """Multiplies every group's LR by `factor` once `patience` reports in a row brought nothing.
+
+    More precisely, on a report `a` with state `best`, `bad`, `cool`:
+
+    1. `a` is better if `a < best * (1 - threshold)` (rel) or `a < best - threshold` (abs);
+       for `objective: max` if `a > best * (threshold + 1)` or `a > best + threshold`. Better:
+       `best = a`, `bad = 0`. Else `bad += 1`; NaN is never better.
+    2. In a cooldown: `cool -= 1`, `bad = 0`.
+    3. If `bad > patience`: propose the cut, `cool = cooldown`, `bad = 0`.
+
+    A group's LR `x` becomes `max(x * factor, min_lr)` if that lowers it by more than `eps`. Where
+    it would move no group at `view.at`, nothing is proposed, but the counters start afresh
+    all the same.
+
+    With `window: k` a report is the mean of k losses: their sum in order, divided by k. With
+    `nonfinite: count` a non-finite loss is a report of its own and enters no mean.
+
+    On a constant base with `window: 1` and `nonfinite: count` this is
+    `torch.optim.lr_scheduler.ReduceLROnPlateau` of PyTorch 2.13 to the bit.
+
+    >>> policy = Plateau(PlateauSpec(patience=1), groups=1)
+    >>> state = policy.initial()
+    >>> class AtOne:
+    ...     at, base, adjusted = 1, (1e-3,), (1e-3,)
+    >>> for n, loss in enumerate([2.0, 2.0, 2.0]):
+    ...     state, proposed = policy.observe(state, Observation(n, loss), AtOne())
+    >>> proposed[0].factor, proposed[0].reason
+    (0.5, 'loss 2: none below 2 * (1 - 0.0001) for 2 reports (patience 1)')
+    """
+
+    kind: ClassVar[str] = "plateau"
+
+    def __init__(self, spec: PlateauSpec, groups: int) -> None:
+        self._spec = spec
+        floor = spec.min_lr
+        self._min_lr = floor if isinstance(floor, tuple) else (floor,) * groups
+
+    def initial(self) -> PlateauState:
+        """Return the state before the first loss: anything is better than its best."""
+        worst = math.inf if self._spec.objective == "min" else -math.inf
+        return PlateauState(best=worst, bad=0, cooldown=0, total=0.0, seen=0)
+
+    def observe(
+        self, state: PlateauState, observation: Observation, view: View
+    ) -> tuple[PlateauState, tuple[Multiply, ...]]:
+        """Return the state after a final loss, and the cut if one is due."""
+        spec, loss = self._spec, observation.loss
+        total, seen = state.total, state.seen
+        if not math.isfinite(loss):
+            if spec.nonfinite == "skip":
+                return state, ()
+            report = loss
+        else:
+            # The first loss is taken as it is: 0.0 + -0.0 would lose its sign.
+            total = total + loss if seen else loss
+            seen += 1
+            if seen < spec.window:
+                return PlateauState(state.best, state.bad, state.cooldown, total, seen), ()
+            report, total, seen = total / seen, 0.0, 0
+
+        best, bad, cooldown = state.best, state.bad, state.cooldown
+        if self._better(report, best):
+            best, bad = report, 0
+        else:
+            bad += 1
+        if cooldown > 0:
+            cooldown, bad = cooldown - 1, 0
+        proposed: tuple[Multiply, ...] = ()
+        if bad > spec.patience:
+            if self._moves(view.adjusted):
+                reason = self._reason(report, best, bad)
+                proposed = (Multiply(spec.factor, self._min_lr, None, spec.eps, reason),)
+            cooldown, bad = spec.cooldown, 0
+        return PlateauState(best, bad, cooldown, total, seen), proposed
+
+    def encode(self, state: PlateauState) -> dict[str, Any]:
+        """Return the state as a plain mapping."""
+        return {
+            "best": state.best,
+            "bad": state.bad,
+            "cooldown": state.cooldown,
+            "total": state.total,
+            "seen": state.seen,
+        }
+
+    def decode(self, data: Mapping[str, Any]) -> PlateauState:
+        """Return the state that `encode` wrote; raises InvalidState if it is none."""
+        try:
+            state = PlateauState(
+                best=float(data["best"]),
+                bad=int(data["bad"]),
+                cooldown=int(data["cooldown"]),
+                total=float(data["total"]),
+                seen=int(data["seen"]),
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InvalidState(f"not the state of a plateau policy: {dict(data)!r}") from error
+        return state
+
+    def _better(self, report: float, best: float) -> bool:
+        threshold = self._spec.threshold
+        if self._spec.objective == "min":
+            if self._spec.threshold_mode == "rel":
+                return report < best * (1.0 - threshold)
+            return report < best - threshold
+        if self._spec.threshold_mode == "rel":
+            return report > best * (threshold + 1.0)
+        return report > best + threshold
+
+    def _moves(self, rates: Sequence[float]) -> bool:
+        return any(
+            x - max(x * self._spec.factor, floor) > self._spec.eps
+            for x, floor in zip(rates, self._min_lr, strict=True)
+        )
+
+    def _reason(self, report: float, best: float, bad: int) -> str:
+        spec = self._spec
+        what = "loss" if spec.window == 1 else f"mean of {spec.window} losses"
+        sign, side = ("-", "below") if spec.objective == "min" else ("+", "above")
+        if spec.threshold_mode == "rel":
+            bar = f"{best:.6g} * (1 {sign} {spec.threshold:g})"
+        else:
+            bar = f"{best:.6g} {sign} {spec.threshold:g}"
+        reports = "1 report" if bad == 1 else f"{bad} reports"
+        return f"{what} {report:.6g}: none {side} {bar} for {reports} (patience {spec.patience})"
