@@ -1,0 +1,43 @@
+# Two commands for people: `make demo` and `make test`. Both need only Python >= 3.10 with venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format proto clean
+
+help:  ## Show this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo-installed  ## Train a small GPT on two ranks, with its LR and WD from a server.
+	@exec $(BIN)/python examples/demo.py
+
+test: $(VENV)/.dev-installed  ## Run the linters, the type checker and the whole test suite.
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/test.sh
+
+lint: $(VENV)/.dev-installed  ## Run the linters and the type checker alone.
+	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/lint.sh
+
+format: $(VENV)/.dev-installed  ## Format the code.
+	@$(BIN)/ruff format
+	@$(BIN)/ruff check --fix
+
+proto:  ## Generate the stubs of proto/ anew.
+	@PYTHON="$(PYTHON)" bash scripts/generate_stubs.sh proto
+
+clean:  ## Remove what the other targets made.
+	rm -rf $(VENV) .cache dist build demo-output .pytest_cache .mypy_cache .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps make a second run fast; a changed list of dependencies installs again.
+$(VENV)/.demo-installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[server,torch]'
+	@touch $@
+
+# megatron-core is compared with in tests; what it asks for beside torch is not needed there.
+$(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[server,torch,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps megatron-core
+	@touch $@

@@ -1,0 +1,60 @@
+"""What holds for every test: programs that no Python package brings are asked for by a marker."""
+
+import os
+import shutil
+
+import pytest
+
+
+def _missing_program(item: pytest.Item) -> str | None:
+    for marker in item.iter_markers("needs_program"):
+        for name in marker.args:
+            if shutil.which(name) is None:
+                return str(name)
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests whose program is missing; CI asks for all of them and gets an error."""
+    left_out = {item: name for item in items if (name := _missing_program(item)) is not None}
+    if not left_out:
+        return
+    if os.environ.get("LRPILOT_REQUIRE_ALL") == "1":
+        missing = ", ".join(sorted(set(left_out.values())))
+        raise pytest.UsageError(f"LRPILOT_REQUIRE_ALL=1, and these programs are missing: {missing}")
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
+    config.stash[_LEFT_OUT] = [(item.nodeid, name) for item, name in left_out.items()]
+
+
+_LEFT_OUT = pytest.StashKey[list[tuple[str, str]]]()
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand what a worker process left out to the process that prints."""
+    worker_output = getattr(session.config, "workeroutput", None)
+    if worker_output is not None:
+        worker_output["left_out"] = session.config.stash.get(_LEFT_OUT, [])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: object) -> None:
+    """Take what a worker process left out; every worker leaves out the same."""
+    output = getattr(node, "workeroutput", None)
+    config = getattr(node, "config", None)
+    if output is not None and isinstance(config, pytest.Config):
+        config.stash[_LEFT_OUT] = [(nodeid, name) for nodeid, name in output["left_out"]]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Say plainly what was not run, and what to install."""
+    left_out = config.stash.get(_LEFT_OUT, [])
+    if not left_out:
+        return
+    programs = sorted({name for _, name in left_out})
+    terminalreporter.section("NOT RUN: programs are missing", sep="=", yellow=True)
+    for nodeid, name in left_out:
+        terminalreporter.write_line(f"{nodeid} needs the program {name}")
+    terminalreporter.write_line(f"To run all of it: apt-get install {' '.join(programs)}")
