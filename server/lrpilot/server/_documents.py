@@ -113,7 +113,7 @@ def _load_json(text: str) -> dict[str, Any]:
         if len(mapping) != len(pairs):
             keys = [key for key, _ in pairs]
             raise InvalidSpec(
-                "the run spec cannot be read",
+                "the document cannot be read",
                 [
                     Violation(key, f"{keys.count(key)} values", "one value")
                     for key in mapping
@@ -164,7 +164,7 @@ class _Reader:
             got = "a list" if isinstance(value, list) else f"{value!r:.80}"
             _refuse("", got, "a mapping of fields")
         if self._repeats:
-            raise InvalidSpec("the run spec cannot be read", self._repeats)
+            raise InvalidSpec("the document cannot be read", self._repeats)
         return value
 
     def _value(self, event: Event, events: Iterator[Event], path: tuple[str, ...]) -> Any:
@@ -226,4 +226,4 @@ def _place(mark: Any) -> str:
 
 
 def _refuse(field: str, got: str, allowed: str) -> NoReturn:
-    raise InvalidSpec("the run spec cannot be read", [Violation(field, got, allowed)])
+    raise InvalidSpec("the document cannot be read", [Violation(field, got, allowed)])

@@ -1,0 +1,212 @@
+"""`lrpilot curve`: the base schedule of a spec, offline."""
+
+import enum
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lrpilot.core._schedules import base_schedule
+from lrpilot.core._spec import RunSpec
+from lrpilot.server.cli._failures import INVALID, CommandError, command
+from lrpilot.server.cli._options import SpecArgument
+from lrpilot.server.cli._output import rate, table_lines
+from lrpilot.server.cli._specs import load_spec
+
+LARGEST = 2**63 - 1
+"""Progress is an int64 on the wire."""
+
+ROWS = 50
+"""About as many rows as are shown unless told otherwise."""
+
+MAX_POSITIONS = 1_000_000
+"""Most positions that are held in memory, for a table or a picture."""
+
+
+class Format(str, enum.Enum):
+    """How the values are written."""
+
+    TABLE = "table"
+    JSONL = "jsonl"
+    PNG = "png"
+    SVG = "svg"
+
+
+def _read_positions(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    positions = []
+    for part in text.split(","):
+        digits = part.strip()
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 20):
+            raise typer.BadParameter(f"{part!r} is no progress: non-negative integers are")
+        if int(digits) > LARGEST:
+            raise typer.BadParameter(f"{digits} is above the largest progress, {LARGEST}")
+        positions.append(int(digits))
+    return positions
+
+
+@command
+def curve(
+    source: SpecArgument,
+    *,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            "--at", metavar="N,N,…", help="Only these progresses, in the order in which they stand."
+        ),
+    ] = None,
+    every: Annotated[
+        int | None,
+        typer.Option(
+            "--every",
+            metavar="K",
+            min=1,
+            max=LARGEST,
+            help="Every K of progress from 0, and the total. Default: some 50 rows; a picture "
+            "takes as many points as its curves need.",
+        ),
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(
+            "--group",
+            metavar="NAME",
+            help="Only this parameter group. Default: all; jsonl has the first.",
+        ),
+    ] = None,
+    form: Annotated[
+        Format | None,
+        typer.Option(
+            "--format", help="Default: what the name of FILE ends in, else table, in a pipe too."
+        ),
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write there instead of to standard output."
+        ),
+    ] = None,
+) -> None:
+    """Show the base schedule of a spec: LR and WD before any policy or operator, offline."""
+    positions = _read_positions(at)
+    if positions is not None and every is not None:
+        raise typer.BadParameter("--at and --every exclude each other")
+    form = form or _format_of(output)
+    picture = form in (Format.PNG, Format.SVG)
+    if picture and output is None:
+        raise CommandError(
+            f"a picture needs a file: give one with -o, such as -o curve.{form.value}", INVALID
+        )
+    spec = load_spec(source)
+    groups = _groups(spec, group)
+    if positions is None and form is not Format.JSONL:
+        positions = None if picture and every is None else _held(spec.total, every)
+    if picture:
+        _write(output, [_draw(spec, groups, positions, form)])
+    elif form is Format.TABLE:
+        _write(output, _encoded(_table(spec, groups, positions or [])))
+    else:
+        at_each = positions if positions is not None else _every(spec.total, every)
+        _write(output, _encoded(_jsonl(spec, groups[0], at_each)))
+
+
+def _format_of(output: str | None) -> Format:
+    suffix = Path(output or "").suffix.removeprefix(".").lower()
+    return Format(suffix) if suffix in {item.value for item in Format} else Format.TABLE
+
+
+def _groups(spec: RunSpec, name: str | None) -> list[int]:
+    names = spec.group_names
+    if name is None:
+        return list(range(len(names)))
+    if not spec.groups:
+        raise CommandError(f"no group {name!r}: the spec declares none", INVALID)
+    if name not in names:
+        raise CommandError(f"no group {name!r}; the groups are {', '.join(names)}", INVALID)
+    return [names.index(name)]
+
+
+def _every(total: int, step: int | None) -> Iterator[int]:
+    yield from range(0, total, step or max(1, total // ROWS))
+    yield total
+
+
+def _held(total: int, step: int | None) -> list[int]:
+    if step is not None and total // step > MAX_POSITIONS:
+        raise CommandError(
+            f"--every {step} gives {total // step:,} positions; a table or a picture takes at "
+            f"most {MAX_POSITIONS:,}",
+            INVALID,
+            hint="use a larger K, or --format jsonl, which has no limit",
+        )
+    return list(_every(total, step))
+
+
+def _jsonl(spec: RunSpec, group: int, positions: Iterable[int]) -> Iterator[str]:
+    values = base_schedule(spec)
+    for progress in positions:
+        lr, decay = values(progress)[group]
+        line = {"progress": progress, "lr": lr, "weight_decay": decay}
+        yield f"{json.dumps(line, allow_nan=False)}\n"
+
+
+def _table(spec: RunSpec, groups: Sequence[int], positions: Iterable[int]) -> Iterator[str]:
+    values, stage = base_schedule(spec), _stage_name(spec)
+    names = [spec.group_names[index] for index in groups]
+    decayed = spec.has_weight_decay
+    headers = ["progress"]
+    headers += ["stage"] if spec.stages else []
+    for what in ("lr", "weight_decay") if decayed else ("lr",):
+        headers += [f"{what}[{name}]" if spec.groups else what for name in names]
+    rows = []
+    for progress in positions:
+        row = [str(progress)]
+        row += [stage(progress)] if spec.stages else []
+        at = values(progress)
+        row += [rate(at[index][0]) for index in groups]
+        row += [rate(at[index][1] or 0.0) for index in groups] if decayed else []
+        rows.append(row)
+    for line in table_lines(headers, rows):
+        yield f"{line}\n"
+
+
+def _stage_name(spec: RunSpec) -> Callable[[int], str]:
+    def name(progress: int) -> str:
+        for stage in spec.stages[:-1]:
+            if stage.until is not None and progress < stage.until:
+                return stage.name
+        return spec.stages[-1].name
+
+    return name
+
+
+def _draw(spec: RunSpec, groups: Sequence[int], positions: list[int] | None, form: Format) -> bytes:
+    try:
+        # A second to import, and nothing else needs it.
+        from lrpilot.server.cli._plot import draw_curve  # noqa: PLC0415
+    except ImportError as error:
+        raise CommandError(
+            f"pictures need matplotlib: {error}", INVALID, hint="pip install 'lrpilot[server]'"
+        ) from None
+    return draw_curve(spec, groups, positions, form.value)
+
+
+def _encoded(lines: Iterable[str]) -> Iterator[bytes]:
+    return (line.encode() for line in lines)
+
+
+def _write(output: str | None, parts: Iterable[bytes]) -> None:
+    if output in (None, "-"):
+        sys.stdout.flush()
+        sys.stdout.buffer.writelines(parts)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        with Path(str(output)).open("wb") as file:
+            file.writelines(parts)
+    except OSError as error:
+        raise CommandError(f"{output}: {error.strerror}", INVALID) from None

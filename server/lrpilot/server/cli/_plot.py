@@ -1,0 +1,182 @@
+"""The picture of a base schedule: LR and WD over progress, stages as bands."""
+
+import io
+import warnings
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from lrpilot.core._schedules import base_schedule, stage_schedules
+from lrpilot.core._spec import RunSpec
+
+_COLORS = ("#1f5fbf", "#d9601a", "#2a8a4a", "#a0348f", "#8a6d00", "#008b99", "#b02a37", "#555555")
+_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_INK, _FAINT, _GRID_LINE = "#22262b", "#6b737c", "#dfe3e8"
+_BANDS = ("#eef2f8", "#ffffff")
+
+_INTERVALS = 400
+"""Intervals that a curve is divided into before its bends are."""
+_FINE = 2e-3
+"""A bend is divided until a straight line is this close, as a share of the curve's height."""
+_LONGEST_LEGEND = 12
+
+Row = tuple[float, ...]
+
+
+def draw_curve(
+    spec: RunSpec, groups: Sequence[int], positions: Sequence[int] | None, form: str
+) -> bytes:
+    """Return the picture of a spec's base schedule, as `png` or `svg`.
+
+    Args:
+        spec: the spec.
+        groups: indices of the parameter groups to draw; those with equal curves share a line.
+        positions: progresses to draw, joined by straight lines; None: as many as the curves need.
+        form: `png` or `svg`. The same spec gives the same bytes with one release of matplotlib.
+    """
+    values = base_schedule(spec)
+
+    def row(progress: int) -> Row:
+        at = values(progress)
+        rates = tuple(at[group][0] for group in groups)
+        return rates + tuple(at[group][1] or 0.0 for group in groups if spec.has_weight_decay)
+
+    at = _bends(row, spec.total) if positions is None else sorted(set(positions))
+    columns = list(zip(*(row(progress) for progress in at), strict=True))
+    names = [spec.group_names[group] for group in groups]
+    panels = [("learning rate", columns[: len(groups)])]
+    if spec.has_weight_decay:
+        panels.append(("weight decay", columns[len(groups) :]))
+
+    style: dict[Any, Any] = {
+        "font.size": 10,
+        "axes.labelcolor": _INK,
+        "text.color": _INK,
+        # Names may hold a dollar sign.
+        "text.parse_math": False,
+        "svg.hashsalt": "lrpilot",
+    }
+    with mpl.rc_context(style), warnings.catch_warnings():
+        # A name in a script that the font lacks shows as boxes, which needs no lines on stderr.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure = Figure(figsize=(10, 3.8 if len(panels) == 1 else 6), layout="constrained")
+        ratios = (3, 2)[: len(panels)]
+        drawn = figure.subplots(
+            len(panels), 1, sharex=True, squeeze=False, gridspec_kw={"height_ratios": ratios}
+        )
+        for axes, (label, curves) in zip(drawn[:, 0], panels, strict=True):
+            _draw_panel(axes, label, at, curves, names)
+            _draw_stages(axes, spec, at, named=axes is drawn[0, 0])
+        drawn[-1, 0].set_xlabel(f"progress ({spec.unit})")
+        figure.suptitle(f"{spec.name}: base schedule", x=0.01, ha="left", weight="bold", size=12)
+        buffer = io.BytesIO()
+        metadata = {"Date": None} if form == "svg" else {}
+        figure.savefig(buffer, format=form, dpi=150, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _bends(row: Callable[[int], Row], end: int) -> list[int]:
+    """Return the progresses up to `end` between which every curve is as good as straight.
+
+    A jump is divided down to neighbours, so that it is drawn as one.
+    """
+    grid = sorted({index * end // _INTERVALS for index in range(_INTERVALS + 1)})
+    rows = {progress: row(progress) for progress in grid}
+    heights = [max(column) - min(column) for column in zip(*rows.values(), strict=True)]
+    todo = list(pairwise(grid))
+    while todo:
+        left, right = todo.pop()
+        if right - left < 2:
+            continue
+        middle = (left + right) // 2
+        share = (middle - left) / (right - left)
+        rows[middle] = row(middle)
+        straight = zip(rows[left], rows[middle], rows[right], heights, strict=True)
+        if any(abs(y - (a + share * (b - a))) > _FINE * height for a, y, b, height in straight):
+            todo += ((left, middle), (middle, right))
+    return sorted(rows)
+
+
+def _draw_panel(
+    axes: Axes, label: str, at: Sequence[int], curves: Sequence[Row], names: Sequence[str]
+) -> None:
+    shared: dict[Row, list[str]] = {}
+    for name, curve in zip(names, curves, strict=True):
+        shared.setdefault(curve, []).append(name)
+    marker = "o" if len(at) == 1 else None
+    for number, (curve, owners) in enumerate(shared.items()):
+        # A group keeps its colour in both panels.
+        index = names.index(owners[0])
+        axes.plot(
+            at,
+            curve,
+            color=_COLORS[index % len(_COLORS)],
+            linestyle=_DASHES[index % len(_DASHES)],
+            linewidth=1.9,
+            marker=marker,
+            label=_label(owners) if number < _LONGEST_LEGEND else "_",
+            zorder=3,
+            clip_on=False,
+        )
+    axes.set_ylabel(label)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _decimal(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.margins(x=0)
+    axes.grid(color=_GRID_LINE, linewidth=0.8, zorder=0)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(_FAINT)
+    axes.tick_params(colors=_FAINT, labelsize=9)
+    if names != [""]:
+        axes.legend(frameon=True, framealpha=0.9, edgecolor=_GRID_LINE, fontsize=9)
+
+
+def _draw_stages(axes: Axes, spec: RunSpec, at: Sequence[int], *, named: bool) -> None:
+    if not spec.stages:
+        return
+    first, last = at[0], at[-1]
+    for index, stage in enumerate(stage_schedules(spec)):
+        begin = max(stage.begin, first)
+        until = min(last if stage.until is None else stage.until, last)
+        if begin >= until:
+            continue
+        axes.axvspan(begin, until, color=_BANDS[index % len(_BANDS)], linewidth=0, zorder=-1)
+        if named:
+            axes.text(
+                (begin + until) / 2,
+                1.02,
+                stage.name,
+                transform=axes.get_xaxis_transform(),
+                ha="center",
+                va="bottom",
+                fontsize=9,
+                color=_FAINT,
+            )
+
+
+def _label(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    label = shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    # What begins with an underscore is left out of legends.
+    return f" {label}" if label.startswith("_") else label
+
+
+def _short(value: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "K")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if letter == 'K' else size):.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def _decimal(value: float) -> str:
+    """Return a tick's value; small ones as people write LRs, such as 1.5e-4."""
+    if not 0 < abs(value) < 1e-2:
+        return f"{value:.4g}"
+    digits, _, power = f"{value:.3e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"

@@ -1,0 +1,102 @@
+"""`lrpilot preset …`: known configurations as specs."""
+
+import enum
+import json
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import typer
+
+from lrpilot.core._spec import parse_spec
+from lrpilot.server._documents import dump_document
+from lrpilot.server.cli._failures import INVALID, CommandError, command
+from lrpilot.server.cli._options import CONTEXT, AsJson, examples
+from lrpilot.server.cli._output import table_lines, write_json
+
+PRESETS: Any = {
+    "llama3-8b-fp8": SimpleNamespace(
+        summary="Llama3-8B FP8 on H100, the tutorial",
+        spec=parse_spec(
+            {
+                "name": "llama3-8b-fp8",
+                "total": 50000,
+                "learning_rate": {
+                    "peak": 2e-4,
+                    "min": 1e-5,
+                    "warmup": 1000,
+                    "decay": {"style": "linear"},
+                },
+            }
+        ),
+    )
+}
+PREFIX = "preset:"
+"""What a SPEC begins with that names a preset."""
+
+app = typer.Typer(
+    name="preset",
+    help="Known configurations as specs, to start from.",
+    no_args_is_help=True,
+    context_settings=CONTEXT,
+)
+
+
+class Form(str, enum.Enum):
+    """How a spec is written."""
+
+    YAML = "yaml"
+    JSON = "json"
+
+
+def preset_names() -> tuple[str, ...]:
+    """Return the names of the presets."""
+    return tuple(PRESETS)
+
+
+def preset_document(name: str) -> str:
+    """Return a preset as a YAML document."""
+    return dump_document(_preset(name).spec.to_mapping())
+
+
+@app.command("list", epilog=examples("lrpilot preset list"))
+@command
+def list_presets(as_json: AsJson = False) -> None:
+    """List the presets: their names, and what each is."""
+    if as_json:
+        for name, preset in PRESETS.items():
+            write_json({"name": name, "summary": preset.summary})
+        return
+    rows = [(name, preset.summary) for name, preset in PRESETS.items()]
+    for line in table_lines(("preset", "what"), rows, left=2):
+        typer.echo(line)
+
+
+@app.command(
+    epilog=examples(
+        "lrpilot preset show llama3-8b-fp8 > spec.yaml",
+        "lrpilot preset show llama3-8b-fp8 --format json",
+    )
+)
+@command
+def show(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="Name of the preset.", autocompletion=lambda: list(preset_names())
+        ),
+    ],
+    form: Annotated[Form, typer.Option("--format", help="How the spec is written.")] = Form.YAML,
+) -> None:
+    """Write a preset as a spec, every default filled in."""
+    if form is Form.YAML:
+        typer.echo(preset_document(name), nl=False)
+    else:
+        typer.echo(json.dumps(_preset(name).spec.to_mapping(), indent=2))
+
+
+def _preset(name: str) -> Any:
+    try:
+        return PRESETS[name]
+    except KeyError:
+        known = ", ".join(PRESETS)
+        raise CommandError(f"no preset {name!r}; the presets are {known}", INVALID) from None

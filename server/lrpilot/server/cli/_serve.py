@@ -1,0 +1,155 @@
+"""`lrpilot serve`: the server, started."""
+
+import asyncio
+import enum
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from lrpilot.core._errors import InvalidSpec, Violation
+from lrpilot.server._documents import load_document
+from lrpilot.server.cli._failures import INVALID, REFUSED, CommandError, command, invalid_fields
+from lrpilot.server.cli._options import SERVER, address, read_address
+from lrpilot.server.cli._specs import read_text
+
+HTTP = "127.0.0.1:50052"
+"""Where metrics are served unless told otherwise."""
+
+
+class LogLevel(str, enum.Enum):
+    """From which severity on lines are logged."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+class Settings(BaseModel):
+    """What a configuration file may say; the names are those of the options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Path = Path("lrpilot-data")
+    """Folder of the database and its lock."""
+    store: str | None = None
+    """URL of the event log; None: SQLite in `data`."""
+    listen: str = SERVER
+    """HOST:PORT for gRPC; port 0: the kernel picks."""
+    http: str | None = HTTP
+    """HOST:PORT for metrics; None: not served."""
+    insecure: bool = Field(default=False, strict=True)
+    """Whether to listen beyond loopback although nothing is encrypted."""
+    log_level: LogLevel = LogLevel.INFO
+    """From which severity on lines are logged, to stderr."""
+
+    @field_validator("listen", "http")
+    @classmethod
+    def _address(cls, value: str | None) -> str | None:
+        return None if value is None else address(value)
+
+
+@command
+def serve(
+    *,
+    config: Annotated[
+        str | None,
+        typer.Option(
+            "--config",
+            metavar="FILE",
+            help="A YAML file with the options below by name; options given here win.",
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="DIR", help="Folder of the database and its lock. [./lrpilot-data]"
+        ),
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option("--store", metavar="URL", help="Event log. [SQLite in the data folder]"),
+    ] = None,
+    listen: Annotated[
+        str | None,
+        typer.Option(
+            "--listen",
+            metavar="HOST:PORT",
+            callback=read_address,
+            help=f"Where gRPC is served; port 0: the kernel picks. [{SERVER}]",
+        ),
+    ] = None,
+    http: Annotated[
+        str | None,
+        typer.Option(
+            "--http",
+            metavar="HOST:PORT",
+            callback=read_address,
+            help=f"Where metrics are served. [{HTTP}]",
+        ),
+    ] = None,
+    insecure: Annotated[
+        bool,
+        typer.Option("--insecure", help="Listen beyond loopback although nothing is encrypted."),
+    ] = False,
+    log_level: Annotated[
+        LogLevel | None,
+        typer.Option("--log-level", help="From which severity on lines are logged. [info]"),
+    ] = None,
+) -> None:
+    """Run the server until SIGTERM or Ctrl-C.
+
+    Writes one line to standard output once it serves: lrpilot ready grpc=HOST:PORT
+    http=HOST:PORT. Logs go to standard error.
+    """
+    settings = read_settings(config) if config is not None else Settings()
+    given = {"data": data, "store": store, "listen": listen, "http": http, "log_level": log_level}
+    settings = settings.model_copy(
+        update={name: value for name, value in given.items() if value is not None}
+        | ({"insecure": True} if insecure else {})
+    )
+    logging.basicConfig(
+        level=settings.log_level.value.upper(),
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        force=True,
+    )
+    # The server and its database layer take a second to import, which other commands need not.
+    from lrpilot.server import _app  # noqa: PLC0415
+
+    server_config = _app.ServerConfig(
+        data=settings.data,
+        store=settings.store,
+        listen=settings.listen,
+        http=settings.http,
+        insecure=settings.insecure,
+    )
+    try:
+        asyncio.run(_app.serve(server_config))
+    except _app.StartupError as error:
+        message, *lines = str(error).splitlines() or ["the server cannot start"]
+        raise CommandError(message, REFUSED, lines=lines) from None
+
+
+def read_settings(source: str) -> Settings:
+    """Return the settings in a configuration file; CommandError names all that is wrong."""
+    try:
+        return Settings.model_validate(load_document(read_text(source)))
+    except InvalidSpec as error:
+        raise invalid_fields(source, error) from None
+    except ValidationError as error:
+        lines = [str(_violation(detail)) for detail in error.errors(include_url=False)]
+        raise CommandError(
+            f"{source}: the configuration is invalid", INVALID, lines=lines
+        ) from None
+
+
+def _violation(detail: Any) -> Violation:
+    field = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        allowed = f"one of {', '.join(Settings.model_fields)}"
+    else:
+        allowed = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return Violation(field, repr(detail["input"]), allowed)
