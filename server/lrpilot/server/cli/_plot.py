@@ -24,6 +24,10 @@ _INTERVALS = 400
 _FINE = 2e-3
 """A bend is divided until a straight line is this close, as a share of the curve's height."""
 _LONGEST_LEGEND = 12
+_NAME_LINES = 3
+"""Most lines of stage names; a name that fits into none is left out."""
+_LETTER = 0.0085
+"""About the width of a letter of a stage's name, as a share of the panel's."""
 
 Row = tuple[float, ...]
 
@@ -141,18 +145,24 @@ def _draw_stages(axes: Axes, spec: RunSpec, at: Sequence[int], *, named: bool) -
     if not spec.stages:
         return
     first, last = at[0], at[-1]
+    # Where the names in each line above the panel end, as shares of its width.
+    ends = [-1.0] * _NAME_LINES
     for index, stage in enumerate(stage_schedules(spec)):
         begin = max(stage.begin, first)
         until = min(last if stage.until is None else stage.until, last)
         if begin >= until:
             continue
         axes.axvspan(begin, until, color=_BANDS[index % len(_BANDS)], linewidth=0, zorder=-1)
-        if named:
+        middle = ((begin + until) / 2 - first) / (last - first)
+        half = len(stage.name) * _LETTER / 2
+        line = next((line for line, end in enumerate(ends) if middle - half > end), None)
+        if named and line is not None:
+            ends[line] = middle + half + _LETTER
             axes.text(
-                (begin + until) / 2,
-                1.02,
+                middle,
+                1.02 + 0.055 * line,
                 stage.name,
-                transform=axes.get_xaxis_transform(),
+                transform=axes.transAxes,
                 ha="center",
                 va="bottom",
                 fontsize=9,
