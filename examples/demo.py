@@ -244,17 +244,20 @@ def draw(run: runs_pb2.Run, steps: list[Step], spec_text: str, path: Path) -> No
 
     for number, adjustment in enumerate(run.adjustments):
         for axes in (loss_axes, lr_axes, wd_axes):
-            axes.axvline(adjustment.effective, color=orange, linewidth=1, linestyle=":")
+            axes.axvspan(
+                adjustment.decided_at, adjustment.effective, color=orange, alpha=0.12, lw=0
+            )
+            axes.axvline(adjustment.effective, color=orange, linewidth=1)
         lr_axes.annotate(
-            f"loss at {adjustment.decided_at}: LR times {adjustment.factor:g} "
-            f"from {adjustment.effective}",
+            f"plateau, seen at {adjustment.decided_at}: "
+            f"LR times {adjustment.factor:g} from {adjustment.effective} on",
             xy=(adjustment.effective, max(adjustment.before[0], adjustment.after[0])),
             xytext=(adjustment.effective + 0.012 * at[-1], max(base) * (1.17 - 0.1 * (number % 2))),
             color=orange,
             fontsize=9,
         )
     for axes in (loss_axes, lr_axes):
-        axes.legend(loc="upper right", frameon=False, fontsize=9, ncols=2)
+        axes.legend(loc="lower right", bbox_to_anchor=(1, 0.97), frameon=False, fontsize=9, ncols=2)
     for axes in (loss_axes, lr_axes, wd_axes):
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)

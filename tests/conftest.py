@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+_LEFT_OUT = pytest.StashKey[list[tuple[str, str]]]()
+
 
 def _missing_program(item: pytest.Item) -> str | None:
     for marker in item.iter_markers("needs_program"):
@@ -24,9 +26,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if item not in left_out]
     config.hook.pytest_deselected(items=list(left_out))
     config.stash[_LEFT_OUT] = [(item.nodeid, name) for item, name in left_out.items()]
-
-
-_LEFT_OUT = pytest.StashKey[list[tuple[str, str]]]()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
