@@ -22,8 +22,8 @@ LARGEST = 2**63 - 1
 ROWS = 50
 """About as many rows as are shown unless told otherwise."""
 
-MAX_POSITIONS = 1_000_000
-"""Most positions that are held in memory, for a table or a picture."""
+MAX_VALUES = 1_000_000
+"""Most LRs that are held in memory, for a table or a picture."""
 
 
 class Format(str, enum.Enum):
@@ -103,15 +103,16 @@ def curve(
         )
     spec = load_spec(source)
     groups = _groups(spec, group)
-    if positions is None and form is not Format.JSONL:
-        positions = None if picture and every is None else _held(spec.total, every)
+    if form is Format.JSONL:
+        one_by_one = _every(spec.total, every) if positions is None else positions
+        _write(output, _encoded(_jsonl(spec, groups[0], one_by_one)))
+        return
+    if positions is None and (every is not None or not picture):
+        positions = _held(spec.total, every, len(groups))
     if picture:
         _write(output, [_draw(spec, groups, positions, form)])
-    elif form is Format.TABLE:
-        _write(output, _encoded(_table(spec, groups, positions or [])))
     else:
-        at_each = positions if positions is not None else _every(spec.total, every)
-        _write(output, _encoded(_jsonl(spec, groups[0], at_each)))
+        _write(output, _encoded(_table(spec, groups, positions or [])))
 
 
 def _format_of(output: str | None) -> Format:
@@ -135,11 +136,11 @@ def _every(total: int, step: int | None) -> Iterator[int]:
     yield total
 
 
-def _held(total: int, step: int | None) -> list[int]:
-    if step is not None and total // step > MAX_POSITIONS:
+def _held(total: int, step: int | None, groups: int) -> list[int]:
+    if step is not None and total // step * groups > MAX_VALUES:
         raise CommandError(
-            f"--every {step} gives {total // step:,} positions; a table or a picture takes at "
-            f"most {MAX_POSITIONS:,}",
+            f"--every {step} gives {total // step * groups:,} values; a table or a picture takes "
+            f"at most {MAX_VALUES:,}",
             INVALID,
             hint="use a larger K, or --format jsonl, which has no limit",
         )
