@@ -6,4 +6,4 @@ cd "$(dirname "$0")/.."
 
 bash scripts/lint.sh
 echo "== pytest"
-exec python -m pytest -n 2 "$@"
+exec python -m pytest -n 2 --dist loadgroup "$@"

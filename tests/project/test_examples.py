@@ -1,0 +1,139 @@
+"""The examples run as they are shown, and clean up after themselves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+
+# Two ranks and a server at once are enough for a small machine.
+pytestmark = pytest.mark.xdist_group("examples")
+
+# The demo's own spec, but so impatient that the policy fires within a few steps.
+SPEC = """\
+name: byte-gpt
+unit: iterations
+total: 40
+learning_rate: {init: 0.0, peak: 1.0e-3, min: 0.0, warmup: 4, decay: {style: constant}}
+weight_decay: {start: 0.01, end: 0.1, style: cosine}
+groups: [{name: matrices}, {name: no_decay, weight_decay_multiplier: 0.0}]
+policies: [{kind: plateau, window: 2, patience: 0, threshold: 0.5, mode: act}]
+feedback: {delay: 4, timeout: 30s}
+"""
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    loopback = {"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}
+    return {**kept, **loopback, "TMPDIR": os.fspath(folder), "OMP_NUM_THREADS": "1"}
+
+
+@contextmanager
+def _demo(root: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Start the demo with a folder of its own for everything temporary."""
+    spec, temporary = tmp_path / "spec.yaml", tmp_path / "temporary"
+    spec.write_text(SPEC)
+    temporary.mkdir()
+    command = [sys.executable, os.fspath(root / "examples/demo.py")]
+    command += ["--spec", os.fspath(spec), "--out", os.fspath(tmp_path / "out")]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**_environment(temporary), "COLUMNS": "300"},
+    ) as demo:
+        try:
+            yield demo
+        finally:
+            if demo.poll() is None:
+                demo.kill()
+
+
+def _processes_that_name(folder: Path) -> list[str]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = entry.read_bytes().decode(errors="replace")
+        except OSError:  # it ended meanwhile
+            continue
+        if os.fspath(folder) in text:
+            found.append(text)
+    return found
+
+
+def test_the_demo_shows_what_it_says(root: Path, tmp_path: Path) -> None:
+    with _demo(root, tmp_path) as demo:
+        output, _ = demo.communicate(timeout=200)
+    assert demo.returncode == 0, output
+    assert "both ranks used bit-identical LR and WD at every one of 40 steps" in output
+    assert "none below" in output  # the reason of an adjustment
+    assert 'run="byte-gpt"' in output  # the metrics
+    assert (tmp_path / "out/demo.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert _processes_that_name(tmp_path / "temporary") == []
+
+
+@pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_demo_leaves_nothing_behind(
+    root: Path, tmp_path: Path, sign: signal.Signals
+) -> None:
+    with _demo(root, tmp_path) as demo:
+        assert demo.stdout is not None
+        seen = []
+        for line in demo.stdout:
+            seen.append(line)
+            if "torch.distributed.run" in line:
+                break
+        else:
+            pytest.fail("".join(seen))
+        demo.send_signal(sign)
+        rest = demo.stdout.read()
+        demo.wait(timeout=100)
+    assert demo.returncode == 130, rest
+    assert list((tmp_path / "temporary").iterdir()) == []
+    assert _processes_that_name(tmp_path / "temporary") == []
+
+
+def test_the_training_script_resumes_from_its_checkpoint(
+    root: Path,
+    tmp_path: Path,
+    serving: Callable[[list[str]], AbstractContextManager[tuple[str, str]]],
+) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(SPEC)
+
+    def train(address: str, steps: int, trace: Path) -> list[list[dict[str, object]]]:
+        trace.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+        command += [os.fspath(root / "examples/train_ddp.py"), "--server", address]
+        command += ["--spec", os.fspath(spec), "--steps", str(steps), "--save-every", "6"]
+        command += ["--trace", os.fspath(trace), "--checkpoint", os.fspath(tmp_path / "model.pt")]
+        done = subprocess.run(
+            command, env=_environment(tmp_path), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [
+            [json.loads(line) for line in (trace / f"rank{rank}.jsonl").read_text().splitlines()]
+            for rank in (0, 1)
+        ]
+
+    with serving([sys.executable, "-m", "lrpilot.server.cli"]) as (address, _):
+        first = train(address, 16, tmp_path / "first")
+        second = train(address, 24, tmp_path / "second")
+
+    assert first[0] == first[1]
+    assert second[0] == second[1]
+    # The checkpoint is of step 12; what was trained after it is trained again.
+    assert [row["progress"] for row in second[0]] == list(range(12, 24))
+    again = {row["progress"]: row for row in second[0]}
+    # Values below the resume point's horizon repeat bit for bit.
+    for row in first[0][12:16]:
+        repeated = again[row["progress"]]
+        assert (repeated["lr"], repeated["weight_decay"]) == (row["lr"], row["weight_decay"])
