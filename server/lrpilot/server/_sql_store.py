@@ -21,6 +21,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
 from lrpilot.server._memory_store import MemoryStore, check_limit
 from lrpilot.server._schema import events, runs
 from lrpilot.server._store import (
+    MAX_SEQ,
     Append,
     AppendResult,
     LogRow,
@@ -43,9 +44,6 @@ LOCK_NAME = "lock"
 
 BUSY_TIMEOUT_S = 10
 """How long SQLite waits for another connection, such as a backup's, before it gives up."""
-
-MAX_SEQ = 2**63 - 1
-"""The greatest integer that a column holds."""
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _NAMES_PER_QUERY = 500
@@ -71,10 +69,11 @@ def open_store(target: str | Path) -> Store:
         url = make_url(text)
     except ArgumentError as error:
         raise ValueError(f"not the address of a store: {text!r}") from error
-    if url.drivername != "sqlite" or not url.database or url.database == ":memory:":
+    named = url.database is not None and url.database not in {"", ":memory:"}
+    if url.drivername != "sqlite" or not named or url.query:
         shown = url.render_as_string(hide_password=True)
         raise ValueError(f"a store is a folder, sqlite:///PATH or memory://; got {shown!r}")
-    path = Path(url.database)
+    path = Path(url.database or "")
     return SqlStore.in_folder(path.parent, path.name)
 
 

@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
+MAX_SEQ = 2**63 - 1
+"""The greatest `seq`: what a column of 64 bits holds."""
+
+
 @dataclass(frozen=True, slots=True)
 class LogRow:
     """One event of a run's log."""
@@ -40,9 +44,9 @@ class Append:
         """Refuse what no log can take. Raises ValueError."""
         if not self.rows:
             raise ValueError(f"run {self.run!r}: an append needs at least one row")
-        first = self.rows[0].seq
-        if first < 1:
-            raise ValueError(f"run {self.run!r}: seq must be at least 1, got {first}")
+        first, last = self.rows[0].seq, self.rows[-1].seq
+        if first < 1 or last > MAX_SEQ:
+            raise ValueError(f"run {self.run!r}: seq must be 1 to {MAX_SEQ}, got {first} to {last}")
         for expected, row in enumerate(self.rows, first):
             if row.seq != expected:
                 raise ValueError(f"run {self.run!r}: expected seq {expected}, got {row.seq}")

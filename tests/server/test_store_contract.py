@@ -1,0 +1,364 @@
+"""What every store promises, asked of each in turn."""
+
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lrpilot.server._memory_store import MemoryStore
+from lrpilot.server._sql_store import open_store
+from lrpilot.server._store import MAX_SEQ, Append, LogRow, SeqTaken, Store, StoreUnavailable
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    opened: Store = MemoryStore() if request.param == "memory" else open_store(tmp_path / "data")
+    yield opened
+    opened.close()
+
+
+def row(seq: int, mark: str = "") -> LogRow:
+    return LogRow(seq, f"{mark}{seq}".encode(), f"digest-{mark}{seq}", 1_000_000_000 + seq % 1000)
+
+
+def rows(first: int, last: int, mark: str = "") -> tuple[LogRow, ...]:
+    return tuple(row(seq, mark) for seq in range(first, last + 1))
+
+
+def put(store: Store, run: str, first: int, last: int, *, create: bool = False) -> None:
+    assert store.append([Append(run, rows(first, last), create)]) == [None]
+
+
+def refused(store: Store, append: Append) -> SeqTaken:
+    (result,) = store.append([append])
+    assert isinstance(result, SeqTaken)
+    return result
+
+
+class TestAppend:
+    def test_what_goes_in_comes_out(self, store: Store) -> None:
+        payload = bytes(range(256)) * 40
+        given = LogRow(1, payload, "d" * 64, 1_700_000_000_123_456_789)
+        assert store.append([Append("a", (given,), create=True)]) == [None]
+        (got,) = store.read("a")
+        assert got == given
+        assert type(got.payload) is bytes
+
+    def test_an_empty_payload(self, store: Store) -> None:
+        assert store.append([Append("a", (LogRow(1, b"", "", 0),), create=True)]) == [None]
+        assert store.read("a") == [LogRow(1, b"", "", 0)]
+
+    def test_a_run_goes_on(self, store: Store) -> None:
+        put(store, "a", 1, 2, create=True)
+        put(store, "a", 3, 3)
+        put(store, "a", 4, 6)
+        assert store.read("a") == list(rows(1, 6))
+
+    def test_an_empty_batch(self, store: Store) -> None:
+        assert store.append([]) == []
+
+    def test_a_new_run_may_begin_anywhere(self, store: Store) -> None:
+        put(store, "restored", 41, 42, create=True)
+        put(store, "restored", 43, 43)
+        assert store.read("restored") == list(rows(41, 43))
+        assert store.read("restored", 41) == list(rows(42, 43))
+
+    def test_the_greatest_seq(self, store: Store) -> None:
+        put(store, "a", MAX_SEQ, MAX_SEQ, create=True)
+        assert store.head("a") == (MAX_SEQ, f"digest-{MAX_SEQ}")
+
+    @pytest.mark.parametrize("first", [1, 2, 3])
+    def test_a_taken_seq_is_refused(self, store: Store, first: int) -> None:
+        put(store, "a", 1, 3, create=True)
+        conflict = refused(store, Append("a", rows(first, first + 4, "late-")))
+        assert (conflict.run, conflict.seq, conflict.last_seq) == ("a", first, 3)
+        assert store.read("a") == list(rows(1, 3))
+
+    def test_a_gap_is_refused(self, store: Store) -> None:
+        put(store, "a", 1, 3, create=True)
+        conflict = refused(store, Append("a", rows(5, 6)))
+        assert (conflict.run, conflict.seq, conflict.last_seq) == ("a", 5, 3)
+        assert store.read("a") == list(rows(1, 3))
+
+    def test_a_missing_run_is_refused(self, store: Store) -> None:
+        conflict = refused(store, Append("a", rows(1, 1)))
+        assert (conflict.run, conflict.seq, conflict.last_seq) == ("a", 1, None)
+        assert store.runs() == []
+
+    @pytest.mark.parametrize("first", [1, 3, 4, 9])
+    def test_creating_a_run_that_exists_is_refused(self, store: Store, first: int) -> None:
+        put(store, "a", 1, 3, create=True)
+        conflict = refused(store, Append("a", rows(first, first, "second-"), create=True))
+        assert (conflict.run, conflict.seq, conflict.last_seq) == ("a", first, 3)
+        assert store.read("a") == list(rows(1, 3))
+
+    def test_a_conflict_stops_nobody_else(self, store: Store) -> None:
+        put(store, "a", 1, 1, create=True)
+        put(store, "b", 1, 1, create=True)
+        results = store.append(
+            [
+                Append("a", rows(2, 3)),
+                Append("b", rows(7, 8)),
+                Append("nobody", rows(1, 1)),
+                Append("a", rows(1, 1), create=True),
+                Append("c", rows(1, 2), create=True),
+                Append("b", rows(2, 2)),
+            ]
+        )
+        assert [result is None for result in results] == [True, False, False, False, True, True]
+        assert {name: store.read(name) for name in store.runs()} == {
+            "a": list(rows(1, 3)),
+            "b": list(rows(1, 2)),
+            "c": list(rows(1, 2)),
+        }
+
+    def test_appends_of_a_batch_see_those_before(self, store: Store) -> None:
+        results = store.append(
+            [
+                Append("a", rows(1, 2), create=True),
+                Append("a", rows(3, 3)),
+                Append("a", rows(3, 3, "late-")),
+                Append("a", rows(4, 4)),
+                Append("a", rows(1, 1, "late-"), create=True),
+            ]
+        )
+        assert [result is None for result in results] == [True, True, False, True, False]
+        assert [result.last_seq for result in results if result is not None] == [3, 4]
+        assert store.read("a") == list(rows(1, 4))
+
+    def test_many_runs_in_one_batch(self, store: Store) -> None:
+        names = [f"run-{number:04d}" for number in range(1200)]
+        created = store.append([Append(name, rows(1, 1, name), create=True) for name in names])
+        assert created == [None] * len(names)
+        assert store.append([Append(name, rows(2, 2, name)) for name in names]) == created
+        assert store.runs() == names
+        assert all(store.read(name) == list(rows(1, 2, name)) for name in names[::100])
+
+    @pytest.mark.parametrize(
+        ("seqs", "text"),
+        [
+            ([], "at least one row"),
+            ([0, 1], "seq must be 1 to"),
+            ([-1], "seq must be 1 to"),
+            ([MAX_SEQ + 1], "seq must be 1 to"),
+            ([1, 3], "expected seq 2, got 3"),
+            ([2, 2], "expected seq 3, got 2"),
+            ([2, 1], "expected seq 3, got 1"),
+        ],
+    )
+    def test_rows_that_no_log_takes(self, seqs: list[int], text: str) -> None:
+        with pytest.raises(ValueError, match=text):
+            Append("a", tuple(row(seq) for seq in seqs))
+
+
+class TestRead:
+    @pytest.mark.parametrize("first", [1, 4])
+    def test_pages(self, store: Store, first: int) -> None:
+        put(store, "a", first, 10, create=True)
+        put(store, "b", 1, 20, create=True)
+        for after_seq in [-5, 0, 1, 4, 9, 10, 11, MAX_SEQ, MAX_SEQ + 1]:
+            after = [given for given in rows(first, 10) if given.seq > after_seq]
+            for limit in [None, 0, 1, 3, 10, 100]:
+                assert store.read("a", after_seq, limit) == after[:limit]
+
+    def test_page_by_page(self, store: Store) -> None:
+        put(store, "a", 1, 10, create=True)
+        pages: list[LogRow] = []
+        while page := store.read("a", pages[-1].seq if pages else 0, 3):
+            pages += page
+        assert pages == list(rows(1, 10))
+
+    def test_a_missing_run_has_no_rows(self, store: Store) -> None:
+        assert store.read("a") == []
+
+    def test_a_negative_limit_is_refused(self, store: Store) -> None:
+        with pytest.raises(ValueError, match="limit must be at least 0, got -1"):
+            store.read("a", 0, -1)
+
+
+class TestHead:
+    def test_it_is_the_last_row(self, store: Store) -> None:
+        assert store.head("a") is None
+        put(store, "a", 1, 2, create=True)
+        put(store, "b", 1, 9, create=True)
+        assert store.head("a") == (2, "digest-2")
+        put(store, "a", 3, 3)
+        assert store.head("a") == (3, "digest-3")
+        refused(store, Append("a", rows(3, 4, "late-")))
+        assert store.head("a") == (3, "digest-3")
+
+
+class TestRuns:
+    NAMES = ("B", "Z", "a", "a-b", "a.b", "a/b", "aa", "b", "é", "中", "😀")
+    """In order of code points; no locale orders them so."""
+
+    def test_the_order_is_by_code_point(self, store: Store) -> None:
+        for name in reversed(self.NAMES):
+            put(store, name, 1, 1, create=True)
+        assert store.runs() == list(self.NAMES)
+
+    def test_pages(self, store: Store) -> None:
+        for name in self.NAMES:
+            put(store, name, 1, 1, create=True)
+        for after_name in ["", "A", "B", "a", "a-a", "b", "😀"]:
+            after = [name for name in self.NAMES if name > after_name]
+            for limit in [None, 0, 1, 3, 100]:
+                assert store.runs(after_name, limit) == after[:limit]
+
+    def test_names_are_not_patterns_and_case_counts(self, store: Store) -> None:
+        put(store, "a%", 1, 1, create=True)
+        assert store.head("ab") is None
+        assert store.head("A%") is None
+        assert not store.delete("A%")
+
+    def test_a_negative_limit_is_refused(self, store: Store) -> None:
+        with pytest.raises(ValueError, match="limit must be at least 0, got -2"):
+            store.runs("", -2)
+
+
+class TestDelete:
+    def test_nothing_is_left(self, store: Store) -> None:
+        put(store, "a", 1, 5, create=True)
+        put(store, "b", 1, 2, create=True)
+        assert store.delete("a")
+        assert store.runs() == ["b"]
+        assert store.read("a") == []
+        assert store.head("a") is None
+        assert refused(store, Append("a", rows(6, 6))).last_seq is None
+        assert store.read("b") == list(rows(1, 2))
+
+    def test_a_missing_run(self, store: Store) -> None:
+        put(store, "b", 1, 1, create=True)
+        assert not store.delete("a")
+        assert store.runs() == ["b"]
+
+    def test_the_name_can_be_used_again(self, store: Store) -> None:
+        put(store, "a", 1, 5, create=True)
+        assert store.delete("a")
+        assert store.append([Append("a", rows(1, 2, "new-"), create=True)]) == [None]
+        assert store.read("a") == list(rows(1, 2, "new-"))
+        assert store.delete("a")
+        assert not store.delete("a")
+
+
+class TestCopies:
+    def test_a_list_given_is_not_kept(self, store: Store) -> None:
+        batch = [Append("a", rows(1, 2), create=True)]
+        store.append(batch)
+        batch.clear()
+        assert store.read("a") == list(rows(1, 2))
+
+    def test_a_list_got_is_not_the_stores(self, store: Store) -> None:
+        put(store, "a", 1, 3, create=True)
+        store.read("a").pop()
+        store.runs().clear()
+        assert store.read("a") == list(rows(1, 3))
+        assert store.runs() == ["a"]
+
+    def test_a_list_got_does_not_grow(self, store: Store) -> None:
+        put(store, "a", 1, 1, create=True)
+        before = store.read("a")
+        put(store, "a", 2, 2)
+        assert before == list(rows(1, 1))
+
+
+class TestClose:
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda store: store.append([Append("a", rows(1, 1), create=True)]),
+            lambda store: store.read("a"),
+            lambda store: store.head("a"),
+            lambda store: store.runs(),
+            lambda store: store.delete("a"),
+        ],
+        ids=["append", "read", "head", "runs", "delete"],
+    )
+    def test_nothing_works_afterwards(self, store: Store, use: Callable[[Store], Any]) -> None:
+        store.close()
+        store.close()
+        with pytest.raises(StoreUnavailable, match="the store is closed"):
+            use(store)
+
+
+def together(works: list[Callable[[], Any]]) -> list[Any]:
+    """Call every function on a thread of its own, all at one moment."""
+    barrier = threading.Barrier(len(works))
+
+    def start(work: Callable[[], Any]) -> Any:
+        barrier.wait(timeout=30)
+        return work()
+
+    with ThreadPoolExecutor(len(works)) as pool:
+        return [future.result() for future in [pool.submit(start, work) for work in works]]
+
+
+class TestThreads:
+    THREADS = 8
+
+    def test_one_wins_each_seq_of_a_run(self, store: Store) -> None:
+        put(store, "a", 1, 1, create=True)
+
+        def contend(mark: str) -> list[LogRow]:
+            won = []
+            seq = 2
+            while seq <= 30:
+                given = row(seq, mark)
+                (conflict,) = store.append([Append("a", (given,))])
+                if conflict is None:
+                    won.append(given)
+                    seq += 1
+                else:
+                    assert conflict.last_seq is not None
+                    seq = conflict.last_seq + 1
+            return won
+
+        wins = together([partial(contend, f"{n}-") for n in range(self.THREADS)])
+        won = [given for of_one in wins for given in of_one]
+        assert store.read("a", 1) == sorted(won, key=lambda given: given.seq)
+
+    def test_one_creates_a_run(self, store: Store) -> None:
+        appends = [Append("a", rows(1, 3, f"{n}-"), create=True) for n in range(self.THREADS)]
+        results = together([partial(store.append, [append]) for append in appends])
+        (winner,) = [a for a, result in zip(appends, results, strict=True) if result == [None]]
+        assert store.read("a") == list(winner.rows)
+
+    def test_each_its_own_run(self, store: Store) -> None:
+        def fill(name: str) -> None:
+            put(store, name, 1, 1, create=True)
+            for seq in range(2, 20):
+                put(store, name, seq, seq)
+
+        names = [f"run-{n}" for n in range(self.THREADS)]
+        together([partial(fill, name) for name in names])
+        assert {name: store.read(name) for name in store.runs()} == {
+            name: list(rows(1, 19)) for name in names
+        }
+
+    def test_a_reader_sees_whole_appends(self, store: Store) -> None:
+        put(store, "a", 1, 5, create=True)
+        written = threading.Event()
+
+        def write() -> None:
+            for first in range(6, 100, 5):
+                put(store, "a", first, first + 4)
+            written.set()
+
+        def read() -> None:
+            seen = 0
+            while True:
+                last_look = written.is_set()
+                got = store.read("a")
+                assert got == list(rows(1, len(got)))
+                assert len(got) % 5 == 0
+                assert len(got) >= seen
+                seen = len(got)
+                if last_look:
+                    assert seen == 100
+                    return
+
+        together([write, read, read])
