@@ -1,0 +1,102 @@
+"""The values that an attempt has handed out, found again by progress."""
+
+from bisect import bisect_right, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeAlias
+
+Values: TypeAlias = tuple[tuple[float, ...], tuple[float, ...] | None]
+"""Learning rates and weight decays of one progress, one per group; None: the run sets none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Values at `begin`, `begin + stride`, …, step-major."""
+
+    begin: int
+    stride: int
+    groups: int
+    learning_rates: tuple[float, ...]
+    weight_decays: tuple[float, ...] | None
+
+    @property
+    def steps(self) -> int:
+        """Number of progresses."""
+        return len(self.learning_rates) // self.groups
+
+    @property
+    def end(self) -> int:
+        """First progress behind the block, on its stride."""
+        return self.begin + self.steps * self.stride
+
+    def at(self, progress: int) -> Values | None:
+        """Return the values at `progress`, or None where the block has none."""
+        step, rest = divmod(progress - self.begin, self.stride)
+        if rest or not 0 <= step < self.steps:
+            return None
+        part = slice(step * self.groups, (step + 1) * self.groups)
+        decays = None if self.weight_decays is None else self.weight_decays[part]
+        return self.learning_rates[part], decays
+
+    def cut(self, begin: int, end: int) -> "Block | None":
+        """Return the part in [begin, end), or None when it is empty."""
+        first = max(0, -(-(begin - self.begin) // self.stride))
+        last = min(self.steps, -(-(end - self.begin) // self.stride))
+        if first >= last:
+            return None
+        if (first, last) == (0, self.steps):
+            return self
+        part = slice(first * self.groups, last * self.groups)
+        return Block(
+            begin=self.begin + first * self.stride,
+            stride=self.stride,
+            groups=self.groups,
+            learning_rates=self.learning_rates[part],
+            weight_decays=None if self.weight_decays is None else self.weight_decays[part],
+        )
+
+
+class Records:
+    """Blocks in order of their begin. Where blocks overlap they hold the same values."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Block] = []
+        self._widest = 0
+
+    def __iter__(self) -> Iterator[Block]:
+        return iter(self._blocks)
+
+    def add(self, block: Block) -> None:
+        """Add a block."""
+        insort(self._blocks, block, key=lambda item: item.begin)
+        self._widest = max(self._widest, block.end - block.begin)
+
+    def at(self, progress: int) -> Values | None:
+        """Return the recorded values at `progress`, or None."""
+        for block in self._covering(progress):
+            values = block.at(progress)
+            if values is not None:
+                return values
+        return None
+
+    def block(self, progress: int, stride: int) -> Block | None:
+        """Return the block on `stride` that holds `progress`, or None."""
+        for block in self._covering(progress):
+            if block.stride == stride and block.at(progress) is not None:
+                return block
+        return None
+
+    def between(self, begin: int, end: int) -> list[Block]:
+        """Return what is recorded in [begin, end)."""
+        parts = (block.cut(begin, end) for block in self._blocks)
+        return [part for part in parts if part is not None]
+
+    def _covering(self, progress: int) -> Iterator[Block]:
+        index = bisect_right(self._blocks, progress, key=lambda item: item.begin)
+        while index:
+            index -= 1
+            block = self._blocks[index]
+            if block.begin + self._widest <= progress:
+                return
+            if progress < block.end:
+                yield block

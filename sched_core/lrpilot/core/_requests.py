@@ -1,0 +1,642 @@
+"""What a request does to a run: it reads the state and returns the events to append.
+
+Each function is pure. It raises a typed error, or returns the events that carry the request
+out; none when that is done already, so that a repeated request is harmless. The caller
+appends them at the next `seq`, and when another replica was faster it reloads the state and
+evaluates the whole request again.
+"""
+
+import base64
+import binascii
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import Enum
+from math import isfinite, nan
+from typing import Any
+
+from lrpilot.core import _canonical
+from lrpilot.core._errors import (
+    AttemptSuperseded,
+    BeforeAttempt,
+    BelowResumePoint,
+    BeyondHorizon,
+    InvalidRequest,
+    InvalidSpec,
+    InvalidState,
+    JoinRefused,
+    LossConflict,
+    LossesPending,
+    NotReporter,
+    ResumePointRequired,
+    RevisionRefused,
+    RunExists,
+    RunFinished,
+    RunNotFound,
+    SpecChanged,
+    StateMismatch,
+    Violation,
+)
+from lrpilot.core._events import (
+    Created,
+    Event,
+    Finished,
+    Joined,
+    Opened,
+    Recorded,
+    Report,
+    Reported,
+    Restored,
+    Revised,
+    Waived,
+)
+from lrpilot.core._records import Block
+from lrpilot.core._spec import RunSpec, spec_difference
+from lrpilot.core._state import RunState
+
+MAX_BLOCK_STEPS = 128
+"""Most steps in one block: a lease of that length costs about as much as one of a single step."""
+
+MAX_PROGRESS = 2**53
+"""Greatest progress: every integer up to it is a float64."""
+
+MAX_STATE_BYTES = 64 * 1024 * 1024
+"""Most bytes of an unpacked state: a damaged one cannot fill the memory."""
+
+STATE_VERSION = 1
+"""Version of what `save_state` writes."""
+
+
+# Runs.
+
+
+def create_run(
+    state: RunState, spec: RunSpec, request_id: str, *, by_trainer: bool = False
+) -> list[Event]:
+    """Create the run. Raises RunExists."""
+    if state.exists:
+        if state.answers.get(request_id, ("", 0))[0] == Created.kind:
+            return []
+        raise RunExists(
+            f"run {state.name!r} exists already; revise it, or choose another name",
+            run=state.name,
+        )
+    return [Created(spec.to_mapping(), by_trainer, request_id)]
+
+
+def attach_run(
+    state: RunState, spec: RunSpec | None, *, revise: bool, request_id: str
+) -> list[Event]:
+    """Create the run for a trainer, or compare its spec with the last one that a trainer gave.
+
+    Raises SpecChanged with the difference, unless `revise`.
+    """
+    if spec is None or not state.exists:
+        if spec is None:
+            return []
+        return create_run(state, spec, request_id, by_trainer=True)
+    if request_id in state.answers:
+        return []
+    known = state.trainer_spec or state.spec
+    difference = spec_difference(known, spec)
+    if not difference:
+        return []
+    if not revise:
+        lines = "".join(f"\n  {field}: {old} -> {new}" for field, old, new in difference)
+        raise SpecChanged(
+            f"the spec of run {state.name!r} differs from the last one that a trainer gave:{lines}"
+            '\ngive that spec, or connect with on_change="revise"',
+            run=state.name,
+            fields=", ".join(field for field, _, _ in difference),
+        )
+    _refuse_finished(state)
+    _refuse_past(state, spec)
+    # A trainer revises on its way to a new attempt, from whose first step its spec must hold.
+    start = None if state.attempt else 0
+    return [Revised(spec.to_mapping(), start, start, True, request_id)]
+
+
+def revise_run(state: RunState, spec: RunSpec, request_id: str) -> list[Event]:
+    """Replace the spec from the horizon on.
+
+    Raises RevisionRefused for what only a new attempt may change, RunFinished, InvalidSpec.
+    """
+    if request_id in state.answers:
+        return []
+    _refuse_finished(state)
+    locked = _locked(state, spec)
+    if locked and state.attempt:
+        raise RevisionRefused(
+            f"a revision may not change {', '.join(locked)}: that needs a new attempt; "
+            'restart the trainers with the new spec and on_change="revise"',
+            run=state.name,
+            fields=", ".join(locked),
+        )
+    _refuse_past(state, spec)
+    return [Revised(spec.to_mapping(), state.horizon, state.frontier, False, request_id)]
+
+
+def finish_run(state: RunState, request_id: str) -> list[Event]:
+    """End the run; repeating it is harmless."""
+    return [] if state.finished else [Finished(request_id)]
+
+
+def run_not_found(name: str, names: Sequence[str]) -> RunNotFound:
+    """Return the error for an unknown run, with the names that look like it."""
+    near = get_close_matches(name, names, n=3, cutoff=0.6)
+    hint = f"; did you mean {', '.join(near)}?" if near else ""
+    return RunNotFound(f"no run is named {name!r}{hint}", run=name, near=", ".join(near))
+
+
+def _locked(state: RunState, spec: RunSpec) -> list[str]:
+    """Return the names of changed fields that only a new attempt may change."""
+    old = state.spec
+    changed = []
+    if spec.unit != old.unit:
+        changed.append("unit")
+    if spec.group_names != old.group_names:
+        changed.append("groups")
+    if spec.has_weight_decay != old.has_weight_decay:
+        changed.append("weight_decay (set or not)")
+    if spec.delay != old.delay:
+        changed.append("feedback.delay")
+    if spec.has_feedback != old.has_feedback:
+        changed.append("feedback on or off")
+    return changed
+
+
+def _refuse_past(state: RunState, spec: RunSpec) -> None:
+    horizon = state.horizon
+    past = [
+        Violation(field, str(end), f"at least the horizon, {horizon}")
+        for field, end in _ends(spec)
+        if end < horizon and (field, end) not in _ends(state.spec)
+    ]
+    if past:
+        raise InvalidSpec(f"the revision of run {state.name!r} would change the past", past)
+
+
+def _ends(spec: RunSpec) -> list[tuple[str, int]]:
+    ends = [("total", spec.total)]
+    for index, stage in enumerate(spec.stages):
+        if stage.until is not None:
+            ends.append((f"stages.{index}.until", stage.until))
+    return ends
+
+
+def _refuse_finished(state: RunState) -> None:
+    if state.finished:
+        raise RunFinished(
+            f"run {state.name!r} is finished; create a run of another name", run=state.name
+        )
+
+
+# Attempts.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SavedState:
+    """What `save_state` wrote, read back."""
+
+    run: str
+    seq: int
+    """Sequence number of the log when it was saved."""
+    digest: str
+    """Digest of the log there."""
+    progress: int
+    fold: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpenRequest:
+    """A request to open an attempt or to join the current one."""
+
+    request_id: str
+    key: str = ""
+    progress: int | None = None
+    saved: SavedState | None = None
+    digest_at_saved: str | None = None
+    """Digest that the log has at `saved.seq`; None: the log does not reach there."""
+    rank: int = 0
+    reporter: int = 0
+    incarnation: str = ""
+    token: str = ""
+    """128 random bits for the attempt, should it open; hexadecimal."""
+
+
+def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
+    """Open a new attempt, or join the current one when the key is its own.
+
+    Raises RunFinished, ResumePointRequired, JoinRefused, StateMismatch, AttemptSuperseded,
+    InvalidRequest.
+    """
+    done = state.answers.get(request.request_id)
+    if done is not None:
+        if done[1] != state.attempt:
+            raise _superseded(state, done[1])
+        return []
+    _refuse_finished(state)
+    progress = _resume_point(request)
+    if request.key and request.key in state.keys:
+        if request.key != state.key:
+            raise _superseded(state, state.keys[request.key])
+        return _join(state, request, progress)
+    events: list[Event] = []
+    attempt = state.attempt + 1
+    if not state.exists:
+        if request.saved is None:
+            raise run_not_found(state.name, [])
+        events.append(
+            Restored(request.saved.fold, request.saved.seq, request.saved.digest)
+        )
+        attempt = request.saved.fold["attempt"] + 1
+    elif request.saved is not None:
+        _refuse_mismatch(state, request.saved, request.digest_at_saved)
+    elif progress is None and state.has_losses:
+        raise ResumePointRequired(
+            f"run {state.name!r} has losses up to progress {state.frontier}: give the state of a "
+            "checkpoint (scheduler state), or resume_at=0 to start over",
+            run=state.name,
+            frontier=state.frontier,
+        )
+    if progress is not None and progress < state.origin:
+        raise StateMismatch(
+            f"run {state.name!r} was restored at progress {state.origin}: what came before is "
+            f"gone, so that it cannot resume at {progress}; delete the run and open it with "
+            "the state saved there",
+            run=state.name,
+            origin=state.origin,
+            progress=progress,
+        )
+    events.append(
+        Opened(
+            attempt=attempt,
+            token=request.token,
+            begin=progress or 0,
+            request_id=request.request_id,
+            key=request.key,
+            reporter=request.reporter,
+            incarnation=request.incarnation if request.rank == request.reporter else "",
+        )
+    )
+    return events
+
+
+def check_attempt(state: RunState, attempt: int, token: str) -> None:
+    """Raise AttemptSuperseded unless the request belongs to the current attempt."""
+    if attempt != state.attempt or token != state.token:
+        raise _superseded(state, attempt)
+
+
+def _resume_point(request: OpenRequest) -> int | None:
+    progress = request.progress
+    if progress is not None:
+        _check_progress("progress", progress)
+    if request.saved is None:
+        return progress
+    if progress is not None and progress != request.saved.progress:
+        raise InvalidRequest(
+            "the progress to resume at differs from that of the state",
+            [Violation("progress", str(progress), f"{request.saved.progress}, or none")],
+        )
+    return request.saved.progress
+
+
+def _join(state: RunState, request: OpenRequest, progress: int | None) -> list[Event]:
+    if (progress or 0) != state.begin:
+        raise JoinRefused(
+            f"attempt {state.attempt} of run {state.name!r} opened at progress {state.begin}; "
+            f"rank {request.rank} would begin at {progress or 0}: load the same checkpoint on "
+            "every rank",
+            run=state.name,
+            attempt=state.attempt,
+            begin=state.begin,
+            progress=progress or 0,
+        )
+    if request.reporter != state.reporter:
+        raise JoinRefused(
+            f"attempt {state.attempt} of run {state.name!r} has rank {state.reporter} as its "
+            f"reporter; rank {request.rank} declares rank {request.reporter}",
+            run=state.name,
+            attempt=state.attempt,
+            reporter=state.reporter,
+        )
+    if request.rank != state.reporter or request.incarnation == state.incarnation:
+        return []
+    if state.incarnation:
+        raise JoinRefused(
+            f"the reporter of attempt {state.attempt} of run {state.name!r} has joined already: "
+            "a restarted job needs a new key",
+            run=state.name,
+            attempt=state.attempt,
+            reporter=state.reporter,
+        )
+    return [Joined(state.attempt, request.incarnation)]
+
+
+def _refuse_mismatch(state: RunState, saved: SavedState, digest: str | None) -> None:
+    if (saved.seq, saved.digest) == (state.base_seq, state.base_digest) and state.base_seq:
+        return
+    if digest != saved.digest:
+        there = f"its digest there is {digest}" if digest else f"it ends at seq {state.seq}"
+        raise StateMismatch(
+            f"the state was saved at seq {saved.seq} of a log of run {saved.run!r} with digest "
+            f"{saved.digest}, which is not the log of this server: {there}",
+            run=state.name,
+            saved_seq=saved.seq,
+            saved_digest=saved.digest,
+            log_seq=state.seq,
+            log_digest=digest or state.digest,
+        )
+
+
+def _superseded(state: RunState, attempt: int) -> AttemptSuperseded:
+    if attempt == state.attempt:
+        return AttemptSuperseded(
+            f"the token is not that of attempt {attempt} of run {state.name!r}",
+            run=state.name,
+            attempt=attempt,
+            current=state.attempt,
+        )
+    return AttemptSuperseded(
+        f"attempt {attempt} of run {state.name!r} is superseded by attempt {state.attempt}, "
+        f"which opened at progress {state.begin}",
+        run=state.name,
+        attempt=attempt,
+        current=state.attempt,
+    )
+
+
+# Values.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValuesRequest:
+    """A request for values."""
+
+    begin: int
+    stride: int = 1
+    count: int = MAX_BLOCK_STEPS
+    in_use: int = 0
+
+
+def get_values(state: RunState, request: ValuesRequest) -> Block | Recorded | None:
+    """Return the recorded values, or the event that records them, or None: not fixed yet.
+
+    Raises BeyondHorizon, BeforeAttempt, RunFinished, InvalidRequest.
+    """
+    begin, stride = request.begin, request.stride
+    _check_values_request(request)
+    if begin < state.begin:
+        raise BeforeAttempt(
+            f"attempt {state.attempt} of run {state.name!r} opened at progress {state.begin}; "
+            f"values at {begin} belong to an attempt before it",
+            run=state.name,
+            progress=begin,
+            begin=state.begin,
+        )
+    known = state.records.block(begin, stride)
+    if known is not None:
+        return known.cut(begin, begin + request.count * stride)
+    _refuse_finished(state)
+    horizon = state.horizon
+    if not state.spec.has_feedback:
+        horizon = max(horizon, request.in_use + state.delay)
+    if begin >= horizon:
+        if begin >= horizon + MAX_BLOCK_STEPS * stride:
+            raise BeyondHorizon(
+                f"values at progress {begin} of run {state.name!r} lie further than a block "
+                f"({MAX_BLOCK_STEPS} steps of {stride}) beyond the horizon, {horizon}",
+                run=state.name,
+                progress=begin,
+                horizon=horizon,
+                frontier=state.frontier,
+            )
+        return None
+    last = min(begin + request.count * stride, horizon)
+    points = range(begin, last, stride)
+    values = [state.values(point) for point in points]
+    decays: tuple[float, ...] | None = None
+    if state.spec.has_weight_decay:
+        decays = tuple(decay for _, group in values for decay in group or ())
+    rates = tuple(rate for group, _ in values for rate in group)
+    if all(state.records.at(point) is not None for point in points):
+        return Block(begin, stride, len(state.spec.group_names), rates, decays)
+    in_use = max(state.in_use, min(request.in_use, horizon - 1))
+    return Recorded(state.attempt, begin, stride, rates, decays, in_use)
+
+
+def waive(state: RunState, wanted: int) -> list[Event]:
+    """Make the missing losses final as absent, D at a time, until `wanted` is below the horizon."""
+    if not state.spec.has_feedback or state.finished or wanted < state.horizon:
+        return []
+    times = (wanted - state.horizon) // state.delay + 1
+    return [Waived(state.attempt, state.frontier + times * state.delay)]
+
+
+def _check_values_request(request: ValuesRequest) -> None:
+    violations = []
+    if not 0 <= request.begin <= MAX_PROGRESS:
+        violations.append(Violation("begin", str(request.begin), f"0 to {MAX_PROGRESS}"))
+    if not 1 <= request.stride <= MAX_PROGRESS:
+        violations.append(Violation("stride", str(request.stride), f"1 to {MAX_PROGRESS}"))
+    if not 1 <= request.count <= MAX_BLOCK_STEPS:
+        violations.append(Violation("count", str(request.count), f"1 to {MAX_BLOCK_STEPS}"))
+    if not 0 <= request.in_use <= MAX_PROGRESS:
+        violations.append(Violation("in_use", str(request.in_use), f"0 to {MAX_PROGRESS}"))
+    if violations:
+        raise InvalidRequest("the request for values is invalid", violations)
+
+
+# Losses.
+
+
+class Outcome(Enum):
+    """What became of one report."""
+
+    RECORDED = "recorded"
+    REPEATED = "repeated"
+    LATE = "late"
+
+
+def report_losses(
+    state: RunState, reports: Sequence[Report], *, rank: int, incarnation: str
+) -> tuple[list[Event], list[Outcome]]:
+    """Append losses in order of progress; the whole batch or nothing.
+
+    Raises NotReporter, BelowResumePoint, LossConflict, InvalidRequest, RunFinished.
+    """
+    _check_reporter(state, rank, incarnation)
+    _check_reports(reports)
+    frontier = state.frontier
+    seen: dict[int, float] = {}
+    late: dict[int, float] = {}
+    fresh: list[Report] = []
+    outcomes: list[Outcome] = []
+    for report in reports:
+        at, loss = report.progress, report.loss
+        if loss is not None and loss != loss:  # noqa: PLR0124 (a NaN has no other test)
+            loss = nan
+        if at < state.begin:
+            raise BelowResumePoint(
+                f"the loss at progress {at} lies below progress {state.begin}, where attempt "
+                f"{state.attempt} of run {state.name!r} opened",
+                run=state.name,
+                progress=at,
+                begin=state.begin,
+            )
+        outcome = Outcome.RECORDED
+        moves_to = report.moves_to
+        if at < frontier:
+            known = seen[at] if at in seen else state.loss_at(at)
+            if known is not None:
+                _refuse_conflict(state, at, known, loss)
+                outcome, loss = Outcome.REPEATED, None
+            elif loss is None:
+                outcome = Outcome.REPEATED
+            else:
+                outcome = Outcome.LATE
+                known = late[at] if at in late else state.late.get(at)
+                if known is not None:
+                    _refuse_conflict(state, at, known, loss)
+                    loss = None
+                else:
+                    late[at] = loss
+        elif loss is not None:
+            seen[at] = loss
+        if loss is not None or moves_to > frontier:
+            fresh.append(Report(at, loss, report.weight, moves_to))
+        frontier = max(frontier, moves_to)
+        outcomes.append(outcome)
+    if not fresh:
+        return [], outcomes
+    _refuse_finished(state)
+    return [Reported(state.attempt, incarnation, tuple(fresh))], outcomes
+
+
+def _refuse_conflict(state: RunState, at: int, known: float, loss: float | None) -> None:
+    if loss is None or not _canonical.same_bits(known, loss):
+        raise LossConflict(
+            f"progress {at} of attempt {state.attempt} of run {state.name!r} has loss {known!r} "
+            f"already; got {'none' if loss is None else repr(loss)}",
+            run=state.name,
+            progress=at,
+            recorded=repr(known),
+            got="none" if loss is None else repr(loss),
+        )
+
+
+def _check_reporter(state: RunState, rank: int, incarnation: str) -> None:
+    if rank != state.reporter:
+        raise NotReporter(
+            f"rank {rank} is not the reporter of attempt {state.attempt} of run {state.name!r}: "
+            f"rank {state.reporter} is",
+            run=state.name,
+            rank=rank,
+            reporter=state.reporter,
+        )
+    if state.incarnation and incarnation != state.incarnation:
+        raise NotReporter(
+            f"another process reports as rank {rank} in attempt {state.attempt} of run "
+            f"{state.name!r}: a restarted trainer opens a new attempt",
+            run=state.name,
+            rank=rank,
+            reporter=state.reporter,
+        )
+
+
+def _check_reports(reports: Sequence[Report]) -> None:
+    violations = []
+    for index, report in enumerate(reports):
+        path = f"reports.{index}"
+        if not 0 <= report.progress < MAX_PROGRESS:
+            violations.append(
+                Violation(f"{path}.progress", str(report.progress), f"0 to {MAX_PROGRESS - 1}")
+            )
+        if not report.progress < report.moves_to <= MAX_PROGRESS:
+            violations.append(
+                Violation(
+                    f"{path}.moves_to",
+                    str(report.moves_to),
+                    f"above progress {report.progress}, at most {MAX_PROGRESS}",
+                )
+            )
+        if not (isfinite(report.weight) and report.weight > 0):
+            violations.append(
+                Violation(f"{path}.weight", repr(report.weight), "a finite number above 0")
+            )
+    if violations:
+        raise InvalidRequest("the reports are invalid", violations)
+
+
+# Saved states.
+
+
+def save_state(state: RunState, progress: int) -> bytes:
+    """Return a compact, versioned state from which a server can resume at `progress`.
+
+    Raises LossesPending, BeforeAttempt.
+    """
+    _check_progress("progress", progress)
+    if progress < state.begin:
+        raise BeforeAttempt(
+            f"attempt {state.attempt} of run {state.name!r} opened at progress {state.begin}; "
+            f"it has no state at {progress}",
+            run=state.name,
+            progress=progress,
+            begin=state.begin,
+        )
+    if state.spec.has_feedback and state.frontier < progress:
+        raise LossesPending(
+            f"the losses of run {state.name!r} from progress {state.frontier} up to {progress} "
+            "are not final yet",
+            run=state.name,
+            frontier=state.frontier,
+            progress=progress,
+        )
+    content = _canonical.to_bytes(
+        {"seq": state.seq, "digest": state.digest, "fold": state.saved_fold(progress)}
+    )
+    check = _canonical.chain("", content)
+    head = f"lrpilot-state {STATE_VERSION} {check}\n".encode("ascii")
+    return head + base64.b85encode(zlib.compress(content, 9))
+
+
+def read_state(data: bytes, run: str) -> SavedState:
+    """Return what `save_state` wrote. Raises InvalidState."""
+    head, _, body = data.partition(b"\n")
+    words = head.decode("ascii", "replace").split(" ")
+    if len(words) != 3 or words[0] != "lrpilot-state":
+        raise InvalidState(f"this is not a saved state of lrpilot: it begins with {head[:40]!r}")
+    if words[1] != str(STATE_VERSION):
+        raise InvalidState(
+            f"the state has version {words[1]}; this release reads version {STATE_VERSION}",
+            version=words[1],
+        )
+    try:
+        content = zlib.decompressobj().decompress(base64.b85decode(body), MAX_STATE_BYTES)
+    except (ValueError, zlib.error, binascii.Error):
+        content = b""
+    if _canonical.chain("", content) != words[2]:
+        raise InvalidState("the state is damaged: its checksum does not match")
+    tree = _canonical.from_bytes(content)
+    name = tree["fold"]["name"]
+    if name != run:
+        raise InvalidState(
+            f"the state belongs to run {name!r}, not to run {run!r}", run=run, state_run=name
+        )
+    return SavedState(
+        run=name,
+        seq=tree["seq"],
+        digest=tree["digest"],
+        progress=tree["fold"]["progress"],
+        fold=tree["fold"],
+    )
+
+
+def _check_progress(field: str, progress: int) -> None:
+    if not 0 <= progress <= MAX_PROGRESS:
+        raise InvalidRequest(
+            "the progress is invalid", [Violation(field, str(progress), f"0 to {MAX_PROGRESS}")]
+        )

@@ -1,0 +1,439 @@
+"""The state of a run: a fold over its event log.
+
+    state = fold(apply, events)
+
+`RunState.apply` is the only place where a run changes. There is no clock, no randomness and
+no I/O in it, so that every replica that reads the same log holds the same state to the byte.
+A snapshot is a shortcut to a fold and nothing more.
+"""
+
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from lrpilot.core import _canonical
+from lrpilot.core._events import (
+    Created,
+    Event,
+    Finished,
+    Joined,
+    Opened,
+    Recorded,
+    Report,
+    Reported,
+    Restored,
+    Revised,
+    Waived,
+    decode,
+    encode,
+)
+from lrpilot.core._observers import Observers
+from lrpilot.core._plan import Adjustment, Plan, Revision
+from lrpilot.core._records import Block, Records, Values
+from lrpilot.core._spec import RunSpec, parse_spec
+
+MARK_EVERY = 1024
+"""Losses between two kept observer states, from which a rewind replays."""
+
+
+class RunState:
+    """Everything a log says, by name. Read anything; change it through `apply` alone."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seq = 0
+        self.digest = _canonical.GENESIS
+        self.base_seq = 0
+        """Sequence number before the first event: above 0 for a restored run."""
+        self.base_digest = _canonical.GENESIS
+        self.finished = False
+        self.trainer_spec: RunSpec | None = None
+        """The last spec that a trainer gave."""
+        self.pending_spec: RunSpec | None = None
+        """What holds from the next attempt on."""
+        self.answers: dict[str, tuple[str, int]] = {}
+        """Request id to (kind, attempt or effective progress) of calls that were carried out."""
+        self.keys: dict[str, int] = {}
+        """Key to the attempt that was opened with it."""
+
+        self.attempt = 0
+        """Number of the current attempt; 0 before the first."""
+        self.token = ""
+        self.begin = 0
+        """Progress at which the attempt opened."""
+        self.key = ""
+        self.reporter = 0
+        self.incarnation = ""
+        """Incarnation of the reporter; empty until it is known."""
+        self.frontier = 0
+        """Least progress whose loss is not final."""
+        self.in_use = 0
+        """Greatest progress known to be in use."""
+        self.waivers = 0
+        """Waivers of this attempt."""
+        self.moved = False
+        """Whether the reporter said anything in this attempt."""
+
+        self.origin = 0
+        """Above 0 for a restored run: losses below it are known only through the observers."""
+        self.origin_observers = Observers()
+        self.loss_progress: list[int] = []
+        self.loss_values: list[float] = []
+        self.late: dict[int, float] = {}
+        """Losses that came after their step was final as absent."""
+
+        self.observers = Observers()
+        self.marks: list[tuple[int, Observers]] = []
+        """(losses in the lists above, observers then), from which a rewind replays."""
+        self.plan = Plan([], [])
+        self.advice: list[Adjustment] = []
+        self.forgotten: list[Adjustment] = []
+        """Adjustments and advice that a later attempt forgot; shown to people."""
+        self.records = Records()
+
+    # What follows from the state.
+
+    @property
+    def exists(self) -> bool:
+        """Whether the log holds anything."""
+        return self.seq > 0
+
+    @property
+    def spec(self) -> RunSpec:
+        """The newest spec."""
+        return self.plan.spec
+
+    @property
+    def delay(self) -> int:
+        """Delay D, in the unit."""
+        return self.spec.delay
+
+    @property
+    def horizon(self) -> int:
+        """First progress whose values are not fixed yet."""
+        if self.attempt == 0:
+            return 0
+        if self.spec.has_feedback:
+            return self.frontier + self.delay
+        return max(self.begin, self.in_use) + self.delay
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether an attempt needs to be told where to begin."""
+        return bool(self.loss_progress) or self.moved or self.begin > 0
+
+    @property
+    def losses(self) -> int:
+        """Number of losses kept."""
+        return self.observers.count
+
+    def loss_at(self, progress: int) -> float | None:
+        """Return the loss recorded for `progress`, or None."""
+        index = bisect_left(self.loss_progress, progress)
+        if index < len(self.loss_progress) and self.loss_progress[index] == progress:
+            return self.loss_values[index]
+        return None
+
+    def values(self, progress: int) -> Values:
+        """Return the values at `progress`: what is recorded, else what the plan says."""
+        return self.records.at(progress) or self.plan.values(progress)
+
+    def decided_since(self, seq: int) -> list[Adjustment]:
+        """Return the adjustments and advice that events after `seq` decided, in order."""
+        decided = [item for item in (*self.plan.adjustments, *self.advice) if item.seq > seq]
+        return sorted(decided, key=lambda item: (item.seq, item.decided_at, item.order))
+
+    # The fold.
+
+    def apply(self, event: Event, data: bytes | None = None) -> None:
+        """Advance by one event; `data` is its encoding, where the caller has it already."""
+        if isinstance(event, Restored):
+            self.seq, self.digest = event.base_seq, event.base_digest
+            self.base_seq, self.base_digest = event.base_seq, event.base_digest
+        self.seq += 1
+        self.digest = _canonical.chain(self.digest, data or encode(event))
+        match event:
+            case Reported():
+                self._report(event)
+            case Recorded():
+                self._record(event)
+            case Waived():
+                self.frontier = max(self.frontier, event.until)
+                self.waivers += 1
+            case Joined():
+                self.incarnation = event.incarnation
+            case Opened():
+                self._open(event)
+            case Revised():
+                self._revise(event)
+            case Created():
+                spec = parse_spec(event.spec)
+                self.plan = Plan([Revision(0, 0, spec)], [])
+                self.trainer_spec = spec if event.by_trainer else None
+                self.answers[event.request_id] = (event.kind, 0)
+            case Finished():
+                self.finished = True
+                self.answers[event.request_id] = (event.kind, 0)
+            case Restored():
+                self._restore(event.fold)
+
+    def _report(self, event: Reported) -> None:
+        self.incarnation = event.incarnation
+        self.moved = True
+        for report in event.reports:
+            if report.loss is not None:
+                if report.progress < self.frontier:
+                    self.late[report.progress] = report.loss
+                else:
+                    self._observe(report, report.loss)
+            self.frontier = max(self.frontier, report.moves_to)
+
+    def _observe(self, report: Report, loss: float) -> None:
+        self.loss_progress.append(report.progress)
+        self.loss_values.append(loss)
+        self.observers, decided = self.observers.observe(
+            self.plan, report.progress, loss, self.seq
+        )
+        self.advice += [item for item in decided if item.mode != "act"]
+        if len(self.loss_progress) % MARK_EVERY == 0:
+            self.marks.append((len(self.loss_progress), self.observers))
+
+    def _record(self, event: Recorded) -> None:
+        self.in_use = max(self.in_use, event.in_use)
+        self.records.add(
+            Block(
+                begin=event.begin,
+                stride=event.stride,
+                groups=len(self.spec.group_names),
+                learning_rates=event.learning_rates,
+                weight_decays=event.weight_decays,
+            )
+        )
+
+    def _revise(self, event: Revised) -> None:
+        spec = parse_spec(event.spec)
+        if event.by_trainer:
+            self.trainer_spec = spec
+        if event.effective is None or event.observes_from is None:
+            self.pending_spec = spec
+            self.answers[event.request_id] = (event.kind, self.horizon)
+        else:
+            self.plan.revise(Revision(event.effective, event.observes_from, spec))
+            self.answers[event.request_id] = (event.kind, event.effective)
+
+    def _open(self, event: Opened) -> None:
+        self._rewind(event.begin)
+        records = self.records
+        self.records = Records()
+        if self.pending_spec is not None:
+            self.plan.revise(Revision(event.begin, event.begin, self.pending_spec))
+            self.pending_spec = None
+        else:
+            for block in records.between(event.begin, event.begin + self.delay):
+                self.records.add(block)
+        self.attempt = event.attempt
+        self.token = event.token
+        self.begin = event.begin
+        self.key = event.key
+        if event.key:
+            self.keys[event.key] = event.attempt
+        self.reporter = event.reporter
+        self.incarnation = event.incarnation
+        self.frontier = event.begin
+        self.in_use = event.begin
+        self.waivers = 0
+        self.moved = False
+        self.answers[event.request_id] = (event.kind, event.attempt)
+
+    def _rewind(self, progress: int) -> None:
+        """Forget the losses from `progress` on and what was decided on them."""
+        self.forgotten += [
+            item
+            for item in (*self.plan.adjustments, *self.advice)
+            if item.decided_at >= progress
+        ]
+        self.plan, self.observers = self._as_of(progress)
+        self.advice = [item for item in self.advice if item.decided_at < progress]
+        kept = bisect_left(self.loss_progress, progress)
+        del self.loss_progress[kept:], self.loss_values[kept:]
+        self.marks = [mark for mark in self.marks if mark[0] <= kept]
+        self.late = {at: loss for at, loss in self.late.items() if at < progress}
+
+    def _as_of(self, progress: int) -> tuple[Plan, Observers]:
+        """Return the plan and the observers as they were before the loss at `progress`.
+
+        Replays the losses since the last mark below it: they decide again what they decided.
+        """
+        kept = bisect_left(self.loss_progress, progress)
+        if kept == len(self.loss_progress):
+            return self.plan, self.observers
+        first, observers = 0, self.origin_observers
+        for count, marked in self.marks:
+            if count <= kept:
+                first, observers = count, marked
+        plan = self.plan.forget(self.loss_progress[first])
+        seqs = {item.decided_at: item.seq for item in (*self.plan.adjustments, *self.advice)}
+        for at, loss in zip(
+            self.loss_progress[first:kept], self.loss_values[first:kept], strict=True
+        ):
+            observers, _ = observers.observe(plan, at, loss, seqs.get(at, 0))
+        return plan, observers
+
+    # Saved states: what it takes to resume at one progress.
+
+    def saved_fold(self, progress: int) -> dict[str, Any]:
+        """Return what it takes to resume at `progress`, as plain data.
+
+        It holds no loss: the observers, the plan, and the recorded values not used yet.
+        Losses below `progress` must be final.
+        """
+        plan, observers = self._as_of(progress)
+        return {
+            "name": self.name,
+            "progress": progress,
+            "attempt": self.attempt,
+            "trainer_spec": _spec_to_mapping(self.trainer_spec),
+            "pending_spec": _spec_to_mapping(self.pending_spec),
+            "revisions": [item.to_mapping() for item in plan.revisions],
+            "adjustments": [item.to_mapping() for item in plan.adjustments],
+            "advice": [item.to_mapping() for item in self.advice if item.decided_at < progress],
+            "observers": observers.to_mapping(),
+            "records": [
+                _block_to_mapping(block)
+                for block in self.records.between(progress, progress + self.delay)
+            ],
+        }
+
+    def _restore(self, fold: Mapping[str, Any]) -> None:
+        self.trainer_spec = _spec_from_mapping(fold["trainer_spec"])
+        self.pending_spec = _spec_from_mapping(fold["pending_spec"])
+        self.plan = Plan(
+            [Revision.from_mapping(item) for item in fold["revisions"]],
+            [Adjustment.from_mapping(item) for item in fold["adjustments"]],
+        )
+        self.advice = [Adjustment.from_mapping(item) for item in fold["advice"]]
+        self.observers = Observers.from_mapping(fold["observers"])
+        self.origin_observers = self.observers
+        self.attempt = fold["attempt"]
+        self.origin = self.begin = self.frontier = self.in_use = fold["progress"]
+        for item in fold["records"]:
+            self.records.add(_block_from_mapping(item))
+
+    # Snapshots.
+
+    def snapshot(self) -> bytes:
+        """Return the whole state as canonical bytes; equal states give equal bytes."""
+        return _canonical.to_bytes(
+            {
+                "name": self.name,
+                "seq": self.seq,
+                "digest": self.digest,
+                "base_seq": self.base_seq,
+                "base_digest": self.base_digest,
+                "finished": self.finished,
+                "trainer_spec": _spec_to_mapping(self.trainer_spec),
+                "pending_spec": _spec_to_mapping(self.pending_spec),
+                "answers": self.answers,
+                "keys": self.keys,
+                "attempt": self.attempt,
+                "token": self.token,
+                "begin": self.begin,
+                "key": self.key,
+                "reporter": self.reporter,
+                "incarnation": self.incarnation,
+                "frontier": self.frontier,
+                "moved": self.moved,
+                "in_use": self.in_use,
+                "waivers": self.waivers,
+                "origin": self.origin,
+                "loss_progress": self.loss_progress,
+                "loss_values": self.loss_values,
+                "late": sorted(self.late.items()),
+                "observers": self.observers.to_mapping(),
+                "origin_observers": self.origin_observers.to_mapping(),
+                "marks": [[count, item.to_mapping()] for count, item in self.marks],
+                "revisions": [item.to_mapping() for item in self.plan.revisions],
+                "adjustments": [item.to_mapping() for item in self.plan.adjustments],
+                "advice": [item.to_mapping() for item in self.advice],
+                "forgotten": [item.to_mapping() for item in self.forgotten],
+                "records": [_block_to_mapping(block) for block in self.records],
+            }
+        )
+
+
+def restore_snapshot(data: bytes) -> RunState:
+    """Return the state that `RunState.snapshot` wrote."""
+    content = _canonical.from_bytes(data)
+    state = RunState(content["name"])
+    for name in (
+        "seq digest base_seq base_digest finished attempt token begin key reporter incarnation "
+        "frontier moved in_use waivers origin loss_progress keys"
+    ).split():
+        setattr(state, name, content[name])
+    state.trainer_spec = _spec_from_mapping(content["trainer_spec"])
+    state.pending_spec = _spec_from_mapping(content["pending_spec"])
+    state.answers = {key: (kind, number) for key, (kind, number) in content["answers"].items()}
+    state.loss_values = [float(item) for item in content["loss_values"]]
+    state.late = {at: float(loss) for at, loss in content["late"]}
+    state.observers = Observers.from_mapping(content["observers"])
+    state.origin_observers = Observers.from_mapping(content["origin_observers"])
+    state.marks = [(count, Observers.from_mapping(item)) for count, item in content["marks"]]
+    state.plan = Plan(
+        [Revision.from_mapping(item) for item in content["revisions"]],
+        [Adjustment.from_mapping(item) for item in content["adjustments"]],
+    )
+    state.advice = [Adjustment.from_mapping(item) for item in content["advice"]]
+    state.forgotten = [Adjustment.from_mapping(item) for item in content["forgotten"]]
+    for item in content["records"]:
+        state.records.add(_block_from_mapping(item))
+    return state
+
+
+def rows(state: RunState, events: Sequence[Event]) -> list[tuple[int, bytes, str]]:
+    """Return (seq, encoded event, digest) for events to be appended to the log of `state`."""
+    seq, digest = state.seq, state.digest
+    result = []
+    for event in events:
+        if isinstance(event, Restored):
+            seq, digest = event.base_seq, event.base_digest
+        data = encode(event)
+        seq, digest = seq + 1, _canonical.chain(digest, data)
+        result.append((seq, data, digest))
+    return result
+
+
+def fold(name: str, payloads: Iterable[bytes]) -> RunState:
+    """Return the state after the encoded events of a log."""
+    state = RunState(name)
+    for payload in payloads:
+        state.apply(decode(payload), payload)
+    return state
+
+
+def _spec_to_mapping(spec: RunSpec | None) -> dict[str, Any] | None:
+    return None if spec is None else spec.to_mapping()
+
+
+def _spec_from_mapping(data: Mapping[str, Any] | None) -> RunSpec | None:
+    return None if data is None else parse_spec(data)
+
+
+def _block_to_mapping(block: Block) -> dict[str, Any]:
+    return {
+        "begin": block.begin,
+        "stride": block.stride,
+        "groups": block.groups,
+        "learning_rates": block.learning_rates,
+        "weight_decays": block.weight_decays,
+    }
+
+
+def _block_from_mapping(data: Mapping[str, Any]) -> Block:
+    decays = data["weight_decays"]
+    return Block(
+        begin=data["begin"],
+        stride=data["stride"],
+        groups=data["groups"],
+        learning_rates=tuple(float(item) for item in data["learning_rates"]),
+        weight_decays=None if decays is None else tuple(float(item) for item in decays),
+    )
