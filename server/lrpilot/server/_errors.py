@@ -1,0 +1,82 @@
+"""How errors leave the server: one catalogue from exception to status code, one translator."""
+
+import grpc
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
+
+from lrpilot import core
+from lrpilot.v1 import errors_pb2
+
+DETAILS_KEY = "grpc-status-details-bin"
+"""Trailing metadata in which standard tools look for details."""
+
+_TYPE_PREFIX = "type.googleapis.com/google.rpc."
+
+CATALOGUE: dict[type[core.LrpilotError], grpc.StatusCode] = {
+    core.InvalidSpec: grpc.StatusCode.INVALID_ARGUMENT,
+    core.InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    core.InvalidState: grpc.StatusCode.INVALID_ARGUMENT,
+    core.RunNotFound: grpc.StatusCode.NOT_FOUND,
+    core.RunExists: grpc.StatusCode.ALREADY_EXISTS,
+    core.LossConflict: grpc.StatusCode.ALREADY_EXISTS,
+    core.BelowResumePoint: grpc.StatusCode.OUT_OF_RANGE,
+    core.BeyondHorizon: grpc.StatusCode.OUT_OF_RANGE,
+    core.BeforeAttempt: grpc.StatusCode.OUT_OF_RANGE,
+    core.RunFinished: grpc.StatusCode.FAILED_PRECONDITION,
+    core.RunLive: grpc.StatusCode.FAILED_PRECONDITION,
+    core.SpecChanged: grpc.StatusCode.FAILED_PRECONDITION,
+    core.RevisionRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    core.ResumePointRequired: grpc.StatusCode.FAILED_PRECONDITION,
+    core.JoinRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    core.StateMismatch: grpc.StatusCode.FAILED_PRECONDITION,
+    core.AttemptSuperseded: grpc.StatusCode.FAILED_PRECONDITION,
+    core.NotReporter: grpc.StatusCode.FAILED_PRECONDITION,
+    core.LossesPending: grpc.StatusCode.FAILED_PRECONDITION,
+}
+"""Status code of each error that a request can meet."""
+
+MAX_TEXT = 2000
+"""Most characters of the text for people."""
+
+MAX_DETAILS = 3600
+"""Most bytes of the details before base64. With the text they stay under the 8 KiB of metadata
+that peers accept by default; past that, gRPC replaces the whole error by one of its own."""
+
+
+def details(error: core.LrpilotError) -> tuple[grpc.StatusCode, str, bytes]:
+    """Return the status code, the text for people, and the serialized details of an error.
+
+    What does not fit is cut, and says so.
+    """
+    code = CATALOGUE[type(error)]
+    info = errors_pb2.ErrorInfo(reason=type(error).__name__, domain="lrpilot")
+    for name, fact in error.facts.items():
+        info.metadata[name] = _cut(str(fact), 200)
+    status = errors_pb2.Status(code=code.value[0], message=_cut(error.message, 400))
+    status.details.append(_pack(info, "ErrorInfo"))
+    if isinstance(error, core.InvalidFields):
+        status.details.append(_pack(_bad_request(error, MAX_DETAILS - status.ByteSize()), "BadRequest"))
+    return code, _cut(str(error), MAX_TEXT), status.SerializeToString()
+
+
+def _bad_request(error: core.InvalidFields, room: int) -> errors_pb2.BadRequest:
+    bad = errors_pb2.BadRequest()
+    for index, violation in enumerate(error.violations):
+        bad.field_violations.add(
+            field=_cut(violation.field, 120),
+            description=f"got {_cut(violation.got, 80)}; allowed: {_cut(violation.allowed, 240)}",
+        )
+        if bad.ByteSize() > room - 100:
+            del bad.field_violations[-1]
+            left = len(error.violations) - index
+            bad.field_violations.add(field="", description=f"and {left} more")
+            break
+    return bad
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 2]} …"
+
+
+def _pack(message: Message, name: str) -> AnyMessage:
+    return AnyMessage(type_url=f"{_TYPE_PREFIX}{name}", value=message.SerializeToString())

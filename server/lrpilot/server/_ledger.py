@@ -1,0 +1,227 @@
+"""The live runs of this server: their folded states over the log in the store.
+
+One ledger is one replica. It evaluates a request on its state, appends what the request
+does, and applies that once it is durable. When another replica took the `seq`, it reads what
+that one wrote and evaluates the whole request again. So replicas over one store need no
+leader, and one that lags knows a smaller horizon and hands out fewer values, never others.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TypeVar
+
+from lrpilot import core
+from lrpilot.server._commit import GroupCommitter
+from lrpilot.server._store import LogRow, SeqTaken, Store
+
+T = TypeVar("T")
+
+Evaluate = Callable[[core.RunState], tuple[list[core.Event], T]]
+"""What a request does: reads a state and returns the events to append and the answer."""
+
+logger = logging.getLogger("lrpilot.server")
+
+
+class CorruptLog(Exception):
+    """The log in the store does not match its own digests."""
+
+
+class LiveRun:
+    """One run in memory."""
+
+    def __init__(self, name: str) -> None:
+        self.state = core.RunState(name)
+        self.lock = asyncio.Lock()
+        self.changed = asyncio.Event()
+        """Set and replaced whenever the state changes."""
+        self.created_ns = 0
+        self.updated_ns = 0
+        """When the first and the last event were recorded, Unix nanoseconds."""
+        self.seen_s: float | None = None
+        """When a rank last asked for something, on the monotonic clock; None: not yet."""
+        self.blocks: dict[tuple[int, int, int, int], bytes] = {}
+        """Serialized blocks of the current attempt."""
+        self._blocked = 0
+        self._blocked_since_s = 0.0
+        self._blocked_before_s = 0.0
+        self._horizon = 0
+
+    @property
+    def ranks_waiting(self) -> int:
+        """Number of blocked requests that wait now."""
+        return self._blocked
+
+    def blocked_s(self) -> float:
+        """Return for how long, since the horizon last moved, a training thread was blocked."""
+        running = time.monotonic() - self._blocked_since_s if self._blocked else 0.0
+        return self._blocked_before_s + running
+
+    @asynccontextmanager
+    async def blocked(self) -> AsyncIterator[None]:
+        """Count the time inside as time in which a training thread is blocked on the run."""
+        if not self._blocked:
+            self._blocked_since_s = time.monotonic()
+        self._blocked += 1
+        try:
+            yield
+        finally:
+            self._blocked -= 1
+            if not self._blocked:
+                self._blocked_before_s += time.monotonic() - self._blocked_since_s
+
+    async def wait_for_change(self, timeout_s: float) -> None:
+        """Return when the state changes, or after `timeout_s`."""
+        try:
+            await asyncio.wait_for(self.changed.wait(), timeout_s)
+        except asyncio.TimeoutError:
+            return
+
+    def advance(self, rows: list[LogRow]) -> None:
+        """Apply rows of the log and wake everyone who waits."""
+        attempt = self.state.attempt
+        for row in rows:
+            self.state.apply(core.decode(row.payload), row.payload)
+            if (self.state.seq, self.state.digest) != (row.seq, row.digest):
+                raise CorruptLog(
+                    f"event {row.seq} of run {self.state.name!r}: the log says digest "
+                    f"{row.digest}, its content gives {self.state.digest} at {self.state.seq}"
+                )
+            self.created_ns = self.created_ns or row.recorded_at_ns
+            self.updated_ns = row.recorded_at_ns
+        if self.state.attempt != attempt:
+            self.blocks.clear()
+        if self.state.horizon != self._horizon or self.state.attempt != attempt:
+            self._horizon = self.state.horizon
+            self._blocked_before_s = 0.0
+            self._blocked_since_s = time.monotonic()
+        self.wake()
+
+    def wake(self) -> None:
+        """Wake everyone who waits."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class Ledger:
+    """The runs of one server. Use it from one event loop."""
+
+    def __init__(self, store: Store, committer: GroupCommitter) -> None:
+        self._store = store
+        self._committer = committer
+        self._runs: dict[str, LiveRun] = {}
+        self._tasks: set[asyncio.Task[object]] = set()
+
+    def live(self) -> list[LiveRun]:
+        """Return the unfinished runs whose ranks asked this server for something."""
+        return [
+            run
+            for run in self._runs.values()
+            if run.seen_s is not None and run.state.exists and not run.state.finished
+        ]
+
+    async def run(self, name: str) -> LiveRun:
+        """Return a run that exists. Raises RunNotFound."""
+        run = self._runs.get(name)
+        if run is None or not run.state.exists:
+            run = await self.find(name)
+            if not run.state.exists:
+                raise core.run_not_found(name, await self.names())
+        return run
+
+    async def find(self, name: str) -> LiveRun:
+        """Return a run, which may not exist: then its state is empty."""
+        run = self._runs.get(name)
+        if run is not None:
+            return run
+        run = self._runs.setdefault(name, LiveRun(name))
+        try:
+            async with run.lock:
+                await self._read(run)
+        finally:
+            if not run.state.exists and self._runs.get(name) is run:
+                del self._runs[name]
+        return run
+
+    async def refresh(self, run: LiveRun) -> None:
+        """Read what other replicas appended."""
+        async with run.lock:
+            await self._read(run)
+
+    async def names(self, after: str = "", limit: int = 10_000) -> list[str]:
+        """Return the names of runs in the store, in order."""
+        return await asyncio.to_thread(self._store.runs, after, limit)
+
+    async def history(self, name: str, after_seq: int, limit: int) -> list[LogRow]:
+        """Return rows of a run's log."""
+        return await asyncio.to_thread(self._store.read, name, after_seq, limit)
+
+    async def digest_at(self, name: str, seq: int) -> str | None:
+        """Return the digest of a run's log at `seq`, or None where it has none."""
+        rows = await asyncio.to_thread(self._store.read, name, seq - 1, 1)
+        return rows[0].digest if rows and rows[0].seq == seq else None
+
+    async def transact(self, run: LiveRun, evaluate: Evaluate[T]) -> T:
+        """Carry a request out: evaluate, append, apply; again when another was faster.
+
+        Once begun it is finished, even when the caller is cancelled: what is durable must
+        also be known here.
+        """
+        return await self._finish(self._transact(run, evaluate))
+
+    async def delete(self, run: LiveRun, check: Callable[[core.RunState], None]) -> None:
+        """Remove a run and its log for good, unless `check` raises."""
+        await self._finish(self._delete(run, check))
+
+    async def _finish(self, work: Awaitable[T]) -> T:
+        task: asyncio.Task[T] = asyncio.ensure_future(work)  # type: ignore[arg-type]
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    async def settle(self) -> None:
+        """Wait for every request that was begun."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def _transact(self, run: LiveRun, evaluate: Evaluate[T]) -> T:
+        async with run.lock:
+            while True:
+                events, answer = evaluate(run.state)
+                if not events:
+                    return answer
+                now_ns = time.time_ns()
+                rows = [
+                    LogRow(seq, data, digest, now_ns)
+                    for seq, data, digest in core.rows(run.state, events)
+                ]
+                name = run.state.name
+                try:
+                    await self._committer.append(name, rows, create=not run.state.exists)
+                except SeqTaken:
+                    await self._read(run)
+                    continue
+                self._runs.setdefault(name, run)
+                run.advance(rows)
+                return answer
+
+    async def _delete(self, run: LiveRun, check: Callable[[core.RunState], None]) -> None:
+        async with run.lock:
+            check(run.state)
+            await self._committer.delete(run.state.name)
+            self._runs.pop(run.state.name, None)
+            run.state = core.RunState(run.state.name)
+            run.wake()
+
+    async def _read(self, run: LiveRun) -> None:
+        rows = await asyncio.to_thread(self._store.read, run.state.name, run.state.seq)
+        if run.state.exists and not rows:
+            head = await asyncio.to_thread(self._store.head, run.state.name)
+            if head != (run.state.seq, run.state.digest):
+                # Deleted, and perhaps made again, by another replica.
+                run.state = core.RunState(run.state.name)
+                rows = await asyncio.to_thread(self._store.read, run.state.name)
+        if rows:
+            run.advance(rows)

@@ -1,0 +1,85 @@
+"""What every method has in common: decode, time, translate errors, encode."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Protocol
+
+import grpc
+import grpc.aio
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.message import Message
+
+from lrpilot import core
+from lrpilot.server._errors import DETAILS_KEY, details
+from lrpilot.server._store import StoreUnavailable
+
+logger = logging.getLogger("lrpilot.server")
+
+Behaviour = Callable[[Any], Awaitable[Message | bytes]]
+
+
+class CallObserver(Protocol):
+    """Who is told of each finished call."""
+
+    def call_finished(self, method: str, code: str, seconds: float) -> None:
+        """Count one call of `method` that ended with status `code`."""
+
+
+def handlers(
+    service: ServiceDescriptor,
+    behaviours: Mapping[str, Behaviour],
+    requests: Mapping[str, type[Message]],
+    observer: CallObserver,
+) -> grpc.GenericRpcHandler:
+    """Return the handlers of a service: one behaviour and request class per method.
+
+    The generated `add_…_to_server` would do, but for two things: a behaviour here may return
+    bytes that were serialized once for every rank, and errors are translated in one place.
+    """
+    return grpc.method_handlers_generic_handler(
+        service.full_name,
+        {
+            method.name: grpc.unary_unary_rpc_method_handler(
+                _served(method.name, behaviours[method.name], observer),
+                request_deserializer=requests[method.input_type.name].FromString,
+                response_serializer=_serialize,
+            )
+            for method in service.methods
+        },
+    )
+
+
+def _served(name: str, behaviour: Behaviour, observer: CallObserver) -> Callable[..., Any]:
+    async def serve(
+        request: Message, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> Message | bytes:
+        started = time.perf_counter()
+        code = grpc.StatusCode.OK
+        text = ""
+        metadata: tuple[tuple[str, bytes], ...] = ()
+        try:
+            return await behaviour(request)
+        except core.LrpilotError as error:
+            code, text, packed = details(error)
+            metadata = ((DETAILS_KEY, packed),)
+        except StoreUnavailable as error:
+            logger.error("%s: %s", name, error)
+            code, text = grpc.StatusCode.UNAVAILABLE, f"the store cannot be written: {error}"
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception:
+            logger.exception("%s failed", name)
+            code, text = grpc.StatusCode.INTERNAL, "internal error; the server's log has more"
+        finally:
+            observer.call_finished(name, code.name, time.perf_counter() - started)
+        await context.abort(code, text, metadata)
+        raise AssertionError  # abort never returns
+
+    return serve
+
+
+def _serialize(answer: Message | bytes) -> bytes:
+    return answer if isinstance(answer, bytes) else answer.SerializeToString()

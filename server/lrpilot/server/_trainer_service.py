@@ -1,0 +1,337 @@
+"""The service for ranks: decode, evaluate on the core, append, encode."""
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from google.protobuf.message import Message
+
+from lrpilot import core
+from lrpilot.server._documents import read_spec
+from lrpilot.server._ledger import Ledger, LiveRun
+from lrpilot.server._rpc import Behaviour
+from lrpilot.v1 import trainer_pb2 as pb
+
+logger = logging.getLogger("lrpilot.server")
+
+MAX_WAIT_S = 30.0
+"""Longest that one call waits; a client asks again."""
+
+MAX_REPORTS = 4096
+"""Most reports in one call."""
+
+MAX_CACHED_BLOCKS = 4096
+"""Serialized blocks kept per run; dropped all at once, since they are cheap to make again."""
+
+_OUTCOMES = {
+    core.Outcome.RECORDED: pb.REPORT_OUTCOME_RECORDED,
+    core.Outcome.REPEATED: pb.REPORT_OUTCOME_REPEATED,
+    core.Outcome.LATE: pb.REPORT_OUTCOME_LATE,
+}
+
+
+class TrainerService:
+    """Behaviour of `lrpilot.v1.TrainerService`."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+        self._draining = asyncio.Event()
+
+    @property
+    def behaviours(self) -> Mapping[str, Behaviour]:
+        """Method name to behaviour."""
+        return {
+            "AttachRun": self.attach_run,
+            "OpenAttempt": self.open_attempt,
+            "GetValues": self.get_values,
+            "ReportLosses": self.report_losses,
+            "SaveState": self.save_state,
+        }
+
+    @property
+    def requests(self) -> Mapping[str, type[Message]]:
+        """Name of each request message to its class."""
+        return {
+            "AttachRunRequest": pb.AttachRunRequest,
+            "OpenAttemptRequest": pb.OpenAttemptRequest,
+            "GetValuesRequest": pb.GetValuesRequest,
+            "ReportLossesRequest": pb.ReportLossesRequest,
+            "SaveStateRequest": pb.SaveStateRequest,
+        }
+
+    def drain(self) -> None:
+        """Answer everyone who waits, now: their next call finds the next server."""
+        self._draining.set()
+        for run in self._ledger.live():
+            run.wake()
+
+    async def attach_run(self, request: pb.AttachRunRequest) -> pb.AttachRunResponse:
+        """See the proto file."""
+        _require("run", request.run)
+        _require("request_id", request.request_id)
+        spec = read_spec(request.spec_document) if request.spec_document else None
+        if spec is not None and spec.name != request.run:
+            raise core.InvalidSpec(
+                "the spec is of another run",
+                [core.Violation("name", repr(spec.name), f"the run's name, {request.run!r}")],
+            )
+        run = await (self._ledger.run if spec is None else self._ledger.find)(request.run)
+        revise = request.on_change == pb.ON_CHANGE_REVISE
+
+        def evaluate(state: core.RunState) -> tuple[list[core.Event], tuple[bool, bool]]:
+            events = core.attach_run(state, spec, revise=revise, request_id=request.request_id)
+            # A retry finds the answer that the first call left in the log.
+            kind = events[0].kind if events else state.answers.get(request.request_id, ("", 0))[0]
+            return events, (kind == "created", kind == "revised")
+
+        created, revised = await self._ledger.transact(run, evaluate)
+        _seen(run)
+        return pb.AttachRunResponse(
+            run=request.run,
+            created=created,
+            revised=revised,
+            has_losses=run.state.has_losses,
+        )
+
+    async def open_attempt(self, request: pb.OpenAttemptRequest) -> pb.OpenAttemptResponse:
+        """See the proto file."""
+        _require("run", request.run)
+        _require("request_id", request.request_id)
+        _require("incarnation", request.incarnation)
+        saved = core.read_state(request.state, request.run) if request.state else None
+        run = await (self._ledger.run if saved is None else self._ledger.find)(request.run)
+        wanted = core.OpenRequest(
+            request_id=request.request_id,
+            key=request.key,
+            progress=request.progress if request.HasField("progress") else None,
+            saved=saved,
+            rank=request.rank,
+            reporter=request.reporter,
+            incarnation=request.incarnation,
+            token=secrets.token_hex(16),
+        )
+        if saved is not None:
+            digest = await self._ledger.digest_at(request.run, saved.seq)
+            wanted = replace(wanted, digest_at_saved=digest)
+
+        def evaluate(state: core.RunState) -> tuple[list[core.Event], tuple[bool, bool]]:
+            events = core.open_attempt(state, wanted)
+            kinds = {event.kind for event in events}
+            return events, ("opened" in kinds, "restored" in kinds)
+
+        opened, restored = await self._ledger.transact(run, evaluate)
+        state = run.state
+        repeated = state.answers.get(request.request_id) == ("opened", state.attempt)
+        if opened:
+            logger.info(
+                "run %s: attempt %d opened at progress %d%s",
+                state.name,
+                state.attempt,
+                state.begin,
+                " (restored from a saved state)" if restored else "",
+            )
+        _seen(run)
+        return pb.OpenAttemptResponse(
+            attempt=pb.Attempt(number=state.attempt, token=bytes.fromhex(state.token)),
+            begin=state.begin,
+            delay=state.delay,
+            horizon=state.horizon,
+            unit=state.spec.unit,
+            groups=state.spec.group_names,
+            has_weight_decay=state.spec.has_weight_decay,
+            feedback=state.spec.has_feedback,
+            joined=not repeated,
+            restored=restored,
+        )
+
+    async def get_values(self, request: pb.GetValuesRequest) -> bytes:
+        """See the proto file."""
+        run = await self._ledger.run(request.run)
+        wanted = core.ValuesRequest(
+            begin=request.begin,
+            stride=request.stride,
+            count=request.count,
+            in_use=request.in_use,
+        )
+        end_s = time.monotonic() + min(request.wait_ms / 1000.0, MAX_WAIT_S)
+        block = await self._block(run, request.attempt, wanted)
+        if block is None and request.blocked:
+            async with run.blocked():
+                block = await self._wait(run, request.attempt, wanted, end_s, blocked=True)
+        elif block is None:
+            block = await self._wait(run, request.attempt, wanted, end_s, blocked=False)
+        _seen(run)
+        state = run.state
+        rest = pb.GetValuesResponse(horizon=state.horizon, frontier=state.frontier)
+        # Serialized messages that follow each other are merged when they are read.
+        return (b"" if block is None else _block_bytes(run, block)) + rest.SerializeToString()
+
+    async def report_losses(self, request: pb.ReportLossesRequest) -> pb.ReportLossesResponse:
+        """See the proto file."""
+        run = await self._ledger.run(request.run)
+        if len(request.reports) > MAX_REPORTS:
+            raise core.InvalidRequest(
+                "too many reports in one call",
+                [core.Violation("reports", str(len(request.reports)), f"at most {MAX_REPORTS}")],
+            )
+        _require("incarnation", request.incarnation)
+        reports = [
+            core.Report(
+                progress=item.progress,
+                loss=item.loss if item.HasField("loss") else None,
+                weight=item.weight or 1.0,
+                moves_to=item.moves_to,
+            )
+            for item in request.reports
+        ]
+
+        def evaluate(
+            state: core.RunState,
+        ) -> tuple[list[core.Event], tuple[int, list[core.Outcome]]]:
+            _check(state, request.attempt)
+            events, outcomes = core.report_losses(
+                state, reports, rank=request.rank, incarnation=request.incarnation
+            )
+            return events, (state.seq, outcomes)
+
+        seq, outcomes = await self._ledger.transact(run, evaluate)
+        state = run.state
+        for adjustment in state.decided_since(seq):
+            logger.info(
+                "run %s: %s (%s) decided at progress %d, effective at %d: LR %s -> %s: %s",
+                state.name,
+                adjustment.source,
+                adjustment.mode,
+                adjustment.decided_at,
+                adjustment.effective,
+                ", ".join(f"{lr:.6g}" for lr in adjustment.before),
+                ", ".join(f"{lr:.6g}" for lr in adjustment.after),
+                adjustment.multiply.reason,
+            )
+        _seen(run)
+        return pb.ReportLossesResponse(
+            outcomes=[_OUTCOMES[outcome] for outcome in outcomes],
+            frontier=state.frontier,
+            horizon=state.horizon,
+        )
+
+    async def save_state(self, request: pb.SaveStateRequest) -> pb.SaveStateResponse:
+        """See the proto file."""
+        run = await self._ledger.run(request.run)
+        end_s = time.monotonic() + min(request.wait_ms / 1000.0, MAX_WAIT_S)
+        while True:
+            _check(run.state, request.attempt)
+            left_s = end_s - time.monotonic()
+            try:
+                saved = core.save_state(run.state, request.progress)
+            except core.LossesPending:
+                if left_s <= 0 or self._draining.is_set():
+                    raise
+                await run.wait_for_change(left_s)
+            else:
+                _seen(run)
+                return pb.SaveStateResponse(state=saved)
+
+    async def _block(
+        self, run: LiveRun, attempt: pb.Attempt, wanted: core.ValuesRequest
+    ) -> core.Block | None:
+        """Return recorded values, recording them first where they are fixed; None: not yet."""
+        _check(run.state, attempt)
+        found = core.get_values(run.state, wanted)
+        if not isinstance(found, core.Recorded):
+            return found
+
+        def evaluate(state: core.RunState) -> tuple[list[core.Event], None]:
+            _check(state, attempt)
+            again = core.get_values(state, wanted)
+            return ([again] if isinstance(again, core.Recorded) else []), None
+
+        await self._ledger.transact(run, evaluate)
+        _check(run.state, attempt)
+        found = core.get_values(run.state, wanted)
+        return found if isinstance(found, core.Block) else None
+
+    async def _wait(
+        self,
+        run: LiveRun,
+        attempt: pb.Attempt,
+        wanted: core.ValuesRequest,
+        end_s: float,
+        *,
+        blocked: bool,
+    ) -> core.Block | None:
+        """Wait for values beyond the horizon until `end_s`; blocked waits end in a waiver."""
+        while True:
+            left_s = end_s - time.monotonic()
+            if left_s <= 0 or self._draining.is_set():
+                return None
+            patience_s = left_s
+            if blocked and run.state.spec.has_feedback:
+                patience_s = run.state.spec.feedback.timeout_s - run.blocked_s()
+            if patience_s <= 0:
+                await self._waive(run, attempt, wanted)
+            else:
+                await run.wait_for_change(min(left_s, patience_s))
+            run = await self._ledger.run(run.state.name)
+            block = await self._block(run, attempt, wanted)
+            if block is not None:
+                return block
+
+    async def _waive(self, run: LiveRun, attempt: pb.Attempt, wanted: core.ValuesRequest) -> None:
+        # A replica that lags may only believe that nobody reports.
+        await self._ledger.refresh(run)
+
+        def evaluate(state: core.RunState) -> tuple[list[core.Event], int | None]:
+            _check(state, attempt)
+            if run.blocked_s() < state.spec.feedback.timeout_s:
+                return [], None
+            events = core.waive(state, wanted.begin)
+            return events, state.frontier if events else None
+
+        frontier = await self._ledger.transact(run, evaluate)
+        if frontier is not None:
+            logger.warning(
+                "run %s: ranks waited %g s for the values at progress %d while no loss came: the "
+                "missing losses from %d up to %d are final as absent (waiver)",
+                run.state.name,
+                run.state.spec.feedback.timeout_s,
+                wanted.begin,
+                frontier,
+                run.state.frontier - 1,
+            )
+
+
+def _check(state: core.RunState, attempt: pb.Attempt) -> None:
+    core.check_attempt(state, attempt.number, attempt.token.hex())
+
+
+def _seen(run: LiveRun) -> None:
+    run.seen_s = time.monotonic()
+
+
+def _require(field: str, value: str) -> None:
+    if not value:
+        raise core.InvalidRequest(
+            "the request is incomplete", [core.Violation(field, "nothing", "a non-empty string")]
+        )
+
+
+def _block_bytes(run: LiveRun, block: core.Block) -> bytes:
+    key = (run.state.attempt, block.begin, block.stride, block.steps)
+    data = run.blocks.get(key)
+    if data is None:
+        data = pb.GetValuesResponse(
+            block=pb.Block(
+                begin=block.begin,
+                stride=block.stride,
+                learning_rates=block.learning_rates,
+                weight_decays=block.weight_decays or (),
+            )
+        ).SerializeToString()
+        if len(run.blocks) >= MAX_CACHED_BLOCKS:
+            run.blocks.clear()
+        run.blocks[key] = data
+    return data
