@@ -1,0 +1,315 @@
+"""Values held in memory, found by progress and renewed ahead by a background thread.
+
+The training thread looks values up; only where one is missing does it ask the server itself.
+"""
+
+import logging
+import math
+import struct
+import threading
+import time
+from itertools import repeat
+from typing import TypeAlias
+
+from lrpilot.client import _timing
+from lrpilot.client._call import Backoff, Link, Unanswered
+from lrpilot.client._errors import (
+    BeforeAttempt,
+    BeyondHorizon,
+    ClientFailed,
+    LrpilotError,
+    PilotClosed,
+    ServerError,
+    ValuesDiffer,
+    ValuesPending,
+)
+from lrpilot.v1 import trainer_pb2 as pb
+
+logger = logging.getLogger("lrpilot.client")
+
+Values: TypeAlias = tuple[tuple[float, float | None], ...]
+"""Learning rate and weight decay of each group; None: the run sets no weight decay."""
+
+
+class Lease:
+    """The values of one attempt."""
+
+    def __init__(self, link: Link, opened: pb.OpenAttemptResponse, reporter: int) -> None:
+        self._link = link
+        self._attempt = opened.attempt
+        self._begin = opened.begin
+        self._delay = opened.delay
+        self._reporter = reporter
+        self._groups = len(opened.groups)
+        self._has_weight_decay = opened.has_weight_decay
+        self._known: dict[int, Values] = {}
+        self._lock = threading.Lock()
+        self._in_use = opened.begin
+        # The increment is known once a second value was asked for; that of iterations at once.
+        self._stride = 1 if opened.unit == "iterations" else 0
+        self._waiting = False
+        self._renew_at = -1.0
+        """Progress from which on the background thread has something to do."""
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lrpilot-lease", daemon=True)
+        self._thread.start()
+
+    def values(self, progress: int) -> Values:
+        """Return the values at `progress`, which becomes the one in use. Call from one thread.
+
+        Raises BeforeAttempt, BeyondHorizon, ServerUnavailable, AttemptSuperseded, ….
+        """
+        step = progress - self._in_use
+        if step:
+            if step > 0 and step != self._stride:
+                self._stride = step
+                self._renew_at = -1.0
+            self._in_use = progress
+        found = self._known.get(progress)
+        if found is None:
+            found = self._fetch(progress)
+        if progress >= self._renew_at:
+            self._renew_at = math.inf
+            self._wake.set()
+        return found
+
+    def close(self) -> None:
+        """Let the background thread end; its call was ended with the link."""
+        self._wake.set()
+        if self._thread is not threading.current_thread():
+            self._thread.join(_timing.JOIN_S)
+
+    # On the training thread.
+
+    def _fetch(self, progress: int) -> Values:
+        if progress < self._begin:
+            raise BeforeAttempt(
+                f"attempt {self._attempt.number} of run {self._link.run!r} opened at progress "
+                f"{self._begin}; values at {progress} belong to an attempt before it",
+                facts={"run": self._link.run, "progress": progress, "begin": self._begin},
+            )
+        self._waiting = True
+        try:
+            return self._wait(progress)
+        finally:
+            self._waiting = False
+            self._renew_at = -1.0
+
+    def _wait(self, progress: int) -> Values:
+        link = self._link
+        request = pb.GetValuesRequest(
+            run=link.run,
+            attempt=self._attempt,
+            begin=progress,
+            stride=self._stride or 1,
+            count=_timing.MAX_STEPS if self._stride else 1,
+            in_use=progress,
+            blocked=True,
+            wait_ms=int(_timing.BLOCKED_WAIT_S * 1000),
+        )
+        start_s = said_s = time.monotonic()
+        backoff = Backoff()
+        while True:
+            link.check()
+            asked_s = time.monotonic()
+            reason = ""
+            try:
+                answer = link.once(
+                    link.stub.GetValues, request, _timing.BLOCKED_WAIT_S + _timing.ANSWER_S
+                )
+            except Unanswered as lost:
+                reason = str(lost)
+            else:
+                if answer.HasField("block"):
+                    self._add(answer)
+                else:
+                    link.heard(answer.frontier, answer.horizon)
+            # The background thread may have brought it meanwhile.
+            found = self._known.get(progress)
+            if found is not None:
+                return found
+            now_s = time.monotonic()
+            if reason:
+                # Time in which the server answered "not yet" is no outage.
+                away_s = now_s - max(start_s, link.contact_s or start_s)
+                if away_s >= link.outage_timeout_s:
+                    doing = f"waits for the values at progress {progress}"
+                    raise link.unavailable(doing, away_s, reason)
+            elif now_s - start_s >= _timing.LONGEST_WAIT_S:
+                raise ValuesPending(
+                    f"{self._waits(progress, now_s - start_s)}: not fixed yet",
+                    facts={"run": link.run, "progress": progress, "horizon": link.horizon},
+                )
+            if now_s >= said_s + _timing.BLOCKED_WAIT_S * 0.9:
+                said_s = now_s
+                self._say(progress, now_s - start_s, reason)
+            if reason:
+                link.pause(backoff.next_s())
+            else:
+                # A server that drains answers at once; it is about to be replaced.
+                backoff_s = backoff.next_s() if now_s - asked_s < _timing.BLOCKED_WAIT_S / 2 else 0
+                link.pause(backoff_s)
+
+    def _waits(self, progress: int, seconds: float) -> str:
+        link = self._link
+        return (
+            f"run {link.run}: rank {link.rank} has waited {seconds:.0f} s for the values at "
+            f"progress {progress} (frontier {link.frontier}, horizon {link.horizon}, server "
+            f"{link.address})"
+        )
+
+    def _say(self, progress: int, seconds: float, reason: str) -> None:
+        link = self._link
+        if reason:
+            since = "has not answered yet"
+            if link.contact_s is not None:
+                away_s = time.monotonic() - link.contact_s
+                since = f"has not answered for {away_s:.0f} s"
+            logger.warning(
+                "%s: the server %s (%s); gives up after %.0f s without contact",
+                self._waits(progress, seconds),
+                since,
+                reason,
+                link.outage_timeout_s,
+            )
+        else:
+            logger.warning(
+                "%s: no loss is final from progress %d on, and rank %d is the one to report",
+                self._waits(progress, seconds),
+                link.frontier,
+                self._reporter,
+            )
+
+    # On the background thread.
+
+    def _run(self) -> None:
+        try:
+            while not self._link.closing.is_set():
+                self._wake.wait()
+                self._wake.clear()
+                self._renew()
+        except PilotClosed:
+            return
+        except LrpilotError as error:
+            self._link.fail(error)
+        except Exception as error:
+            logger.exception("run %s: renewing values failed", self._link.run)
+            self._link.fail(ClientFailed(f"renewing values failed: {error!r}"))
+
+    def _renew(self) -> None:
+        """Ask ahead until enough is held, then say from which progress on to be woken."""
+        link = self._link
+        backoff = Backoff()
+        more = False
+        while not link.closing.is_set():
+            stride, in_use = self._stride, self._in_use
+            window = min(self._delay // stride, _timing.MAX_AHEAD) if stride else 0
+            if not stride or self._delay <= stride or self._waiting:
+                # With a delay of one step nothing is fixed ahead; a training thread that waits
+                # asks for itself and wakes this one afterwards.
+                return
+            ahead = self._ahead(in_use, stride)
+            if ahead > window // 2 and not (more and ahead < _timing.MAX_AHEAD):
+                self._renew_at = in_use + (ahead - window // 2) * stride
+                if self._in_use < self._renew_at and self._stride == stride:
+                    return
+                continue
+            wanted = in_use + (ahead + 1) * stride
+            if wanted > _timing.MAX_PROGRESS:
+                return
+            asked_s = time.monotonic()
+            try:
+                answer = link.once(
+                    link.stub.GetValues,
+                    pb.GetValuesRequest(
+                        run=link.run,
+                        attempt=self._attempt,
+                        begin=wanted,
+                        stride=stride,
+                        count=_timing.MAX_STEPS,
+                        in_use=in_use,
+                        wait_ms=int(_timing.RENEW_WAIT_S * 1000),
+                    ),
+                    _timing.RENEW_WAIT_S + _timing.ANSWER_S,
+                )
+            except (Unanswered, BeyondHorizon):
+                # The training thread says what it waits for, should it come to that.
+                link.pause(backoff.next_s())
+                continue
+            if answer.HasField("block"):
+                backoff.reset()
+                steps = self._add(answer)
+                # A large delay holds several blocks ahead, to outlast a longer outage.
+                more = steps == _timing.MAX_STEPS
+            else:
+                link.heard(answer.frontier, answer.horizon)
+                more = False
+                if time.monotonic() - asked_s < _timing.RENEW_WAIT_S / 2:
+                    link.pause(backoff.next_s())
+
+    def _ahead(self, in_use: int, stride: int) -> int:
+        """Return how many steps ahead of the one in use are known."""
+        steps = 0
+        while steps < _timing.MAX_AHEAD and in_use + (steps + 1) * stride in self._known:
+            steps += 1
+        return steps
+
+    # On both.
+
+    def _add(self, answer: pb.GetValuesResponse) -> int:
+        """Keep the values of an answer and return the number of steps."""
+        self._link.heard(answer.frontier, answer.horizon)
+        block = answer.block
+        rates, decays = tuple(block.learning_rates), tuple(block.weight_decays)
+        steps, rest = divmod(len(rates), self._groups)
+        expected = len(rates) if self._has_weight_decay else 0
+        if rest or not steps or block.stride < 1 or len(decays) != expected:
+            raise self._broken(
+                ServerError(
+                    f"run {self._link.run!r}: the server at {self._link.address} sent a block of "
+                    f"{len(rates)} learning rates and {len(decays)} weight decays for "
+                    f"{self._groups} groups",
+                    facts={"run": self._link.run, "address": self._link.address},
+                )
+            )
+        pairs: list[tuple[float, float | None]] = list(zip(rates, decays or repeat(None)))
+        with self._lock:
+            for step in range(steps):
+                progress = block.begin + step * block.stride
+                values = tuple(pairs[step * self._groups : (step + 1) * self._groups])
+                known = self._known.setdefault(progress, values)
+                if known is not values and _bits(known) != _bits(values):
+                    raise self._broken(
+                        ValuesDiffer(
+                            f"run {self._link.run!r}: the server at {self._link.address} gave "
+                            f"{known!r} for progress {progress} of attempt "
+                            f"{self._attempt.number} before, and now {values!r}",
+                            facts={
+                                "run": self._link.run,
+                                "progress": progress,
+                                "known": known,
+                                "got": values,
+                            },
+                        )
+                    )
+            self._forget()
+        return steps
+
+    def _broken(self, error: LrpilotError) -> LrpilotError:
+        self._link.fail(error)
+        return error
+
+    def _forget(self) -> None:
+        keep = _timing.KEPT_PAST + _timing.MAX_AHEAD + _timing.MAX_STEPS
+        surplus = len(self._known) - keep
+        if surplus > 0:
+            oldest = [at for at in self._known if at < self._in_use][:surplus]
+            for progress in oldest:
+                del self._known[progress]
+
+
+def _bits(values: Values) -> bytes:
+    """Return the bits of values, to compare them."""
+    return b"".join(
+        struct.pack("<d", number) for pair in values for number in pair if number is not None
+    )

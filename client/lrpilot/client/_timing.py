@@ -1,0 +1,73 @@
+"""How long the client waits, and how much it keeps. Seconds unless said otherwise."""
+
+CALL_S = 10.0
+"""Deadline of a call that the server answers without waiting."""
+
+OPEN_CALL_S = 30.0
+"""Deadline of a call that opens an attempt: a server that restores a run folds its state."""
+
+ANSWER_S = 5.0
+"""How much later than the wait it was asked for a long poll may be answered."""
+
+BLOCKED_WAIT_S = 5.0
+"""Wait asked for while the training thread is blocked, and time between two messages about it."""
+
+RENEW_WAIT_S = 10.0
+"""Wait asked for while values are renewed ahead."""
+
+SAVE_WAIT_S = 5.0
+"""Wait for final losses asked for in one call that saves a state."""
+
+BACKOFF_FIRST_S = 0.1
+"""Bound of the first pause before a call is repeated; it doubles with each repeat."""
+
+BACKOFF_CAP_S = 5.0
+"""Greatest bound of a pause. Each pause is random below its bound (full jitter), so that the
+ranks of a job do not come back in step."""
+
+CONNECT_PATIENCE_S = 120.0
+"""How long `connect` tries to reach the server: a wrong address should not cost half an hour."""
+
+OPEN_PATIENCE_S = 300.0
+"""How long opening tries to reach the server. The other ranks wait in a collective meanwhile,
+whose own timeout (NCCL: 600 s) would end the job with no word about the cause."""
+
+SAVE_PATIENCE_S = 60.0
+"""How long `state_dict()` takes at most, flushing included."""
+
+LONGEST_WAIT_S = 86_400.0
+"""How long values may be not fixed although the server answers. It ends such waits itself, by a
+waiver after `feedback.timeout`; this bound only keeps a promise that nothing hangs for ever."""
+
+CLOSE_FLUSH_S = 30.0
+"""How long `close()` waits for queued reports to be delivered."""
+
+ABANDON_FLUSH_S = 5.0
+"""The same where an exception ends the `with` block, or nobody called `close()`."""
+
+JOIN_S = 2.0
+"""How long to wait for a background thread to end."""
+
+MAX_STEPS = 128
+"""Most steps in one block of values."""
+
+MAX_AHEAD = 4096
+"""Most steps of values held ahead, however large the delay."""
+
+KEPT_PAST = 1024
+"""Steps of values kept behind the one in use."""
+
+MAX_BATCH = 512
+"""Most reports in one call."""
+
+MAX_BACKLOG = 1_000_000
+"""Most reports that wait for delivery: about 100 MB, or weeks of an outage."""
+
+KEPT_LOSSES = 65_536
+"""Losses kept to recognise a repeated report here; the server knows them all."""
+
+MESSAGE_BYTES = 1024 * 1024
+"""Largest message sent or received."""
+
+MAX_PROGRESS = 2**53
+"""Greatest progress: every integer up to it is a float64."""
