@@ -453,7 +453,7 @@ def upgrade() -> None:
     @pytest.fixture
     def migrations(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """The migrations of a release to come, which may be changed."""
-        folder = tmp_path / "migrations"
+        folder = tmp_path / "100% of them"  # A sign that alembic's configuration would expand.
         shutil.copytree(
             _sql_store._MIGRATIONS, folder, ignore=shutil.ignore_patterns("__pycache__")
         )

@@ -1,5 +1,6 @@
 """What every store promises, asked of each in turn."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -299,6 +300,14 @@ def together(works: list[Callable[[], Any]]) -> list[Any]:
 
 class TestThreads:
     THREADS = 8
+
+    @pytest.fixture(autouse=True)
+    def hurry(self) -> Iterator[None]:
+        """Let threads take turns within the shortest of methods."""
+        before = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        yield
+        sys.setswitchinterval(before)
 
     def test_one_wins_each_seq_of_a_run(self, store: Store) -> None:
         put(store, "a", 1, 1, create=True)
