@@ -113,9 +113,5 @@ class BelowResumePoint(LrpilotError):
     """The loss is for a progress below the one at which the attempt opened."""
 
 
-class ReportGap(LrpilotError):
-    """A report skips progress that is not final yet."""
-
-
 class LossesPending(LrpilotError):
     """Losses below the progress to save at are not final yet."""

@@ -247,9 +247,7 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
     if not state.exists:
         if request.saved is None:
             raise run_not_found(state.name, [])
-        events.append(
-            Restored(request.saved.fold, request.saved.seq, request.saved.digest)
-        )
+        events.append(Restored(request.saved.fold, request.saved.seq, request.saved.digest))
         attempt = request.saved.fold["attempt"] + 1
     elif request.saved is not None:
         _refuse_mismatch(state, request.saved, request.digest_at_saved)

@@ -35,6 +35,13 @@ from lrpilot.core._spec import RunSpec, parse_spec
 MARK_EVERY = 1024
 """Losses between two kept observer states, from which a rewind replays."""
 
+_PLAIN = (
+    "name", "seq", "digest", "base_seq", "base_digest", "finished", "keys", "attempt", "token",
+    "begin", "key", "reporter", "incarnation", "frontier", "in_use", "waivers", "moved", "origin",
+    "loss_progress",
+)  # fmt: skip
+"""Attributes that a snapshot holds as they are."""
+
 
 class RunState:
     """Everything a log says, by name. Read anything; change it through `apply` alone."""
@@ -118,6 +125,11 @@ class RunState:
         return max(self.begin, self.in_use) + self.delay
 
     @property
+    def progress(self) -> int:
+        """Greatest progress that ranks are known to use."""
+        return max(self.begin, self.in_use, self.frontier)
+
+    @property
     def has_losses(self) -> bool:
         """Whether an attempt needs to be told where to begin."""
         return bool(self.loss_progress) or self.moved or self.begin > 0
@@ -191,9 +203,7 @@ class RunState:
     def _observe(self, report: Report, loss: float) -> None:
         self.loss_progress.append(report.progress)
         self.loss_values.append(loss)
-        self.observers, decided = self.observers.observe(
-            self.plan, report.progress, loss, self.seq
-        )
+        self.observers, decided = self.observers.observe(self.plan, report.progress, loss, self.seq)
         self.advice += [item for item in decided if item.mode != "act"]
         if len(self.loss_progress) % MARK_EVERY == 0:
             self.marks.append((len(self.loss_progress), self.observers))
@@ -248,9 +258,7 @@ class RunState:
     def _rewind(self, progress: int) -> None:
         """Forget the losses from `progress` on and what was decided on them."""
         self.forgotten += [
-            item
-            for item in (*self.plan.adjustments, *self.advice)
-            if item.decided_at >= progress
+            item for item in (*self.plan.adjustments, *self.advice) if item.decided_at >= progress
         ]
         self.plan, self.observers = self._as_of(progress)
         self.advice = [item for item in self.advice if item.decided_at < progress]
@@ -325,28 +333,10 @@ class RunState:
         """Return the whole state as canonical bytes; equal states give equal bytes."""
         return _canonical.to_bytes(
             {
-                "name": self.name,
-                "seq": self.seq,
-                "digest": self.digest,
-                "base_seq": self.base_seq,
-                "base_digest": self.base_digest,
-                "finished": self.finished,
+                **{name: getattr(self, name) for name in _PLAIN},
                 "trainer_spec": _spec_to_mapping(self.trainer_spec),
                 "pending_spec": _spec_to_mapping(self.pending_spec),
                 "answers": self.answers,
-                "keys": self.keys,
-                "attempt": self.attempt,
-                "token": self.token,
-                "begin": self.begin,
-                "key": self.key,
-                "reporter": self.reporter,
-                "incarnation": self.incarnation,
-                "frontier": self.frontier,
-                "moved": self.moved,
-                "in_use": self.in_use,
-                "waivers": self.waivers,
-                "origin": self.origin,
-                "loss_progress": self.loss_progress,
                 "loss_values": self.loss_values,
                 "late": sorted(self.late.items()),
                 "observers": self.observers.to_mapping(),
@@ -365,10 +355,7 @@ def restore_snapshot(data: bytes) -> RunState:
     """Return the state that `RunState.snapshot` wrote."""
     content = _canonical.from_bytes(data)
     state = RunState(content["name"])
-    for name in (
-        "seq digest base_seq base_digest finished attempt token begin key reporter incarnation "
-        "frontier moved in_use waivers origin loss_progress keys"
-    ).split():
+    for name in _PLAIN:
         setattr(state, name, content[name])
     state.trainer_spec = _spec_from_mapping(content["trainer_spec"])
     state.pending_spec = _spec_from_mapping(content["pending_spec"])

@@ -55,7 +55,9 @@ def details(error: core.LrpilotError) -> tuple[grpc.StatusCode, str, bytes]:
     status = errors_pb2.Status(code=code.value[0], message=_cut(error.message, 400))
     status.details.append(_pack(info, "ErrorInfo"))
     if isinstance(error, core.InvalidFields):
-        status.details.append(_pack(_bad_request(error, MAX_DETAILS - status.ByteSize()), "BadRequest"))
+        status.details.append(
+            _pack(_bad_request(error, MAX_DETAILS - status.ByteSize()), "BadRequest")
+        )
     return code, _cut(str(error), MAX_TEXT), status.SerializeToString()
 
 

@@ -24,6 +24,9 @@ Evaluate = Callable[[core.RunState], tuple[list[core.Event], T]]
 
 logger = logging.getLogger("lrpilot.server")
 
+ABANDONED_S = 6 * 3600.0
+"""A run from whose ranks nothing came for so long is no longer shown among the live ones."""
+
 
 class CorruptLog(Exception):
     """The log in the store does not match its own digests."""
@@ -115,11 +118,15 @@ class Ledger:
         self._tasks: set[asyncio.Task[object]] = set()
 
     def live(self) -> list[LiveRun]:
-        """Return the unfinished runs whose ranks asked this server for something."""
+        """Return the unfinished runs whose ranks asked this server for something lately."""
+        now_s = time.monotonic()
         return [
             run
             for run in self._runs.values()
-            if run.seen_s is not None and run.state.exists and not run.state.finished
+            if run.seen_s is not None
+            and now_s - run.seen_s < ABANDONED_S
+            and run.state.exists
+            and not run.state.finished
         ]
 
     async def run(self, name: str) -> LiveRun:

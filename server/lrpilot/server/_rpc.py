@@ -65,7 +65,7 @@ def _served(name: str, behaviour: Behaviour, observer: CallObserver) -> Callable
             code, text, packed = details(error)
             metadata = ((DETAILS_KEY, packed),)
         except StoreUnavailable as error:
-            logger.error("%s: %s", name, error)
+            logger.error("%s: %s", name, error)  # noqa: TRY400 - the text says all.
             code, text = grpc.StatusCode.UNAVAILABLE, f"the store cannot be written: {error}"
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED

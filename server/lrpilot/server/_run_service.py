@@ -1,6 +1,5 @@
 """The service for people: create, look at, revise and end runs."""
 
-import asyncio
 import time
 from collections.abc import Mapping
 
@@ -155,9 +154,8 @@ def run_message(run: LiveRun) -> pb.Run:
     """Return a run as people see it."""
     state = run.state
     spec = state.spec
-    at = max(state.in_use, state.begin)
-    rates, decays = state.values(at)
-    message = pb.Run(
+    rates, decays = state.values(state.progress)
+    return pb.Run(
         name=state.name,
         state=_run_state(state),
         spec_document=dump_document(spec.to_mapping()),
@@ -165,7 +163,7 @@ def run_message(run: LiveRun) -> pb.Run:
         total=spec.total,
         attempt=state.attempt,
         begin=state.begin,
-        progress=at,
+        progress=state.progress,
         frontier=state.frontier,
         horizon=state.horizon,
         delay=state.delay,
@@ -189,16 +187,13 @@ def run_message(run: LiveRun) -> pb.Run:
         created_at=_timestamp(run.created_ns),
         updated_at=_timestamp(run.updated_ns),
     )
-    return message
 
 
 def adjustment_messages(state: core.RunState) -> list[pb.Adjustment]:
     """Return every adjustment and advice of a run in order of decision."""
     kept = [(item, False) for item in (*state.plan.adjustments, *state.advice)]
     gone = [(item, True) for item in state.forgotten]
-    ordered = sorted(
-        kept + gone, key=lambda pair: (pair[0].seq, pair[0].decided_at, pair[0].order)
-    )
+    ordered = sorted(kept + gone, key=lambda pair: (pair[0].seq, pair[0].decided_at, pair[0].order))
     return [
         pb.Adjustment(
             effective=item.effective,
@@ -307,7 +302,7 @@ def _page_size(wanted: int, default: int, most: int) -> int:
 
 
 def _page_start(token: str) -> int:
-    if token and not token.isascii() or token and not token.isdigit():
+    if token and not (token.isascii() and token.isdigit()):
         raise core.InvalidRequest(
             "the page token is invalid",
             [core.Violation("page_token", repr(token), "next_page_token of the page before")],

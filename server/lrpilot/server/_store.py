@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-
 MAX_SEQ = 2**63 - 1
 """The greatest `seq`: what a column of 64 bits holds."""
 

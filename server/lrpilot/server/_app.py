@@ -1,0 +1,249 @@
+"""The server, assembled: store, ledger, services, health, reflection, metrics, and its end."""
+
+import asyncio
+import ipaddress
+import logging
+import resource
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from lrpilot.server._commit import GroupCommitter
+from lrpilot.server._ledger import Ledger
+from lrpilot.server._metrics import Metrics
+from lrpilot.server._rpc import handlers
+from lrpilot.server._run_service import RunService
+from lrpilot.server._sql_store import open_store
+from lrpilot.server._store import Store, StoreError
+from lrpilot.server._trainer_service import TrainerService
+from lrpilot.v1 import runs_pb2, trainer_pb2
+
+logger = logging.getLogger("lrpilot.server")
+
+MESSAGE_BYTES = 1024 * 1024
+"""Largest message taken or sent."""
+
+DRAIN_S = 10.0
+"""How long calls under way may take once the server is told to end."""
+
+SERVER_OPTIONS = (
+    # Otherwise a second server binds the same port, and each gets half of the calls.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 8 * 1024),
+    ("grpc.absolute_max_metadata_size", 16 * 1024),
+    # By default gRPC drops calls beyond 1,000 pending ones: a large job opens with more.
+    ("grpc.server.max_pending_requests", 100_000),
+    ("grpc.server.max_pending_requests_hard_limit", 200_000),
+    ("grpc.server_handshake_timeout_ms", 20_000),
+    ("grpc.max_connection_idle_ms", 10 * 60 * 1000),
+    ("grpc.max_connection_age_ms", 60 * 60 * 1000),
+    ("grpc.max_connection_age_grace_ms", 60 * 1000),
+    ("grpc.http2.min_ping_interval_without_data_ms", 20_000),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How a server is started."""
+
+    data: Path
+    """Folder of the database and its lock."""
+    store: str | None = None
+    """Address of the event log, as `open_store` takes it; None: SQLite in `data`."""
+    listen: str
+    """HOST:PORT for gRPC; port 0: the kernel picks."""
+    http: str | None
+    """HOST:PORT for metrics; None: not served."""
+    insecure: bool = False
+    """Whether to listen beyond loopback although nothing is encrypted."""
+
+
+class StartupError(Exception):
+    """The server cannot start; the text is for people."""
+
+
+async def serve(config: ServerConfig) -> None:
+    """Serve until SIGTERM or SIGINT, then drain: what was begun is finished, and is durable.
+
+    Prints one line to standard output once it serves. A second signal ends the process at once,
+    which loses nothing that was acknowledged. Raises StartupError.
+    """
+    if not config.insecure:
+        for option, address in (("listen", config.listen), ("http", config.http)):
+            if address is not None:
+                await _refuse_beyond_loopback(option, address)
+    _raise_file_limit()
+    stop = asyncio.Event()
+    with _opened_store(config) as store, _signals(stop):
+        metrics = Metrics()
+        committer = GroupCommitter(store, metrics)
+        try:
+            await _serve(config, store, committer, metrics, stop)
+        finally:
+            await committer.close()
+    logger.info("stopped")
+
+
+async def _serve(
+    config: ServerConfig,
+    store: Store,
+    committer: GroupCommitter,
+    metrics: Metrics,
+    stop: asyncio.Event,
+) -> None:
+    ledger = Ledger(store, committer)
+    trainer_service, run_service = TrainerService(ledger), RunService(ledger)
+    services = {
+        trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"]: trainer_service,
+        runs_pb2.DESCRIPTOR.services_by_name["RunService"]: run_service,
+    }
+    names = [service.full_name for service in services]
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    server.add_generic_rpc_handlers(
+        tuple(
+            handlers(descriptor, service.behaviours, service.requests, metrics)
+            for descriptor, service in services.items()
+        )
+    )
+    health_service = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
+    reflection.enable_server_reflection(
+        (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    grpc_address = _bind(server, config.listen)
+    metrics.watch(ledger)
+    with _http(config.http, metrics) as http_address:
+        await server.start()
+        for name in ("", *names):
+            await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
+        print(f"lrpilot ready grpc={grpc_address} http={http_address}", flush=True)  # noqa: T201
+        await stop.wait()
+        logger.info("draining: calls under way have %g s to end", DRAIN_S)
+        await health_service.enter_graceful_shutdown()
+        trainer_service.drain()
+        await server.stop(DRAIN_S)
+        await ledger.settle()
+
+
+@contextmanager
+def _opened_store(config: ServerConfig) -> Iterator[Store]:
+    try:
+        store = open_store(config.store if config.store is not None else config.data)
+    except (StoreError, ValueError) as error:
+        raise StartupError(str(error)) from error
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextmanager
+def _signals(stop: asyncio.Event) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+
+    def begin_to_stop() -> None:
+        stop.set()
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+    for number in signals:
+        loop.add_signal_handler(number, begin_to_stop)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+
+
+def _bind(server: grpc.aio.Server, address: str) -> str:
+    """Return the address with the port that was bound."""
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError:
+        port = 0
+    if not port:
+        raise StartupError(
+            f"cannot listen on {address} for gRPC: {_why_not(address)}; "
+            "stop what listens there or choose another address with --listen"
+        )
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+@contextmanager
+def _http(address: str | None, metrics: Metrics) -> Iterator[str]:
+    """Serve metrics on a thread of its own; yield where."""
+    if address is None:
+        yield "off"
+        return
+    host, _, port = address.rpartition(":")
+    try:
+        server, thread = start_http_server(
+            int(port), addr=host.strip("[]"), registry=metrics.registry
+        )
+    except OSError as error:
+        raise StartupError(
+            f"cannot listen on {address} for HTTP: {error.strerror or error}; "
+            "stop what listens there or choose another address with --http"
+        ) from error
+    try:
+        yield f"{host}:{server.server_port}"
+    finally:
+        # Its loop looks for this twice a second; the thread of a scrape may last longer.
+        server.shutdown()
+        server.server_close()
+        thread.join(DRAIN_S)
+
+
+def _why_not(address: str) -> str:
+    """Return why an address cannot be bound: gRPC does not say."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, protocol, _, where = _resolve(host.strip("[]"), int(port))[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+            probe.listen()
+    except OSError as error:
+        return error.strerror or str(error)
+    return "the address is in use"
+
+
+async def _refuse_beyond_loopback(option: str, address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        found = await asyncio.to_thread(_resolve, host.strip("[]"), int(port))
+    except OSError as error:
+        raise StartupError(
+            f"cannot listen on {address}: {error.strerror or error}; choose another address "
+            f"with --{option}"
+        ) from error
+    if not all(ipaddress.ip_address(str(item[4][0])).is_loopback for item in found):
+        raise StartupError(
+            f"--{option} {address} reaches beyond this machine, and nothing is encrypted: whoever "
+            "reaches the port can change runs; give --insecure if that is meant"
+        )
+
+
+def _resolve(host: str, port: int) -> list[tuple[int, int, int, str, tuple[object, ...]]]:
+    return socket.getaddrinfo(  # type: ignore[return-value]
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+
+
+def _raise_file_limit() -> None:
+    """Let every rank of a large job connect: the soft limit of many systems is 1,024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
