@@ -36,9 +36,7 @@ class _OnChangeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     ON_CHANGE_REFUSE: _OnChange.ValueType  # 1
     """Refuse with the difference."""
     ON_CHANGE_REVISE: _OnChange.ValueType  # 2
-    """Revise the run at its horizon; what only a new attempt may change (unit,
-    groups, delay, feedback on or off) waits for the next one.
-    """
+    """Take the new spec; it holds from where the next attempt opens."""
 
 class OnChange(_OnChange, metaclass=_OnChangeEnumTypeWrapper):
     """What to do when the spec differs from the last one that a trainer gave."""
@@ -48,9 +46,7 @@ ON_CHANGE_UNSPECIFIED: OnChange.ValueType  # 0
 ON_CHANGE_REFUSE: OnChange.ValueType  # 1
 """Refuse with the difference."""
 ON_CHANGE_REVISE: OnChange.ValueType  # 2
-"""Revise the run at its horizon; what only a new attempt may change (unit,
-groups, delay, feedback on or off) waits for the next one.
-"""
+"""Take the new spec; it holds from where the next attempt opens."""
 global___OnChange = OnChange
 
 class _ReportOutcome:

@@ -81,7 +81,7 @@ class TrainerServiceServicer(object):
         """Appends losses in order of progress. Answered only after they are durable. The
         whole batch is accepted or refused; repeating it is harmless.
         Errors: ALREADY_EXISTS (LossConflict), OUT_OF_RANGE (BelowResumePoint),
-        FAILED_PRECONDITION (AttemptSuperseded, ReportGap, NotReporter, RunFinished).
+        FAILED_PRECONDITION (AttemptSuperseded, NotReporter, RunFinished).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -65,7 +65,7 @@ class TrainerServiceStub:
     """Appends losses in order of progress. Answered only after they are durable. The
     whole batch is accepted or refused; repeating it is harmless.
     Errors: ALREADY_EXISTS (LossConflict), OUT_OF_RANGE (BelowResumePoint),
-    FAILED_PRECONDITION (AttemptSuperseded, ReportGap, NotReporter, RunFinished).
+    FAILED_PRECONDITION (AttemptSuperseded, NotReporter, RunFinished).
     """
 
     SaveState: grpc.UnaryUnaryMultiCallable[
@@ -118,7 +118,7 @@ class TrainerServiceAsyncStub:
     """Appends losses in order of progress. Answered only after they are durable. The
     whole batch is accepted or refused; repeating it is harmless.
     Errors: ALREADY_EXISTS (LossConflict), OUT_OF_RANGE (BelowResumePoint),
-    FAILED_PRECONDITION (AttemptSuperseded, ReportGap, NotReporter, RunFinished).
+    FAILED_PRECONDITION (AttemptSuperseded, NotReporter, RunFinished).
     """
 
     SaveState: grpc.aio.UnaryUnaryMultiCallable[
@@ -179,7 +179,7 @@ class TrainerServiceServicer(metaclass=abc.ABCMeta):
         """Appends losses in order of progress. Answered only after they are durable. The
         whole batch is accepted or refused; repeating it is harmless.
         Errors: ALREADY_EXISTS (LossConflict), OUT_OF_RANGE (BelowResumePoint),
-        FAILED_PRECONDITION (AttemptSuperseded, ReportGap, NotReporter, RunFinished).
+        FAILED_PRECONDITION (AttemptSuperseded, NotReporter, RunFinished).
         """
 
     @abc.abstractmethod

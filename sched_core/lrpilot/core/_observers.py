@@ -7,8 +7,8 @@ from functools import lru_cache
 from typing import Any
 
 from lrpilot.core._plan import Adjustment, Plan, PlanView, decide, numbered
-from lrpilot.core._spec import PolicySpec, RunSpec, parse_policy
-from lrpilot.core.policies import Observation, Policy, build_policy
+from lrpilot.core._spec import RunSpec, parse_policy
+from lrpilot.core.policies import Observation, Policy, PolicySpec, build_policy
 
 NEWEST_WEIGHT = 0.02
 """Weight of the newest loss in the smoothed loss."""

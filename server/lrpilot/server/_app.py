@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
 import grpc.aio
+from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
@@ -20,7 +20,7 @@ from prometheus_client import start_http_server
 from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._metrics import Metrics
-from lrpilot.server._rpc import handlers
+from lrpilot.server._rpc import Service, handlers
 from lrpilot.server._run_service import RunService
 from lrpilot.server._sql_store import open_store
 from lrpilot.server._store import Store, StoreError
@@ -104,17 +104,14 @@ async def _serve(
 ) -> None:
     ledger = Ledger(store, committer)
     trainer_service, run_service = TrainerService(ledger), RunService(ledger)
-    services = {
+    services: dict[ServiceDescriptor, Service] = {
         trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"]: trainer_service,
         runs_pb2.DESCRIPTOR.services_by_name["RunService"]: run_service,
     }
-    names = [service.full_name for service in services]
+    names = [descriptor.full_name for descriptor in services]
     server = grpc.aio.server(options=SERVER_OPTIONS)
     server.add_generic_rpc_handlers(
-        tuple(
-            handlers(descriptor, service.behaviours, service.requests, metrics)
-            for descriptor, service in services.items()
-        )
+        tuple(handlers(descriptor, service, metrics) for descriptor, service in services.items())
     )
     health_service = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health_service, server)

@@ -183,7 +183,7 @@ class Ledger:
         await self._finish(self._delete(run, check))
 
     async def _finish(self, work: Awaitable[T]) -> T:
-        task: asyncio.Task[T] = asyncio.ensure_future(work)  # type: ignore[arg-type]
+        task: asyncio.Task[T] = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return await asyncio.shield(task)

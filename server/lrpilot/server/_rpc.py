@@ -20,6 +20,18 @@ logger = logging.getLogger("lrpilot.server")
 Behaviour = Callable[[Any], Awaitable[Message | bytes]]
 
 
+class Service(Protocol):
+    """What each service gives to be served."""
+
+    @property
+    def behaviours(self) -> Mapping[str, Behaviour]:
+        """Method name to behaviour."""
+
+    @property
+    def requests(self) -> Mapping[str, type[Message]]:
+        """Name of each request message to its class."""
+
+
 class CallObserver(Protocol):
     """Who is told of each finished call."""
 
@@ -28,10 +40,7 @@ class CallObserver(Protocol):
 
 
 def handlers(
-    service: ServiceDescriptor,
-    behaviours: Mapping[str, Behaviour],
-    requests: Mapping[str, type[Message]],
-    observer: CallObserver,
+    descriptor: ServiceDescriptor, service: Service, observer: CallObserver
 ) -> grpc.GenericRpcHandler:
     """Return the handlers of a service: one behaviour and request class per method.
 
@@ -39,14 +48,14 @@ def handlers(
     bytes that were serialized once for every rank, and errors are translated in one place.
     """
     return grpc.method_handlers_generic_handler(
-        service.full_name,
+        descriptor.full_name,
         {
             method.name: grpc.unary_unary_rpc_method_handler(
-                _served(method.name, behaviours[method.name], observer),
-                request_deserializer=requests[method.input_type.name].FromString,
+                _served(method.name, service.behaviours[method.name], observer),
+                request_deserializer=service.requests[method.input_type.name].FromString,
                 response_serializer=_serialize,
             )
-            for method in service.methods
+            for method in descriptor.methods
         },
     )
 

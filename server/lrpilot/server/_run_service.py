@@ -268,7 +268,7 @@ def event_message(row: LogRow) -> pb.Event:
     return message
 
 
-def _run_state(state: core.RunState) -> pb.RunState:
+def _run_state(state: core.RunState) -> pb.RunState.ValueType:
     if state.finished:
         return pb.RUN_STATE_FINISHED
     return pb.RUN_STATE_RUNNING if state.attempt else pb.RUN_STATE_CREATED
