@@ -52,7 +52,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "gpt3-175b-script",
                 "GPT-3 175B, the script: cosine to 6e-6 over 430k of 500k iterations",
                 "Megatron-LM, examples/gpt3/train_gpt3_175b_distributed.sh. Its batch ramp makes"
-                " the first iterations smaller; Megatron-LM counts samples, this counts iterations.",
+                " the first iterations smaller; it counts samples, this counts iterations.",
                 unit="iterations",
                 total=500_000,
                 learning_rate={
