@@ -35,10 +35,14 @@ RETRIED = frozenset(
         grpc.StatusCode.CANCELLED,
         grpc.StatusCode.RESOURCE_EXHAUSTED,
         grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNKNOWN,
     }
 )
 """Statuses after which a call is repeated: every call of the contract is harmless to repeat. A
-server that sheds load cancels calls, so that CANCELLED is one of them."""
+server that sheds load cancels calls, so that CANCELLED is one of them. INTERNAL and UNKNOWN come
+from broken connections, and from a server at fault that may be mended while training goes on;
+errors that the contract names have other statuses."""
 
 # A source of its own: pauses must neither read nor disturb the seeds of the training.
 _random = random.SystemRandom()
@@ -200,14 +204,17 @@ class Link:
         self.closing.set()
         self._channel.close()
 
+    def forked(self) -> None:
+        """Become closed in a forked child, without the locks that threads of its parent hold."""
+        self.closing = threading.Event()
+        self.closing.set()
+
     def _failed(self, error: LrpilotError) -> LrpilotError:
         self.failure_raised = True
         undelivered = self.undelivered()
         if not undelivered:
             return error.again()
-        return error.again(
-            f" ({undelivered} reports were not delivered)", undelivered=undelivered
-        )
+        return error.again(f" ({undelivered} reports were not delivered)", undelivered=undelivered)
 
     def _translate(self, error: Any) -> Exception:
         code, text = error.code(), error.details() or ""

@@ -138,10 +138,6 @@ class BelowResumePoint(LrpilotError):
     """The loss is for a progress below the one at which the attempt opened."""
 
 
-class ReportGap(LrpilotError):
-    """A report skips progress that is not final yet."""
-
-
 class LossesPending(LrpilotError):
     """Losses below the progress to save at are not final yet."""
 
@@ -154,7 +150,7 @@ class InvalidArgument(LrpilotError, ValueError):
 
 
 class ConnectRefused(LrpilotError):
-    """Ranks could open attempts against each other here; the message says what to do."""
+    """Ranks are not connected alike, or have nothing to agree over; the message says what to do."""
 
 
 class GroupMismatch(LrpilotError):
@@ -187,10 +183,6 @@ class ValuesDiffer(LrpilotError):
 
 class ValuesPending(LrpilotError):
     """The server answered all along, and the values were not fixed even after a day."""
-
-
-class ReportsPending(LrpilotError):
-    """Reports were not delivered in the time allowed; their number is named."""
 
 
 class BacklogFull(LrpilotError):

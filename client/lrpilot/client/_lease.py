@@ -272,7 +272,9 @@ class Lease:
                     facts={"run": self._link.run, "address": self._link.address},
                 )
             )
-        pairs: list[tuple[float, float | None]] = list(zip(rates, decays or repeat(None)))
+        pairs: list[tuple[float, float | None]] = list(
+            zip(rates, decays or repeat(None, len(rates)), strict=True)
+        )
         with self._lock:
             for step in range(steps):
                 progress = block.begin + step * block.stride

@@ -2,7 +2,7 @@
 
 import struct
 import sys
-from typing import Any, TypeAlias, Union
+from typing import Any, TypeAlias
 
 from lrpilot.client._errors import invalid_argument
 
@@ -34,7 +34,7 @@ class PendingLoss:
         return float(self._tensor.item())
 
 
-Number: TypeAlias = Union[float, PendingLoss]
+Number: TypeAlias = float | PendingLoss
 
 
 def take(loss: Loss) -> Number:
@@ -66,7 +66,7 @@ def same_bits(a: float, b: float) -> bool:
 
 def _stream_event(device: Any) -> Any:
     """Return an event on the current stream of the tensor's device, or None where it has none."""
-    module = getattr(sys.modules.get("torch"), device.type, None)
+    module: Any = getattr(sys.modules.get("torch"), device.type, None)
     if not hasattr(module, "current_stream") or not module.is_available():
         return None
     return module.current_stream(device).record_event()

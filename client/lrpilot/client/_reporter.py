@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections import deque
 from dataclasses import dataclass
 from itertools import islice
@@ -192,8 +193,8 @@ class Reporter:
                 if isinstance(first, float) and loss is not None:
                     self._compare(entry.progress, first, loss)
                 continue
-            if pending and loss is not None and entry.progress in self._given:
-                self._given[entry.progress] = loss
+            if pending and loss is not None:
+                self._now_known(entry.progress, loss)
             report = pb.LossReport(
                 progress=entry.progress, weight=entry.weight, moves_to=entry.moves_to
             )
@@ -202,6 +203,12 @@ class Reporter:
             reports.append(report)
             reached = max(reached, entry.moves_to)
         return taken, reports
+
+    def _now_known(self, progress: int, loss: float) -> None:
+        with self._changed:
+            # The training thread may have forgotten it meanwhile.
+            if progress in self._given:
+                self._given[progress] = loss
 
     def _read(self, entry: _Entry) -> float | None:
         if not isinstance(entry.loss, PendingLoss):
@@ -225,18 +232,33 @@ class Reporter:
             reports=reports,
         )
         backoff = Backoff()
+        start_s = said_s = time.monotonic()
         while True:
             try:
                 answer = link.once(link.stub.ReportLosses, request, _timing.CALL_S)
-            except Unanswered as lost:
-                logger.debug("run %s: reporting is repeated: %s", link.run, lost)
-                link.pause(backoff.next_s())
-            else:
                 break
+            except Unanswered as lost:
+                now_s = time.monotonic()
+                if now_s >= said_s + (
+                    _timing.BLOCKED_WAIT_S if said_s == start_s else _timing.REPORT_NOTICE_S
+                ):
+                    said_s = now_s
+                    logger.warning(
+                        "run %s: %d reports wait in memory, since %s has not taken any for "
+                        "%.0f s (%s); they are repeated until it does",
+                        link.run,
+                        self.backlog(),
+                        link.address,
+                        now_s - start_s,
+                        lost,
+                    )
+                link.pause(backoff.next_s())
+        if said_s != start_s:
+            logger.info("run %s: %s takes reports again", link.run, link.address)
         link.heard(answer.frontier, answer.horizon)
         late = [
             report.progress
-            for report, outcome in zip(reports, answer.outcomes)
+            for report, outcome in zip(reports, answer.outcomes, strict=False)
             if outcome == pb.REPORT_OUTCOME_LATE
         ]
         if late:

@@ -12,6 +12,9 @@ ANSWER_S = 5.0
 BLOCKED_WAIT_S = 5.0
 """Wait asked for while the training thread is blocked, and time between two messages about it."""
 
+REPORT_NOTICE_S = 60.0
+"""Time between two messages about reports that cannot be delivered; the first comes earlier."""
+
 RENEW_WAIT_S = 10.0
 """Wait asked for while values are renewed ahead."""
 
@@ -24,6 +27,9 @@ BACKOFF_FIRST_S = 0.1
 BACKOFF_CAP_S = 5.0
 """Greatest bound of a pause. Each pause is random below its bound (full jitter), so that the
 ranks of a job do not come back in step."""
+
+OUTAGE_TIMEOUT_S = 1800.0
+"""How long a training thread waits without any contact to the server, unless told otherwise."""
 
 CONNECT_PATIENCE_S = 120.0
 """How long `connect` tries to reach the server: a wrong address should not cost half an hour."""

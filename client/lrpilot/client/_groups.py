@@ -1,0 +1,116 @@
+"""The parameter groups of an optimizer: which of the run's groups each is, and writing to them."""
+
+import logging
+from typing import Any
+
+from lrpilot.client._errors import GroupMismatch, invalid_argument
+from lrpilot.client._lease import Values
+from lrpilot.v1 import trainer_pb2 as pb
+
+logger = logging.getLogger("lrpilot.client")
+
+OWN = "initial_weight_decay"
+"""Key in a param group for its own weight decay, as torch keeps its `initial_lr`: it travels in
+the optimizer's checkpoint, where the weight decay in force could be the 0 that a ramp begins at."""
+
+
+class Groups:
+    """The parameter groups of one optimizer.
+
+    Always found anew in the optimizer: its `load_state_dict` replaces their dictionaries.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        if not isinstance(getattr(optimizer, "param_groups", None), (list, tuple)):
+            raise invalid_argument("optimizer", optimizer, "an object with param_groups")
+        self._optimizer = optimizer
+        self._run = ""
+        self._names: list[str] = []
+        self._has_weight_decay = False
+        self._own = [group.get("weight_decay") for group in optimizer.param_groups]
+        """Weight decay of each param group when it was attached."""
+        self._plan: list[tuple[int, bool]] = []
+        """For each param group the run's group, and whether its weight decay is written."""
+
+    def bind(self, run: str, opened: pb.OpenAttemptResponse) -> None:
+        """Match the param groups with the run's. Raises GroupMismatch."""
+        self._run = run
+        self._names = list(opened.groups)
+        self._has_weight_decay = opened.has_weight_decay
+        self._match()
+
+    def write(self, values: Values) -> None:
+        """Write LR and WD into every param group. Raises GroupMismatch."""
+        groups = self._optimizer.param_groups
+        if len(groups) != len(self._plan):
+            # add_param_group was called.
+            self._match()
+        for group, (index, decays) in zip(groups, self._plan, strict=True):
+            rate, decay = values[index]
+            _put(group, "lr", rate)
+            if decays:
+                _put(group, "weight_decay", decay)
+
+    def _match(self) -> None:
+        groups = self._optimizer.param_groups
+        plan = [(index, self._has_weight_decay) for index in self._indices(groups)]
+        if self._has_weight_decay:
+            without = [at for at, group in enumerate(groups) if group.get("weight_decay") is None]
+            kept = [] if self._named else [at for at in range(len(groups)) if self._keeps_zero(at)]
+            for at in (*without, *kept):
+                plan[at] = (plan[at][0], False)
+            if without:
+                logger.warning(
+                    "run %s: param groups %s have no weight decay; only their LR is written",
+                    self._run,
+                    without,
+                )
+            if kept:
+                logger.info(
+                    "run %s: param groups %s have weight decay 0 of their own and keep it, since "
+                    "the spec has no groups",
+                    self._run,
+                    kept,
+                )
+        self._plan = plan
+
+    @property
+    def _named(self) -> bool:
+        """Whether the spec has groups: the one group of a spec without has no name."""
+        return self._names != [""]
+
+    def _indices(self, groups: Any) -> list[int]:
+        """Return the run's group of each param group: by name, without names by position."""
+        if not self._named:
+            return [0] * len(groups)
+        names = [group.get("name") for group in groups]
+        if all(name is None for name in names) and len(names) == len(self._names):
+            return list(range(len(names)))
+        if any(name not in self._names for name in names):
+            found = [f"#{at} (no name)" if name is None else name for at, name in enumerate(names)]
+            raise GroupMismatch(
+                f"run {self._run!r} has the groups {self._names}; the optimizer has the param "
+                f"groups {found}. Give each param group the name of its group in the spec, or no "
+                "param group a name and as many of them, in the same order",
+                facts={"run": self._run, "groups": self._names, "param_groups": found},
+            )
+        missing = [name for name in self._names if name not in names]
+        if missing:
+            logger.info(
+                "run %s: no param group of this rank is in the groups %s", self._run, missing
+            )
+        return [self._names.index(name) for name in names]
+
+    def _keeps_zero(self, at: int) -> bool:
+        group = self._optimizer.param_groups[at]
+        attached = self._own[at] if at < len(self._own) else group.get("weight_decay")
+        return attached is not None and group.setdefault(OWN, attached) == 0
+
+
+def _put(group: Any, key: str, value: Any) -> None:
+    held = group.get(key)
+    if hasattr(held, "fill_"):
+        # Compiled and captured optimizers hold on to the tensor.
+        held.fill_(value)
+    else:
+        group[key] = value

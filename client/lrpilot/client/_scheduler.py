@@ -1,0 +1,128 @@
+"""The scheduler of one optimizer: its LR and WD come from the server, its losses go there."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from lrpilot.client import _timing
+from lrpilot.client._arguments import integer
+from lrpilot.client._errors import AttemptNotOpen, invalid_argument
+from lrpilot.client._groups import Groups
+from lrpilot.client._loss import Loss
+from lrpilot.client._session import Session
+from lrpilot.client._state import SavedState, decode, encode
+
+logger = logging.getLogger("lrpilot.client")
+
+
+class Scheduler:
+    """Writes LR and WD into an optimizer's `param_groups`, step by step.
+
+    Made by `Pilot.scheduler`. Every rank calls every method at the same point, save that
+    `state_dict` may be called on any of them. Not for several threads.
+    """
+
+    def __init__(
+        self, session: Session, optimizer: Any, *, state: Mapping[str, Any] | None, defer: bool
+    ) -> None:
+        if defer and state is not None:
+            raise invalid_argument("defer", defer, "False where a state is given")
+        self._session = session
+        self._groups = Groups(optimizer)
+        self._progress: int | None = None
+        self._hook: Any = None
+        if not defer:
+            self._open(state)
+        elif hasattr(optimizer, "register_step_pre_hook"):
+            self._hook = optimizer.register_step_pre_hook(self._before_first_step)
+
+    @property
+    def progress(self) -> int:
+        """Progress whose LR and WD the optimizer holds, in the run's unit.
+
+        Raises AttemptNotOpen.
+        """
+        if self._progress is None:
+            raise AttemptNotOpen(
+                f"run {self._session.link.run!r}: the attempt has not opened yet: it opens at "
+                "load_state_dict(), apply(), or before the optimizer's first step where the "
+                "optimizer has register_step_pre_hook()",
+                facts={"run": self._session.link.run},
+            )
+        return self._progress
+
+    def step(self, increment: int = 1, loss: Loss = None) -> None:
+        """Report the loss at the current progress, move on, write LR and WD of the new one.
+
+        Call it after an optimizer step that updated the parameters, not after a skipped one.
+
+        `increment` is what the step consumed, in the run's unit, at least 1. `loss` is the
+        reduced loss, a number or a tensor with one element on any device, and is read on the
+        reporter alone; NaN and infinities are data. None says that this step has none.
+
+        Raises InvalidArgument, AttemptNotOpen, LossConflict, ServerUnavailable,
+        AttemptSuperseded, …, and what a background thread met since the last call. After
+        ServerUnavailable the step is made and reported, and `apply()` tries again for its values.
+        """
+        here = self.progress
+        there = here + integer("increment", increment, 1, _timing.MAX_PROGRESS - here, _BY_NAME)
+        self._session.report(here, loss, 1.0, there)
+        self._progress = there
+        self._write()
+
+    def apply(self) -> None:
+        """Write LR and WD of the current progress once more; open the attempt where deferred.
+
+        For after something else wrote to the optimizer, such as its own `load_state_dict`.
+        """
+        if self._progress is None:
+            self._open(None)
+        else:
+            self._write()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a checkpoint needs to resume at the current progress: plain types alone.
+
+        Waits until the losses below the progress are final, at most a minute. Where the server
+        does not answer that long, the state holds the progress alone, and a warning says so.
+        No rank waits for another: all may call it, or one. Before a deferred attempt has opened
+        it returns a state that `load_state_dict` takes as none.
+
+        Raises AttemptSuperseded, …, and what a background thread met since the last call.
+        """
+        run = self._session.link.run
+        if self._progress is None:
+            return encode(run, SavedState(None, b""))
+        return encode(run, SavedState(self._progress, self._session.save(self._progress)))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Open the deferred attempt at a state, and write its LR and WD.
+
+        Where the attempt is open, a state of the current progress changes nothing, so that a
+        framework may restore what was given as `state=` already; any other is refused.
+
+        Raises InvalidState, AttemptOpen, and as `Pilot.scheduler` does.
+        """
+        if self._progress is None:
+            self._open(state)
+        else:
+            self._session.refuse_other(decode(self._session.link.run, state), self._progress)
+
+    def _open(self, state: Mapping[str, Any] | None) -> None:
+        opened = self._session.open(state)
+        self._groups.bind(self._session.link.run, opened)
+        self._progress = opened.begin
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+        self._write()
+
+    def _before_first_step(self, *_: Any) -> None:
+        if self._progress is None:
+            self._open(None)
+
+    def _write(self) -> None:
+        self._groups.write(self._session.values(self.progress))
+
+
+_BY_NAME = "; the loss goes by name: step(loss=loss)"
