@@ -213,7 +213,7 @@ class Run(google.protobuf.message.Message):
 
     @property
     def adjustments(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Adjustment]:
-        """Adjustments in order of decision, forgotten ones included."""
+        """The newest 500 adjustments in order of decision, forgotten ones included."""
 
     @property
     def created_at(self) -> google.protobuf.timestamp_pb2.Timestamp:

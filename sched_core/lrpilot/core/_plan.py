@@ -91,6 +91,8 @@ class Revision:
     observes_from: int
     """First progress whose loss its policies see."""
     spec: RunSpec
+    by_trainer: bool = False
+    """Whether a trainer gave it: then it holds from wherever its trainers start."""
 
     @cached_property
     def stages(self) -> tuple[StageSchedule, ...]:
@@ -108,12 +110,20 @@ class Revision:
             "effective": self.effective,
             "observes_from": self.observes_from,
             "spec": self.spec.to_mapping(),
+            "by_trainer": self.by_trainer,
         }
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> "Revision":
         """Return the revision that `to_mapping` wrote."""
-        return cls(data["effective"], data["observes_from"], parse_spec(data["spec"]))
+        spec = parse_spec(data["spec"])
+        return cls(data["effective"], data["observes_from"], spec, data["by_trainer"])
+
+    def reopened(self, begin: int) -> "Revision":
+        """Return the revision as an attempt from `begin` on has it."""
+        if not self.by_trainer or self.effective <= begin:
+            return self
+        return replace(self, effective=begin, observes_from=begin)
 
 
 def clamped_multiply(
@@ -128,9 +138,9 @@ def clamped_multiply(
     """
     scaled = lr * change.factor
     if change.factor < 1.0:
-        new = max(scaled, change.min_lr[group], low)
+        new = max(scaled, _of_group(change.min_lr, group), low)
         return new if lr - new > change.eps else lr
-    ceiling = high if change.max_lr is None else min(change.max_lr[group], high)
+    ceiling = high if change.max_lr is None else min(_of_group(change.max_lr, group), high)
     new = min(scaled, ceiling)
     return new if new - lr > change.eps else lr
 
@@ -167,6 +177,15 @@ class Plan:
     def revise(self, revision: Revision) -> None:
         """Let a revision hold from its effective progress on, in place of every older one."""
         self._revisions.append(revision)
+        self._memo.clear()
+
+    def reopen(self, begin: int) -> None:
+        """Let the trainers' revisions hold from `begin` on, where their new attempt starts.
+
+        Otherwise an attempt that goes back behind one would meet the groups and the delay of a
+        spec that its trainers no longer have.
+        """
+        self._revisions = [revision.reopened(begin) for revision in self._revisions]
         self._memo.clear()
 
     def forget(self, progress: int) -> "Plan":
@@ -315,6 +334,11 @@ def _bounds(spec: RunSpec) -> tuple[float, float]:
         return 0.0, INFINITY
     low, high = spec.bounds.min_lr, spec.bounds.max_lr
     return (0.0 if low is None else low), (INFINITY if high is None else high)
+
+
+def _of_group(limits: tuple[float, ...], group: int) -> float:
+    """Return the limit of a group; those that a later spec added have the last one's."""
+    return limits[min(group, len(limits) - 1)]
 
 
 def _floats(values: Iterable[Any]) -> tuple[float, ...]:

@@ -58,6 +58,9 @@ from lrpilot.core._state import RunState
 MAX_BLOCK_STEPS = 128
 """Most steps in one block: a lease of that length costs about as much as one of a single step."""
 
+MAX_BLOCK_VALUES = 32_768
+"""Most learning rates in one block, over all its steps: it must fit into one message."""
+
 MAX_PROGRESS = 2**53
 """Greatest progress: every integer up to it is a float64."""
 
@@ -92,11 +95,11 @@ def attach_run(
 
     Raises SpecChanged with the difference, unless `revise`.
     """
-    if spec is None or not state.exists:
+    if not state.exists:
         if spec is None:
-            return []
+            raise run_not_found(state.name, [])
         return create_run(state, spec, request_id, by_trainer=True)
-    if request_id in state.answers:
+    if spec is None or request_id in state.answers:
         return []
     known = state.trainer_spec or state.spec
     difference = spec_difference(known, spec)
@@ -122,6 +125,7 @@ def revise_run(state: RunState, spec: RunSpec, request_id: str) -> list[Event]:
 
     Raises RevisionRefused for what only a new attempt may change, RunFinished, InvalidSpec.
     """
+    _refuse_missing(state)
     if request_id in state.answers:
         return []
     _refuse_finished(state)
@@ -139,6 +143,7 @@ def revise_run(state: RunState, spec: RunSpec, request_id: str) -> list[Event]:
 
 def finish_run(state: RunState, request_id: str) -> list[Event]:
     """End the run; repeating it is harmless."""
+    _refuse_missing(state)
     return [] if state.finished else [Finished(request_id)]
 
 
@@ -183,6 +188,11 @@ def _ends(spec: RunSpec) -> list[tuple[str, int]]:
         if stage.until is not None:
             ends.append((f"stages.{index}.until", stage.until))
     return ends
+
+
+def _refuse_missing(state: RunState) -> None:
+    if not state.exists:
+        raise run_not_found(state.name, [])
 
 
 def _refuse_finished(state: RunState) -> None:
@@ -283,6 +293,7 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
 
 def check_attempt(state: RunState, attempt: int, token: str) -> None:
     """Raise AttemptSuperseded unless the request belongs to the current attempt."""
+    _refuse_missing(state)
     if attempt != state.attempt or token != state.token:
         raise _superseded(state, attempt)
 
@@ -337,7 +348,10 @@ def _refuse_mismatch(state: RunState, saved: SavedState, digest: str | None) -> 
     if (saved.seq, saved.digest) == (state.base_seq, state.base_digest) and state.base_seq:
         return
     if digest != saved.digest:
-        there = f"its digest there is {digest}" if digest else f"it ends at seq {state.seq}"
+        if digest:
+            there = f"its digest there is {digest}"
+        else:
+            there = f"it goes from seq {state.base_seq + 1} to {state.seq}"
         raise StateMismatch(
             f"the state was saved at seq {saved.seq} of a log of run {saved.run!r} with digest "
             f"{saved.digest}, which is not the log of this server: {there}",
@@ -386,6 +400,7 @@ def get_values(state: RunState, request: ValuesRequest) -> Block | Recorded | No
     """
     begin, stride = request.begin, request.stride
     _check_values_request(request)
+    count = min(request.count, max(1, MAX_BLOCK_VALUES // len(state.spec.group_names)))
     if begin < state.begin:
         raise BeforeAttempt(
             f"attempt {state.attempt} of run {state.name!r} opened at progress {state.begin}; "
@@ -396,7 +411,7 @@ def get_values(state: RunState, request: ValuesRequest) -> Block | Recorded | No
         )
     known = state.records.block(begin, stride)
     if known is not None:
-        return known.cut(begin, begin + request.count * stride)
+        return known.cut(begin, begin + count * stride)
     _refuse_finished(state)
     horizon = state.horizon
     if not state.spec.has_feedback:
@@ -412,7 +427,7 @@ def get_values(state: RunState, request: ValuesRequest) -> Block | Recorded | No
                 frontier=state.frontier,
             )
         return None
-    last = min(begin + request.count * stride, horizon)
+    last = min(begin + count * stride, horizon)
     points = range(begin, last, stride)
     values = [state.values(point) for point in points]
     decays: tuple[float, ...] | None = None

@@ -35,6 +35,10 @@ from lrpilot.core._spec import RunSpec, parse_spec
 MARK_EVERY = 1024
 """Losses between two kept observer states, from which a rewind replays."""
 
+MAX_SAVED_VALUES = 16_384
+"""Most recorded learning rates in a saved state: it must fit into one message. Those behind them
+are computed again; they come out the same unless the release or the machine is another one."""
+
 _PLAIN = (
     "name", "seq", "digest", "base_seq", "base_digest", "finished", "keys", "attempt", "token",
     "begin", "key", "reporter", "incarnation", "frontier", "in_use", "waivers", "moved", "origin",
@@ -228,15 +232,17 @@ class RunState:
             self.pending_spec = spec
             self.answers[event.request_id] = (event.kind, self.horizon)
         else:
-            self.plan.revise(Revision(event.effective, event.observes_from, spec))
+            revision = Revision(event.effective, event.observes_from, spec, event.by_trainer)
+            self.plan.revise(revision)
             self.answers[event.request_id] = (event.kind, event.effective)
 
     def _open(self, event: Opened) -> None:
         self._rewind(event.begin)
+        self.plan.reopen(event.begin)
         records = self.records
         self.records = Records()
         if self.pending_spec is not None:
-            self.plan.revise(Revision(event.begin, event.begin, self.pending_spec))
+            self.plan.revise(Revision(event.begin, event.begin, self.pending_spec, by_trainer=True))
             self.pending_spec = None
         else:
             for block in records.between(event.begin, event.begin + self.delay):
@@ -306,11 +312,19 @@ class RunState:
             "adjustments": [item.to_mapping() for item in plan.adjustments],
             "advice": [item.to_mapping() for item in self.advice if item.decided_at < progress],
             "observers": observers.to_mapping(),
-            "records": [
-                _block_to_mapping(block)
-                for block in self.records.between(progress, progress + self.delay)
-            ],
+            "records": [_block_to_mapping(block) for block in self._unused_records(progress)],
         }
+
+    def _unused_records(self, progress: int) -> list[Block]:
+        """Return what an attempt from `progress` on inherits, as much as a saved state holds."""
+        kept, room = [], MAX_SAVED_VALUES
+        for block in self.records.between(progress, progress + self.delay):
+            part = block.cut(progress, block.begin + room // block.groups * block.stride)
+            if part is None:
+                break
+            kept.append(part)
+            room -= part.steps * part.groups
+        return kept
 
     def _restore(self, fold: Mapping[str, Any]) -> None:
         self.trainer_spec = _spec_from_mapping(fold["trainer_spec"])

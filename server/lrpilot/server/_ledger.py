@@ -102,6 +102,12 @@ class LiveRun:
             self._blocked_since_s = time.monotonic()
         self.wake()
 
+    def reset(self) -> None:
+        """Forget everything that came from the log."""
+        self.state = core.RunState(self.state.name)
+        self.created_ns = self.updated_ns = 0
+        self.blocks.clear()
+
     def wake(self) -> None:
         """Wake everyone who waits."""
         self.changed.set()
@@ -178,6 +184,20 @@ class Ledger:
         """
         return await self._finish(self._transact(run, evaluate))
 
+    async def look(self, run: LiveRun, evaluate: Callable[[core.RunState], T]) -> T:
+        """Evaluate what changes nothing.
+
+        A refusal counts only once it stands after reading what other replicas wrote: they may
+        have opened the attempt that this one does not know yet.
+        """
+        try:
+            return evaluate(run.state)
+        except core.LrpilotError:
+            async with run.lock:
+                if not await self._read(run):
+                    raise
+            return evaluate(run.state)
+
     async def delete(self, run: LiveRun, check: Callable[[core.RunState], None]) -> None:
         """Remove a run and its log for good, unless `check` raises."""
         await self._finish(self._delete(run, check))
@@ -196,7 +216,13 @@ class Ledger:
     async def _transact(self, run: LiveRun, evaluate: Evaluate[T]) -> T:
         async with run.lock:
             while True:
-                events, answer = evaluate(run.state)
+                try:
+                    events, answer = evaluate(run.state)
+                except core.LrpilotError:
+                    # See `look`.
+                    if await self._read(run):
+                        continue
+                    raise
                 if not events:
                     return answer
                 now_ns = time.time_ns()
@@ -219,16 +245,21 @@ class Ledger:
             check(run.state)
             await self._committer.delete(run.state.name)
             self._runs.pop(run.state.name, None)
-            run.state = core.RunState(run.state.name)
+            run.reset()
             run.wake()
 
-    async def _read(self, run: LiveRun) -> None:
-        rows = await asyncio.to_thread(self._store.read, run.state.name, run.state.seq)
-        if run.state.exists and not rows:
-            head = await asyncio.to_thread(self._store.head, run.state.name)
-            if head != (run.state.seq, run.state.digest):
+    async def _read(self, run: LiveRun) -> bool:
+        """Read what other replicas wrote; return whether there was anything. Holds the lock."""
+        name, seq, digest = run.state.name, run.state.seq, run.state.digest
+        # The last row known here comes with them: it shows whether the log is still the same one.
+        rows = await asyncio.to_thread(self._store.read, name, max(seq - 1, 0))
+        if run.state.exists:
+            if not rows or (rows[0].seq, rows[0].digest) != (seq, digest):
                 # Deleted, and perhaps made again, by another replica.
-                run.state = core.RunState(run.state.name)
-                rows = await asyncio.to_thread(self._store.read, run.state.name)
+                run.reset()
+                run.advance(await asyncio.to_thread(self._store.read, name))
+                return True
+            del rows[0]
         if rows:
             run.advance(rows)
+        return bool(rows)

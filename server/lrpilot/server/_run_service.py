@@ -18,6 +18,8 @@ LIVE_S = 120.0
 
 PAGE_OF_RUNS, MAX_PAGE_OF_RUNS = 50, 500
 PAGE_OF_EVENTS, MAX_PAGE_OF_EVENTS = 200, 1000
+MAX_ADJUSTMENTS = 500
+"""A run shows its newest adjustments; its history has all of them."""
 MAX_PAGE_BYTES = 512 * 1024
 """A page ends early rather than exceed this: messages are bounded at 1 MiB."""
 
@@ -181,7 +183,7 @@ def run_message(run: LiveRun) -> pb.Run:
         nonfinite_losses=state.observers.nonfinite,
         waivers=state.waivers,
         late_losses=len(state.late),
-        adjustments=adjustment_messages(state),
+        adjustments=adjustment_messages(state)[-MAX_ADJUSTMENTS:],
         seq=state.seq,
         digest=state.digest,
         created_at=_timestamp(run.created_ns),

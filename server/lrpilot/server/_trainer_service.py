@@ -222,11 +222,15 @@ class TrainerService:
         """See the proto file."""
         run = await self._ledger.run(request.run)
         end_s = time.monotonic() + min(request.wait_ms / 1000.0, MAX_WAIT_S)
+
+        def save(state: core.RunState) -> bytes:
+            _check(state, request.attempt)
+            return core.save_state(state, request.progress)
+
         while True:
-            _check(run.state, request.attempt)
             left_s = end_s - time.monotonic()
             try:
-                saved = core.save_state(run.state, request.progress)
+                saved = await self._ledger.look(run, save)
             except core.LossesPending:
                 if left_s <= 0 or self._draining.is_set():
                     raise
@@ -239,19 +243,19 @@ class TrainerService:
         self, run: LiveRun, attempt: pb.Attempt, wanted: core.ValuesRequest
     ) -> core.Block | None:
         """Return recorded values, recording them first where they are fixed; None: not yet."""
-        _check(run.state, attempt)
-        found = core.get_values(run.state, wanted)
-        if not isinstance(found, core.Recorded):
-            return found
 
-        def evaluate(state: core.RunState) -> tuple[list[core.Event], None]:
+        def find(state: core.RunState) -> core.Block | core.Recorded | None:
             _check(state, attempt)
-            again = core.get_values(state, wanted)
-            return ([again] if isinstance(again, core.Recorded) else []), None
+            return core.get_values(state, wanted)
 
-        await self._ledger.transact(run, evaluate)
-        _check(run.state, attempt)
-        found = core.get_values(run.state, wanted)
+        def record(state: core.RunState) -> tuple[list[core.Event], None]:
+            found = find(state)
+            return ([found] if isinstance(found, core.Recorded) else []), None
+
+        found = await self._ledger.look(run, find)
+        if isinstance(found, core.Recorded):
+            await self._ledger.transact(run, record)
+            found = await self._ledger.look(run, find)
         return found if isinstance(found, core.Block) else None
 
     async def _wait(
