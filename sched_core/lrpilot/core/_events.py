@@ -66,6 +66,9 @@ class Opened:
     """Global rank of the declared reporter."""
     incarnation: str
     """Incarnation of the reporter when it is the one who opened; else empty."""
+    fold: Mapping[str, Any] | None = None
+    """What `RunState.saved_fold` wrote, where the log went another way after the state was saved:
+    it takes the place of the losses below `begin`. None: the log's own are kept."""
 
 
 @dataclass(frozen=True, slots=True)

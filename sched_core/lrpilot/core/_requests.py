@@ -254,13 +254,17 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
         return _join(state, request, progress)
     events: list[Event] = []
     attempt = state.attempt + 1
+    fold = None
     if not state.exists:
         if request.saved is None:
             raise run_not_found(state.name, [])
         events.append(Restored(request.saved.fold, request.saved.seq, request.saved.digest))
         attempt = request.saved.fold["attempt"] + 1
     elif request.saved is not None:
-        _refuse_mismatch(state, request.saved, request.digest_at_saved)
+        saved = request.saved
+        _refuse_mismatch(state, saved, request.digest_at_saved)
+        if state.went_elsewhere(saved.seq, saved.progress):
+            fold = saved.fold
     elif progress is None and state.has_losses:
         raise ResumePointRequired(
             f"run {state.name!r} has losses up to progress {state.frontier}: give the state of a "
@@ -268,11 +272,11 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
             run=state.name,
             frontier=state.frontier,
         )
-    if progress is not None and progress < state.origin:
+    if progress is not None and progress < state.origin and fold is None:
         raise StateMismatch(
-            f"run {state.name!r} was restored at progress {state.origin}: what came before is "
-            f"gone, so that it cannot resume at {progress}; delete the run and open it with "
-            "the state saved there",
+            f"run {state.name!r} was taken over from a state at progress {state.origin}: what came "
+            f"before is not known, so that it cannot resume at {progress} without the state "
+            "saved there",
             run=state.name,
             origin=state.origin,
             progress=progress,
@@ -286,6 +290,7 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
             key=request.key,
             reporter=request.reporter,
             incarnation=request.incarnation if request.rank == request.reporter else "",
+            fold=fold,
         )
     )
     return events
@@ -354,7 +359,8 @@ def _refuse_mismatch(state: RunState, saved: SavedState, digest: str | None) -> 
             there = f"it goes from seq {state.base_seq + 1} to {state.seq}"
         raise StateMismatch(
             f"the state was saved at seq {saved.seq} of a log of run {saved.run!r} with digest "
-            f"{saved.digest}, which is not the log of this server: {there}",
+            f"{saved.digest}, which is not the log of this server: {there}; to go on from this "
+            "state all the same, delete the run here and start the trainers again",
             run=state.name,
             saved_seq=saved.seq,
             saved_digest=saved.digest,

@@ -42,7 +42,7 @@ are computed again; they come out the same unless the release or the machine is 
 _PLAIN = (
     "name", "seq", "digest", "base_seq", "base_digest", "finished", "keys", "attempt", "token",
     "begin", "key", "reporter", "incarnation", "frontier", "in_use", "waivers", "moved", "origin",
-    "loss_progress",
+    "openings", "loss_progress",
 )  # fmt: skip
 """Attributes that a snapshot holds as they are."""
 
@@ -85,8 +85,11 @@ class RunState:
         self.moved = False
         """Whether the reporter said anything in this attempt."""
 
+        self.openings: list[tuple[int, int]] = []
+        """(seq, begin) of each attempt's opening."""
         self.origin = 0
-        """Above 0 for a restored run: losses below it are known only through the observers."""
+        """Above 0 once a saved state was taken over: losses below it are known only through the
+        observers."""
         self.origin_observers = Observers()
         self.loss_progress: list[int] = []
         self.loss_values: list[float] = []
@@ -142,6 +145,12 @@ class RunState:
     def losses(self) -> int:
         """Number of losses kept."""
         return self.observers.count
+
+    def went_elsewhere(self, seq: int, progress: int) -> bool:
+        """Return whether the losses below `progress` are others now than they were at `seq`."""
+        return progress < self.origin or any(
+            opened > seq and begin < progress for opened, begin in self.openings
+        )
 
     def loss_at(self, progress: int) -> float | None:
         """Return the loss recorded for `progress`, or None."""
@@ -237,7 +246,10 @@ class RunState:
             self.answers[event.request_id] = (event.kind, event.effective)
 
     def _open(self, event: Opened) -> None:
-        self._rewind(event.begin)
+        if event.fold is None:
+            self._rewind(event.begin)
+        else:
+            self._take_over(event.fold)
         self.plan.reopen(event.begin)
         records = self.records
         self.records = Records()
@@ -247,6 +259,7 @@ class RunState:
         else:
             for block in records.between(event.begin, event.begin + self.delay):
                 self.records.add(block)
+        self.openings.append((self.seq, event.begin))
         self.attempt = event.attempt
         self.token = event.token
         self.begin = event.begin
@@ -329,15 +342,25 @@ class RunState:
     def _restore(self, fold: Mapping[str, Any]) -> None:
         self.trainer_spec = _spec_from_mapping(fold["trainer_spec"])
         self.pending_spec = _spec_from_mapping(fold["pending_spec"])
-        self.plan = Plan(
-            [Revision.from_mapping(item) for item in fold["revisions"]],
-            [Adjustment.from_mapping(item) for item in fold["adjustments"]],
-        )
-        self.advice = [Adjustment.from_mapping(item) for item in fold["advice"]]
-        self.observers = Observers.from_mapping(fold["observers"])
-        self.origin_observers = self.observers
+        self.plan = Plan([Revision.from_mapping(item) for item in fold["revisions"]], [])
         self.attempt = fold["attempt"]
-        self.origin = self.begin = self.frontier = self.in_use = fold["progress"]
+        self.begin = self.frontier = self.in_use = fold["progress"]
+        self._take_over(fold)
+
+    def _take_over(self, fold: Mapping[str, Any]) -> None:
+        """Let a saved state take the place of the losses and of what was decided on them."""
+        adjustments = [Adjustment.from_mapping(item) for item in fold["adjustments"]]
+        advice = [Adjustment.from_mapping(item) for item in fold["advice"]]
+        kept = {*adjustments, *advice}
+        known = (*self.forgotten, *self.plan.adjustments, *self.advice)
+        self.forgotten = [item for item in known if item not in kept]
+        self.plan = Plan(self.plan.revisions, adjustments)
+        self.advice = advice
+        self.observers = self.origin_observers = Observers.from_mapping(fold["observers"])
+        self.origin = fold["progress"]
+        self.loss_progress, self.loss_values, self.marks = [], [], []
+        self.late = {}
+        self.records = Records()
         for item in fold["records"]:
             self.records.add(_block_from_mapping(item))
 
@@ -373,6 +396,7 @@ def restore_snapshot(data: bytes) -> RunState:
         setattr(state, name, content[name])
     state.trainer_spec = _spec_from_mapping(content["trainer_spec"])
     state.pending_spec = _spec_from_mapping(content["pending_spec"])
+    state.openings = [(seq, begin) for seq, begin in content["openings"]]
     state.answers = {key: (kind, number) for key, (kind, number) in content["answers"].items()}
     state.loss_values = [float(item) for item in content["loss_values"]]
     state.late = {at: float(loss) for at, loss in content["late"]}
