@@ -95,6 +95,57 @@ async def serve(config: ServerConfig) -> None:
     logger.info("stopped")
 
 
+class Server:
+    """The services of one replica on one gRPC server."""
+
+    def __init__(self, store: Store, committer: GroupCommitter, metrics: Metrics) -> None:
+        self.ledger = Ledger(store, committer)
+        self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        self._trainer_service = TrainerService(self.ledger)
+        self._health = health.aio.HealthServicer()
+        services: dict[ServiceDescriptor, Service] = {
+            trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"]: self._trainer_service,
+            runs_pb2.DESCRIPTOR.services_by_name["RunService"]: RunService(self.ledger),
+        }
+        self._names = [descriptor.full_name for descriptor in services]
+        self.grpc.add_generic_rpc_handlers(
+            tuple(
+                handlers(descriptor, service, metrics) for descriptor, service in services.items()
+            )
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        reflection.enable_server_reflection(
+            (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc
+        )
+        metrics.watch(self.ledger)
+
+    def bind(self, address: str) -> str:
+        """Return the address with the port that was bound. Raises StartupError."""
+        try:
+            port = self.grpc.add_insecure_port(address)
+        except RuntimeError:
+            port = 0
+        if not port:
+            raise StartupError(
+                f"cannot listen on {address} for gRPC: {_why_not(address)}; "
+                "stop what listens there or choose another address with --listen"
+            )
+        return f"{address.rpartition(':')[0]}:{port}"
+
+    async def start(self) -> None:
+        """Take calls, and say so."""
+        await self.grpc.start()
+        for name in ("", *self._names):
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+
+    async def drain(self) -> None:
+        """Take no more calls; return once those under way are done, or their time is up."""
+        await self._health.enter_graceful_shutdown()
+        self._trainer_service.drain()
+        await self.grpc.stop(DRAIN_S)
+        await self.ledger.settle()
+
+
 async def _serve(
     config: ServerConfig,
     store: Store,
@@ -102,35 +153,14 @@ async def _serve(
     metrics: Metrics,
     stop: asyncio.Event,
 ) -> None:
-    ledger = Ledger(store, committer)
-    trainer_service, run_service = TrainerService(ledger), RunService(ledger)
-    services: dict[ServiceDescriptor, Service] = {
-        trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"]: trainer_service,
-        runs_pb2.DESCRIPTOR.services_by_name["RunService"]: run_service,
-    }
-    names = [descriptor.full_name for descriptor in services]
-    server = grpc.aio.server(options=SERVER_OPTIONS)
-    server.add_generic_rpc_handlers(
-        tuple(handlers(descriptor, service, metrics) for descriptor, service in services.items())
-    )
-    health_service = health.aio.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(health_service, server)
-    reflection.enable_server_reflection(
-        (*names, health.SERVICE_NAME, reflection.SERVICE_NAME), server
-    )
-    grpc_address = _bind(server, config.listen)
-    metrics.watch(ledger)
+    server = Server(store, committer, metrics)
+    grpc_address = server.bind(config.listen)
     with _http(config.http, metrics) as http_address:
         await server.start()
-        for name in ("", *names):
-            await health_service.set(name, health_pb2.HealthCheckResponse.SERVING)
         print(f"lrpilot ready grpc={grpc_address} http={http_address}", flush=True)  # noqa: T201
         await stop.wait()
         logger.info("draining: calls under way have %g s to end", DRAIN_S)
-        await health_service.enter_graceful_shutdown()
-        trainer_service.drain()
-        await server.stop(DRAIN_S)
-        await ledger.settle()
+        await server.drain()
 
 
 @contextmanager
@@ -162,20 +192,6 @@ def _signals(stop: asyncio.Event) -> Iterator[None]:
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
-
-
-def _bind(server: grpc.aio.Server, address: str) -> str:
-    """Return the address with the port that was bound."""
-    try:
-        port = server.add_insecure_port(address)
-    except RuntimeError:
-        port = 0
-    if not port:
-        raise StartupError(
-            f"cannot listen on {address} for gRPC: {_why_not(address)}; "
-            "stop what listens there or choose another address with --listen"
-        )
-    return f"{address.rpartition(':')[0]}:{port}"
 
 
 @contextmanager
