@@ -20,8 +20,11 @@ LARGEST_PROGRESS = 2**53
 LARGEST_RATE = 1e100
 """Keeps every schedule finite: a rate is multiplied by a progress before it is divided."""
 
-_PERCENT = re.compile(r"(?P<number>\d{1,3}(\.\d{0,20})?|\.\d{1,20}) ?%")
-_DURATION = re.compile(r"(?P<number>\d{1,15}(\.\d{0,15})?(e[+-]?\d{1,3})?) ?(?P<unit>ms|s|m|h)")
+_PERCENT = re.compile(r"(?P<number>\d{1,3}(\.\d{0,20})?|\.\d{1,20}) ?%", re.ASCII)
+# As many decimals as a float's shortest form can have.
+_DURATION = re.compile(
+    r"(?P<number>\d{1,15}(\.\d{0,25})?(e[+-]?\d{1,2})?) ?(?P<unit>ms|s|m|h)", re.ASCII
+)
 _SECONDS = {"ms": Fraction(1, 1000), "s": Fraction(1), "m": Fraction(60), "h": Fraction(3600)}
 
 
@@ -121,8 +124,7 @@ def _real(value: Any) -> float:
 
 
 def _whole(value: Any, low: int) -> int:
-    x = _real(value)
-    if not x.is_integer() or not low <= x <= LARGEST_PROGRESS:
+    if not _real(value).is_integer() or not low <= int(value) <= LARGEST_PROGRESS:
         raise ValueError("not a whole number in range")
     return int(value)
 
@@ -132,7 +134,8 @@ def _read_length(value: Any) -> int | float | str:
         share(value)
         return value.replace(" ", "")
     x = _real(value)
-    if not 0 <= x <= LARGEST_PROGRESS:
+    # Compared as it stands: the float nearest to 2**53 + 1 is 2**53.
+    if not 0 <= value <= LARGEST_PROGRESS:
         raise ValueError("out of range")
     return int(x) if x.is_integer() else x
 

@@ -63,8 +63,10 @@ _RUN_NAME = text(
     "1 to 63 of a-z 0-9 . _ - that begin with a letter or a digit",
     "run",
 )
+# Control characters, the other line breaks, and surrogates, which no UTF-8 can carry.
+_NO_LABEL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
 _LABEL = text(
-    r"[^\s\x00-\x1f\x7f](?:[^\x00-\x1f\x7f]{0,126}[^\s\x00-\x1f\x7f])?",
+    rf"[^\s{_NO_LABEL}](?:[^{_NO_LABEL}]{{0,126}}[^\s{_NO_LABEL}])?",
     "1 to 128 characters without line breaks or surrounding blanks",
     "-",
 )
@@ -387,6 +389,8 @@ def _read_errors(
         else:
             value = _value_at(raw, path)
             got, allowed = _shown(value), words.allowed
+            if isinstance(path[-1], int):
+                allowed = f"an item of {allowed}"
             if isinstance(words, Rule) and isinstance(value, str):
                 allowed += _near(value, words.options)
         yield path, Violation(_dotted(path), got, allowed)

@@ -168,16 +168,13 @@ class Plateau:
     def decode(self, data: Mapping[str, Any]) -> PlateauState:
         """Return the state that `encode` wrote; raises InvalidState if it is none."""
         try:
-            state = PlateauState(
-                best=float(data["best"]),
-                bad=int(data["bad"]),
-                cooldown=int(data["cooldown"]),
-                total=float(data["total"]),
-                seen=int(data["seen"]),
-            )
+            best, total = float(data["best"]), float(data["total"])
+            bad, cooldown, seen = counts = (data["bad"], data["cooldown"], data["seen"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise InvalidState(f"not the state of a plateau policy: {dict(data)!r}") from error
-        return state
+            raise InvalidState(f"not the state of a plateau policy: {data!r}") from error
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise InvalidState(f"not the state of a plateau policy: {data!r}")
+        return PlateauState(best, bad, cooldown, total, seen)
 
     def _better(self, report: float, best: float) -> bool:
         threshold = self._spec.threshold
