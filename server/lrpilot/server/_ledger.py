@@ -83,17 +83,18 @@ class LiveRun:
             return
 
     def advance(self, rows: list[LogRow]) -> None:
-        """Apply rows of the log and wake everyone who waits."""
+        """Apply rows of the log and wake everyone who waits.
+
+        Raises CorruptLog, and whatever a fold of what is no event raises; the run is empty then.
+        """
         attempt = self.state.attempt
-        for row in rows:
-            self.state.apply(core.decode(row.payload), row.payload)
-            if (self.state.seq, self.state.digest) != (row.seq, row.digest):
-                raise CorruptLog(
-                    f"event {row.seq} of run {self.state.name!r}: the log says digest "
-                    f"{row.digest}, its content gives {self.state.digest} at {self.state.seq}"
-                )
-            self.created_ns = self.created_ns or row.recorded_at_ns
-            self.updated_ns = row.recorded_at_ns
+        try:
+            for row in rows:
+                self._apply(row)
+        except BaseException:
+            # Half of a log is no state: nobody must be answered from it.
+            self.reset()
+            raise
         if self.state.attempt != attempt:
             self.blocks.clear()
         if self.state.horizon != self._horizon or self.state.attempt != attempt:
@@ -101,6 +102,16 @@ class LiveRun:
             self._blocked_before_s = 0.0
             self._blocked_since_s = time.monotonic()
         self.wake()
+
+    def _apply(self, row: LogRow) -> None:
+        self.state.apply(core.decode(row.payload), row.payload)
+        if (self.state.seq, self.state.digest) != (row.seq, row.digest):
+            raise CorruptLog(
+                f"event {row.seq} of run {self.state.name!r}: the log says digest "
+                f"{row.digest}, its content gives {self.state.digest} at {self.state.seq}"
+            )
+        self.created_ns = self.created_ns or row.recorded_at_ns
+        self.updated_ns = row.recorded_at_ns
 
     def reset(self) -> None:
         """Forget everything that came from the log."""
@@ -135,6 +146,11 @@ class Ledger:
             and not run.state.finished
         ]
 
+    def wake(self) -> None:
+        """Wake everyone who waits for any run."""
+        for run in self._runs.values():
+            run.wake()
+
     async def run(self, name: str) -> LiveRun:
         """Return a run that exists. Raises RunNotFound."""
         run = self._runs.get(name)
@@ -147,16 +163,19 @@ class Ledger:
     async def find(self, name: str) -> LiveRun:
         """Return a run, which may not exist: then its state is empty."""
         run = self._runs.get(name)
-        if run is not None:
+        if run is not None and run.state.exists:
             return run
         run = self._runs.setdefault(name, LiveRun(name))
         try:
+            # Whoever comes meanwhile waits here too: that it is empty says nothing yet.
             async with run.lock:
-                await self._read(run)
+                if not run.state.exists:
+                    await self._read(run)
         finally:
             if not run.state.exists and self._runs.get(name) is run:
                 del self._runs[name]
-        return run
+        # Should a reader that was cancelled have dropped it: who waits must be found and woken.
+        return self._runs.setdefault(name, run) if run.state.exists else run
 
     async def refresh(self, run: LiveRun) -> None:
         """Read what other replicas appended."""
@@ -193,9 +212,8 @@ class Ledger:
         try:
             return evaluate(run.state)
         except core.LrpilotError:
-            async with run.lock:
-                if not await self._read(run):
-                    raise
+            # Also when nothing is read: the state may have moved on while this one waited.
+            await self.refresh(run)
             return evaluate(run.state)
 
     async def delete(self, run: LiveRun, check: Callable[[core.RunState], None]) -> None:

@@ -60,6 +60,14 @@ def handlers(
     )
 
 
+def require(field: str, value: str) -> None:
+    """Refuse a request that leaves a field empty. Raises InvalidRequest."""
+    if not value:
+        raise core.InvalidRequest(
+            "the request is incomplete", [core.Violation(field, "nothing", "a non-empty string")]
+        )
+
+
 def _served(name: str, behaviour: Behaviour, observer: CallObserver) -> Callable[..., Any]:
     async def serve(
         request: Message, context: grpc.aio.ServicerContext[Any, Any]

@@ -9,7 +9,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from lrpilot import core
 from lrpilot.server._documents import dump_document, read_spec
 from lrpilot.server._ledger import Ledger, LiveRun
-from lrpilot.server._rpc import Behaviour
+from lrpilot.server._rpc import Behaviour, require
 from lrpilot.server._store import LogRow
 from lrpilot.v1 import runs_pb2 as pb
 
@@ -58,6 +58,7 @@ class RunService:
 
     async def create_run(self, request: pb.CreateRunRequest) -> pb.CreateRunResponse:
         """See the proto file."""
+        require("request_id", request.request_id)
         spec = read_spec(request.spec_document)
         run = await self._ledger.find(spec.name)
         await self._ledger.transact(
@@ -87,6 +88,7 @@ class RunService:
 
     async def revise_run(self, request: pb.ReviseRunRequest) -> pb.ReviseRunResponse:
         """See the proto file."""
+        require("request_id", request.request_id)
         spec = read_spec(request.spec_document)
         if spec.name != request.run:
             raise core.InvalidSpec(
@@ -127,6 +129,7 @@ class RunService:
 
     async def finish_run(self, request: pb.FinishRunRequest) -> pb.FinishRunResponse:
         """See the proto file."""
+        require("request_id", request.request_id)
         run = await self._ledger.run(request.run)
 
         def evaluate(state: core.RunState) -> tuple[list[core.Event], None]:

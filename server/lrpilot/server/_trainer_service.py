@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 from lrpilot import core
 from lrpilot.server._documents import read_spec
 from lrpilot.server._ledger import Ledger, LiveRun
-from lrpilot.server._rpc import Behaviour
+from lrpilot.server._rpc import Behaviour, require
 from lrpilot.v1 import trainer_pb2 as pb
 
 logger = logging.getLogger("lrpilot.server")
@@ -65,13 +65,12 @@ class TrainerService:
     def drain(self) -> None:
         """Answer everyone who waits, now: their next call finds the next server."""
         self._draining.set()
-        for run in self._ledger.live():
-            run.wake()
+        self._ledger.wake()
 
     async def attach_run(self, request: pb.AttachRunRequest) -> pb.AttachRunResponse:
         """See the proto file."""
-        _require("run", request.run)
-        _require("request_id", request.request_id)
+        require("run", request.run)
+        require("request_id", request.request_id)
         spec = read_spec(request.spec_document) if request.spec_document else None
         if spec is not None and spec.name != request.run:
             raise core.InvalidSpec(
@@ -98,9 +97,9 @@ class TrainerService:
 
     async def open_attempt(self, request: pb.OpenAttemptRequest) -> pb.OpenAttemptResponse:
         """See the proto file."""
-        _require("run", request.run)
-        _require("request_id", request.request_id)
-        _require("incarnation", request.incarnation)
+        require("run", request.run)
+        require("request_id", request.request_id)
+        require("incarnation", request.incarnation)
         saved = core.read_state(request.state, request.run) if request.state else None
         run = await (self._ledger.run if saved is None else self._ledger.find)(request.run)
         wanted = core.OpenRequest(
@@ -158,6 +157,8 @@ class TrainerService:
         )
         end_s = time.monotonic() + min(request.wait_ms / 1000.0, MAX_WAIT_S)
         block = await self._block(run, request.attempt, wanted)
+        # Also before a wait, which may be long: its ranks are there.
+        _seen(run)
         if block is None and request.blocked:
             async with run.blocked():
                 block = await self._wait(run, request.attempt, wanted, end_s, blocked=True)
@@ -177,7 +178,7 @@ class TrainerService:
                 "too many reports in one call",
                 [core.Violation("reports", str(len(request.reports)), f"at most {MAX_REPORTS}")],
             )
-        _require("incarnation", request.incarnation)
+        require("incarnation", request.incarnation)
         reports = [
             core.Report(
                 progress=item.progress,
@@ -234,7 +235,9 @@ class TrainerService:
             except core.LossesPending:
                 if left_s <= 0 or self._draining.is_set():
                     raise
+                _seen(run)
                 await run.wait_for_change(left_s)
+                run = await self._ledger.run(request.run)
             else:
                 _seen(run)
                 return pb.SaveStateResponse(state=saved)
@@ -309,18 +312,17 @@ class TrainerService:
 
 
 def _check(state: core.RunState, attempt: pb.Attempt) -> None:
+    if attempt.number < 1:
+        # A run that was only created is at attempt 0, without a token.
+        raise core.InvalidRequest(
+            "the request is incomplete",
+            [core.Violation("attempt", f"number {attempt.number}", "what OpenAttempt answered")],
+        )
     core.check_attempt(state, attempt.number, attempt.token.hex())
 
 
 def _seen(run: LiveRun) -> None:
     run.seen_s = time.monotonic()
-
-
-def _require(field: str, value: str) -> None:
-    if not value:
-        raise core.InvalidRequest(
-            "the request is incomplete", [core.Violation(field, "nothing", "a non-empty string")]
-        )
 
 
 def _block_bytes(run: LiveRun, block: core.Block) -> bytes:
