@@ -1,0 +1,487 @@
+"""One directed case for each rule of the design: the shortest run that shows it.
+
+A case raises BrokenPromise where the rule does not hold. `test_rules.py` runs each on the code as
+it is, and again with the rule broken on purpose.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from lrpilot import core
+from lrpilot.core._plan import Plan
+from lrpilot.v1 import trainer_pb2
+from tests.rules.world import FAR, REPORTER, RUN, World, make_spec, promise
+
+Case = Callable[[], None]
+CASES: dict[str, Case] = {}
+
+
+def case(delay: int = 4, **spec: Any) -> Callable[[Callable[[World], None]], Case]:
+    """Register a case; it gets a world of its own, and the world is checked at the end."""
+
+    def register(play: Callable[[World], None]) -> Case:
+        def run() -> None:
+            # A blocked rank of a case waits for a moment: where a rule is broken, nothing comes.
+            world = World(make_spec(delay, **spec), wait_ms=500)
+            try:
+                play(world)
+                world.check()
+            finally:
+                world.close()
+
+        CASES[play.__name__] = run
+        return run
+
+    return register
+
+
+def stall(world: World, begin: int, count: int) -> None:
+    """Report losses of which only the first is any good."""
+    world.report(*((at, 1.0, at + 1) for at in range(begin, begin + count)))
+
+
+# One value.
+
+
+@case()
+def recorded_values_are_not_computed_again(world: World) -> None:
+    """Neither a new release nor another machine changes what was handed out, on any stride."""
+    world.open(0)
+    world.ask(0, count=4)
+    computed = Plan.values
+
+    def otherwise(plan: Plan, progress: int) -> Any:
+        rates, decays = computed(plan, progress)
+        return tuple(rate * (1.0 + 2.0**-50) for rate in rates), decays
+
+    Plan.values = otherwise  # type: ignore[method-assign]
+    try:
+        for replica in (0, 1):
+            world.ask(0, count=4, replica=replica)
+            world.ask(0, stride=3, count=2, replica=replica)
+            world.ask(2, stride=1, count=2, replica=replica)
+    finally:
+        Plan.values = computed  # type: ignore[method-assign]
+
+
+@case()
+def a_value_is_recorded_before_it_leaves(world: World) -> None:
+    """What was handed out is in the log, also when the server dies right behind the answer."""
+    world.open(0)
+    handed = world.ask(0, count=4)
+    state = core.fold(RUN, (row.payload for row in world.store.read(RUN)))
+    for progress in handed or ():
+        promise(state.records.at(progress) is not None, f"{progress} left without a record")
+
+
+@case()
+def a_lost_answer_is_given_again(world: World) -> None:
+    world.open(0, fault="lost answer")
+    world.ask(0, count=4, fault="lost answer")
+    promise(
+        world.report((0, 1.0, 1), (1, 2.0, 2), fault="lost answer") == ["REPEATED", "REPEATED"],
+        "the repeat was not recognised",
+    )
+    world.revise(make_spec(4, peak=0.2), fault="lost answer")
+    world.ask(5, count=1)
+
+
+@case()
+def a_replica_that_lags_hands_out_less_and_nothing_else(world: World) -> None:
+    world.open(0)
+    world.ask(0, replica=1)
+    stall(world, 0, 8)
+    promise(world.ask(11, replica=0) is not None, "the replica that knows gave nothing")
+    promise(world.ask(11, replica=1) is None, "the replica that lags gave what it cannot know")
+
+
+@case()
+def the_loser_of_a_race_evaluates_the_whole_request_again(world: World) -> None:
+    """An operator's change lands at the horizon of the log, not at one that lags."""
+    world.open(0)
+    world.ask(0, replica=1)
+    stall(world, 0, 8)
+    world.ask(8, count=4, replica=0)
+    world.revise(make_spec(4, peak=0.2), replica=1)
+    world.ask(8, count=6, replica=1)
+
+
+@case()
+def a_refusal_counts_once_the_log_was_read(world: World) -> None:
+    """A replica that does not know the newest attempt yet must not send its ranks away."""
+    world.open(0)
+    world.ask(0, replica=1)
+    world.open(0, replica=0)
+    world.ask(0, replica=1)
+
+
+# Exactly n + D.
+
+
+@case()
+def a_loss_acts_at_exactly_n_plus_d(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 3)
+    world.ask(0, count=10)
+    promise(bool(world.reference.decided().cuts), "the policy did not fire")
+
+
+@case(delay=1)
+def with_a_delay_of_one_every_step_is_decided_anew(world: World) -> None:
+    world.open(0)
+    for at in range(12):
+        world.ask(at)
+        world.report((at, 1.0, at + 1))
+    promise(len(world.reference.decided().cuts) > 1, "the policy fired once at most")
+
+
+@case()
+def nothing_is_handed_out_beyond_the_horizon(world: World) -> None:
+    world.open(0)
+    promise(world.ask(0, count=50) is not None, "nothing came")
+    promise(world.ask(4) is None, "the horizon itself is not fixed")
+
+
+@case(patience=0)
+def a_policy_is_mute_until_its_decision_shows(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 9)
+    world.ask(0, count=13)
+
+
+@case()
+def non_finite_losses_stay_out_of_policies_and_averages(world: World) -> None:
+    world.open(0)
+    world.report((0, float("nan"), 1), (1, float("inf"), 2), (2, 1.0, 3), (3, float("-inf"), 4))
+    state = world.check_log()
+    promise(state.observers.nonfinite == 3, "they are not counted")
+    promise(state.observers.smoothed_loss == 1.0, "they are in the average")
+    world.ask(0, count=8)
+
+
+# Reports.
+
+
+@case()
+def what_is_passed_without_a_loss_is_absent(world: World) -> None:
+    """Sparse reports, and increments larger than D, never stall."""
+    world.open(0)
+    world.report((0, 1.0, 10))
+    world.report((20, 1.0, 30), (30, None, 40))
+    promise(world.ask(43) is not None, "the ranks stall")
+
+
+@case()
+def a_late_loss_is_recorded_and_observed_by_nobody(world: World) -> None:
+    world.open(0)
+    world.report((0, 1.0, 1), (5, 1.0, 6))
+    promise(world.report((3, 0.1, 4)) == ["LATE"], "it is not late")
+    promise(world.report((3, 0.1, 4), replica=1) == ["LATE"], "it is not late again")
+    stall(world, 6, 3)
+    world.ask(6, count=7)
+
+
+@case()
+def a_repeated_loss_is_recognised_by_its_bits(world: World) -> None:
+    world.open(0)
+    world.report((0, -0.0, 1), (1, float("nan"), 2))
+    promise(
+        world.report((0, -0.0, 1), (1, float("nan"), 2), replica=1) == ["REPEATED"] * 2,
+        "the repeat was not recognised",
+    )
+
+
+@case()
+def another_loss_for_a_reported_step_is_refused(world: World) -> None:
+    world.open(0)
+    world.report((0, 0.0, 1), (1, 2.0, 2))
+    for other in (-0.0, 1.0, float("nan")):
+        got = world.refusal(lambda other=other: world.report((0, other, 1)))  # type: ignore[misc]
+        promise(got == "LossConflict", f"{other} for 0.0: {got}")
+    # A batch with one refused report leaves nothing.
+    got = world.refusal(lambda: world.report((2, 1.0, 3), (1, 2.5, 2)))
+    promise(got == "LossConflict", got)
+
+
+@case()
+def one_process_reports(world: World) -> None:
+    attempt = world.open(0)
+    request = trainer_pb2.ReportLossesRequest(
+        run=RUN,
+        attempt=attempt.message,
+        rank=REPORTER,
+        incarnation="another process",
+        reports=[trainer_pb2.LossReport(progress=0, loss=1.0, weight=1.0, moves_to=1)],
+    )
+    got = world.refusal(lambda: world.call(lambda one: one.trainers.report_losses(request)))
+    promise(got == "NotReporter", f"a second process reports: {got}")
+
+
+# Waiting.
+
+
+@case()
+def blocked_ranks_get_on_though_nobody_reports(world: World) -> None:
+    world.open(0)
+    world.ask(4, blocked=True)
+    world.ask(5, blocked=True, replica=1)
+    world.ask(100, stride=40, blocked=True)
+
+
+@case()
+def only_blocked_time_counts(world: World) -> None:
+    """Evaluation, checkpoint and compile pauses cause no waiver."""
+    attempt = world.open(0)
+    request = trainer_pb2.GetValuesRequest(
+        run=RUN, attempt=attempt.message, begin=4, stride=1, count=1, wait_ms=50
+    )
+    data = world.call(lambda one: one.trainers.get_values(request))
+    promise(not trainer_pb2.GetValuesResponse.FromString(data).HasField("block"), "fixed already")
+    promise(world.check_log().waivers == 0, "a pause was waived")
+
+
+@case()
+def a_replica_that_lags_reads_before_it_waives(world: World) -> None:
+    world.open(0)
+    world.ask(0, replica=1)
+    stall(world, 0, 8)
+    world.ask(11, replica=1, blocked=True)
+    promise(world.check_log().waivers == 0, "it waived losses that were there")
+
+
+@case()
+def a_waiver_keeps_what_was_received(world: World) -> None:
+    world.open(0)
+    world.report((0, 1.0, 1), (1, 1.0, 2))
+    world.ask(6, blocked=True)
+    promise(world.report((2, 0.5, 3)) == ["LATE"], "a waived loss was let in")
+    world.ask(0, count=10)
+
+
+@case()
+def a_request_far_beyond_the_horizon_is_refused(world: World) -> None:
+    world.open(0)
+    promise(world.ask(4 + FAR - 1) is None, "the last of a block beyond is not waited for")
+    got = world.refusal(lambda: world.ask(4 + FAR))
+    promise(got == "BeyondHorizon", f"far beyond the horizon: {got}")
+
+
+# Attempts.
+
+
+@case()
+def a_superseded_attempt_is_refused(world: World) -> None:
+    old = world.open(0)
+    world.ask(0, count=2)
+    world.open(0)
+    got = world.refusal(lambda: world.ask(0, attempt=old))
+    promise(got == "AttemptSuperseded", f"a zombie asks: {got}")
+    got = world.refusal(lambda: world.report((0, 9.0, 1), attempt=old))
+    promise(got == "AttemptSuperseded", f"a zombie reports: {got}")
+
+
+@case()
+def a_resume_forgets_later_losses_and_what_they_decided(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 10)
+    world.ask(0, count=14)
+    world.open(1)
+    promise(world.ask(1, count=4) is not None, "values below the horizon did not come")
+    world.report(*((at, 1.0 / (at + 1), at + 1) for at in range(1, 12)))
+    world.ask(1, count=15)
+
+
+@case()
+def a_resume_inherits_the_records_below_its_horizon_alone(world: World) -> None:
+    """What the old attempt recorded behind n0 + D came of losses that are forgotten."""
+    world.open(0)
+    stall(world, 0, 10)
+    world.ask(0, count=14)
+    world.open(2)
+    world.report(*((at, 1.0 / (at + 1), at + 1) for at in range(2, 12)))
+    world.ask(5, count=9)
+
+
+@case()
+def a_resume_repeats_the_bits_of_another_machine(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 6)
+    world.ask(0, count=10)
+    computed = Plan.values
+
+    def otherwise(plan: Plan, progress: int) -> Any:
+        rates, decays = computed(plan, progress)
+        return tuple(rate * (1.0 + 2.0**-50) for rate in rates), decays
+
+    world.open(3)
+    Plan.values = otherwise  # type: ignore[method-assign]
+    try:
+        world.ask(3, count=4)
+    finally:
+        Plan.values = computed  # type: ignore[method-assign]
+
+
+@case()
+def a_resume_makes_missing_losses_absent(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 3)
+    world.open(6)
+    promise(world.ask(9) is not None, "the ranks wait for losses that never come")
+    got = world.refusal(lambda: world.report((5, 1.0, 6)))
+    promise(got == "BelowResumePoint", f"a loss below the resume point: {got}")
+
+
+@case()
+def a_resume_forgets_waivers(world: World) -> None:
+    world.open(0)
+    world.ask(4, blocked=True)
+    world.open(0)
+    promise(world.report((0, 1.0, 1)) == ["RECORDED"], "the loss came late")
+    stall(world, 1, 4)
+    world.ask(0, count=9)
+
+
+@case()
+def a_resume_keeps_what_operators_changed(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 4)
+    world.revise(make_spec(4, peak=0.2))
+    world.open(2)
+    stall(world, 2, 6)
+    world.ask(2, count=10)
+
+
+@case()
+def a_run_with_losses_needs_a_resume_point(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 1)
+    got = world.refusal(lambda: world.open(None))
+    promise(got == "ResumePointRequired", f"neither state nor progress: {got}")
+
+
+@case()
+def ranks_join_by_their_key_alone(world: World) -> None:
+    def ask_to_open(key: str, at: int, rank: int, incarnation: str) -> Any:
+        request = trainer_pb2.OpenAttemptRequest(
+            run=RUN,
+            request_id=world.next_id(),
+            key=key,
+            progress=at,
+            rank=rank,
+            reporter=REPORTER,
+            incarnation=incarnation,
+        )
+        return world.call(lambda one: one.trainers.open_attempt(request))
+
+    first = world.open(0, key="start 1")
+    joined = ask_to_open("start 1", 0, 1, "process 1")
+    promise(joined.joined and joined.attempt.token == first.token, "rank 1 did not join")
+    got = world.refusal(lambda: ask_to_open("start 1", 3, 2, "process 2"))
+    promise(got == "JoinRefused", f"a join at another progress: {got}")
+    got = world.refusal(lambda: ask_to_open("start 1", 0, REPORTER, "a second reporter"))
+    promise(got == "JoinRefused", f"a second incarnation of the reporter: {got}")
+    world.open(0, key="start 2")
+    got = world.refusal(lambda: ask_to_open("start 1", 0, 1, "process 1"))
+    promise(got == "AttemptSuperseded", f"a join of the old attempt: {got}")
+
+
+# Operators.
+
+
+@case()
+def a_change_lands_at_the_horizon(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 2)
+    world.ask(0, count=6)
+    world.revise(make_spec(4, peak=0.2))
+    world.ask(0, count=6, replica=1)
+    stall(world, 2, 3)
+    world.ask(4, count=5)
+
+
+@case()
+def what_only_a_new_attempt_may_change_is_refused(world: World) -> None:
+    world.open(0)
+    for change in (
+        {"unit": "samples"},
+        {"groups": [{"name": "all"}]},
+        {"feedback": {"delay": 5}},
+        {"policies": []},
+        {"weight_decay": None},
+    ):
+        spec = {**make_spec(4), **change}
+        got = world.refusal(lambda spec=spec: world.revise(spec))  # type: ignore[misc]
+        promise(got == "RevisionRefused", f"{change}: {got}")
+    world.ask(0, count=4)
+
+
+# Saved states.
+
+
+@case()
+def a_lost_run_is_restored_from_a_checkpoint(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 7)
+    world.ask(0, count=11)
+    state = world.save(5)
+    old = world.current
+    world.lose_the_store(state)
+    world.ask(5, count=4)
+    got = world.refusal(lambda: world.ask(5, attempt=old))
+    promise(got == "AttemptSuperseded", f"a rank of the lost attempt: {got}")
+    stall(world, 5, 8)
+    world.ask(5, count=12)
+    got = world.refusal(lambda: world.open(3))
+    promise(got == "StateMismatch", f"a resume behind what is known: {got}")
+
+
+@case()
+def a_checkpoint_brings_its_own_past(world: World) -> None:
+    """Two branches from one checkpoint; the second start from the first branch's end."""
+    world.open(0)
+    stall(world, 0, 8)
+    end = world.save(8)
+    world.open(2)
+    world.report(*((at, 1.0 / (at + 1), at + 1) for at in range(2, 6)))
+    world.open(state=end)
+    world.ask(8, count=4)
+    stall(world, 8, 6)
+    world.ask(8, count=10)
+
+
+@case()
+def a_state_of_another_log_is_refused(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 3)
+    first = world.save(3)
+    stall(world, 3, 3)
+    second = world.save(6)
+    world.lose_the_store(first)
+    stall(world, 3, 6)
+    got = world.refusal(lambda: world.open(state=second))
+    promise(got == "StateMismatch", f"a state of a lost branch: {got}")
+
+
+# The log.
+
+
+@case()
+def a_seq_is_given_out_once(world: World) -> None:
+    world.open(0)
+    world.ask(0, replica=1)
+    world.report((0, 1.0, 1), replica=0)
+    world.report((0, 1.0, 1), (1, 1.0, 2), replica=1)
+    world.report((2, 1.0, 3), replica=0)
+    rows = world.store.read(RUN)
+    promise([row.seq for row in rows] == list(range(1, len(rows) + 1)), "the log has gaps")
+
+
+@case()
+def what_is_acknowledged_outlives_the_servers(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 3)
+    world.ask(0, count=5)
+    for replica in (0, 1):
+        world.restart(replica)
+    world.ask(0, count=5)
+    promise(world.report((0, 1.0, 1), (2, 1.0, 3)) == ["REPEATED"] * 2, "a loss is gone")

@@ -1,0 +1,217 @@
+"""Every rule of the design at once: random runs of a job that meets every mishap.
+
+Two servers share one store and each lags behind the other; answers and requests are lost,
+messages come twice, attempts are superseded and go on all the same, jobs resume further back and
+differ, operators change the spec, reporters fall silent. `World` holds every answer against the
+promise.
+"""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lrpilot.server._sql_store import SqlStore
+from lrpilot.server._store import Store
+from tests.rules.world import FAR, Saved, World, make_spec, promise
+
+LOSSES = st.sampled_from([1.0, 1.0, 1.0, 1.5, 0.5, 0.25, float("nan"), float("inf"), -0.0, 0.0])
+REPLICAS = st.integers(0, 1)
+FAULTS = st.sampled_from(["none", "none", "none", "lost request", "lost answer"])
+STRIDES = st.sampled_from([1, 1, 2, 3, 10])
+
+
+class Job(RuleBasedStateMachine):
+    """One run, its ranks, its servers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world: World
+        self.saved: list[Saved] = []
+
+    def store(self) -> Store | None:
+        """The store to use; None: one in memory."""
+        return None
+
+    @initialize(delay=st.sampled_from([1, 2, 3, 8]), patience=st.integers(0, 2))
+    def start(self, delay: int, patience: int) -> None:
+        self.world = World(make_spec(delay, patience=patience), self.store())
+        self.world.open(0)
+
+    @rule(
+        back=st.integers(0, 20),
+        ahead=st.integers(0, 12),
+        stride=STRIDES,
+        count=st.integers(1, 6),
+        replica=REPLICAS,
+        fault=FAULTS,
+        again=st.booleans(),
+    )
+    def ask(
+        self, back: int, ahead: int, stride: int, count: int, replica: int, fault: Any, again: bool
+    ) -> None:
+        world = self.world
+        begin = max(world.current.begin, world.reference.horizon - back + ahead)
+        world.ask(begin, stride=stride, count=count, replica=replica, fault=fault)
+        if again:
+            world.ask(begin, stride=stride, count=count, replica=1 - replica)
+
+    @rule(ahead=st.integers(0, 25), stride=STRIDES, replica=REPLICAS, fault=FAULTS)
+    def be_blocked(self, ahead: int, stride: int, replica: int, fault: Any) -> None:
+        world = self.world
+        begin = world.reference.horizon + ahead
+        if ahead < FAR * stride:
+            world.ask(begin, stride=stride, replica=replica, fault=fault, blocked=True)
+
+    @rule(
+        losses=st.lists(st.none() | LOSSES, min_size=1, max_size=6),
+        skips=st.sampled_from([0, 0, 0, 1, 9]),
+        increment=st.sampled_from([1, 1, 1, 2, 10]),
+        replica=REPLICAS,
+        fault=FAULTS,
+        twice=st.booleans(),
+    )
+    def report(
+        self,
+        losses: list[float | None],
+        skips: int,
+        increment: int,
+        replica: int,
+        fault: Any,
+        twice: bool,
+    ) -> None:
+        world = self.world
+        at = world.reference.frontier + skips
+        reports = []
+        for loss in losses:
+            reports.append((at, loss, at + increment))
+            at += increment
+        world.report(*reports, replica=replica, fault=fault)
+        if twice:
+            world.report(*reports, replica=1 - replica)
+
+    @precondition(lambda self: self.world.reference.frontier > self.world.current.begin)
+    @rule(data=st.data(), loss=LOSSES, replica=REPLICAS)
+    def report_what_is_final(self, data: st.DataObject, loss: float, replica: int) -> None:
+        world, reference = self.world, self.world.reference
+        at = data.draw(st.integers(world.current.begin, reference.frontier - 1))
+        known = reference.losses.get(at, reference.late.get(at))
+        call = (at, loss, at + 1)
+        if known is None or known.hex() == loss.hex():
+            world.report(call, replica=replica)
+        else:
+            got = world.refusal(lambda: world.report(call, replica=replica))
+            promise(got == "LossConflict", f"another loss at {at}: {got}")
+
+    @precondition(lambda self: self.world.current.begin > 0)
+    @rule(loss=LOSSES, replica=REPLICAS)
+    def report_below_the_resume_point(self, loss: float, replica: int) -> None:
+        world = self.world
+        at = world.current.begin - 1
+        got = world.refusal(lambda: world.report((at, loss, at + 1), replica=replica))
+        promise(got == "BelowResumePoint", f"a loss below the resume point: {got}")
+
+    @precondition(lambda self: len(self.world.attempts) > 1)
+    @rule(data=st.data(), replica=REPLICAS, loss=LOSSES, stride=STRIDES)
+    def zombie(self, data: st.DataObject, replica: int, loss: float, stride: int) -> None:
+        """A rank of an old attempt goes on. A server that lags may repeat what is recorded."""
+        world = self.world
+        attempt = data.draw(st.sampled_from(world.attempts[:-1]))
+        at = attempt.begin + data.draw(st.integers(0, 30))
+        fresh = world.is_fresh(replica)
+        got = world.refusal(lambda: world.ask(at, attempt=attempt, replica=replica, stride=stride))
+        promise(got == "AttemptSuperseded" or not fresh, f"a zombie's question: {got}")
+        before = dict(world.reference.losses)
+        frontier = world.reference.frontier
+        got = world.refusal(
+            lambda: world.report((at, loss, at + 1), attempt=attempt, replica=1 - replica)
+        )
+        world.reference.losses, world.reference.frontier = before, frontier
+        promise(got == "AttemptSuperseded", f"a zombie's loss: {got}")
+
+    @rule(data=st.data(), replica=REPLICAS)
+    def save(self, data: st.DataObject, replica: int) -> None:
+        world = self.world
+        progress = data.draw(st.integers(world.current.begin, world.reference.frontier))
+        self.saved.append(world.save(progress, replica=replica))
+
+    @rule(data=st.data(), replica=REPLICAS, fault=FAULTS)
+    def resume_at(self, data: st.DataObject, replica: int, fault: Any) -> None:
+        world = self.world
+        low, high = world.reference.origin, world.reference.frontier + 3
+        world.open(data.draw(st.integers(low, high)), replica=replica, fault=fault)
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data(), replica=REPLICAS, fault=FAULTS)
+    def resume_from_a_checkpoint(self, data: st.DataObject, replica: int, fault: Any) -> None:
+        self.world.open(state=data.draw(st.sampled_from(self.saved)), replica=replica, fault=fault)
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data(), replica=REPLICAS)
+    def lose_the_store(self, data: st.DataObject, replica: int) -> None:
+        state = data.draw(st.sampled_from(self.saved))
+        self.world.lose_the_store(state, replica=replica)
+        self.saved = [state]
+
+    @rule(
+        peak=st.sampled_from([0.1, 0.2]),
+        patience=st.integers(0, 2),
+        replica=REPLICAS,
+        fault=FAULTS,
+    )
+    def revise(self, peak: float, patience: int, replica: int, fault: Any) -> None:
+        world = self.world
+        spec = make_spec(world.delay, peak=peak, patience=patience)
+        world.revise(spec, replica=replica, fault=fault)
+
+    @rule(replica=REPLICAS)
+    def kill_a_server(self, replica: int) -> None:
+        self.world.restart(replica)
+
+    @invariant()
+    def the_log_tells_all(self) -> None:
+        if hasattr(self, "world"):
+            self.world.check_log()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        try:
+            # Nobody reports any more, and the ranks get on all the same.
+            for _ in range(3):
+                world.ask(world.reference.horizon, blocked=True)
+            world.check()
+        finally:
+            world.close()
+
+
+TestInMemory = Job.TestCase
+TestInMemory.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+
+
+class JobOnSqlite(Job):
+    """The same on a database file."""
+
+    def store(self) -> Store | None:
+        self.folder = tempfile.TemporaryDirectory(prefix="lrpilot-rules-")
+        return SqlStore.in_folder(Path(self.folder.name), "lrpilot.db")
+
+    def teardown(self) -> None:
+        super().teardown()
+        if hasattr(self, "world"):
+            self.world.store.close()
+            self.folder.cleanup()
+
+
+TestOnSqlite = JobOnSqlite.TestCase
+TestOnSqlite.settings = settings(TestInMemory.settings, max_examples=10, stateful_step_count=30)

@@ -1,0 +1,453 @@
+"""Two servers over one store, without the wire between, and everything that can go wrong.
+
+`World` speaks to the services as their gRPC handlers do, and holds every answer against the
+reference: one value for each attempt and progress, and that value the one that the losses give.
+"""
+
+import asyncio
+import itertools
+import json
+import math
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from lrpilot import core
+from lrpilot.server._commit import GroupCommitter
+from lrpilot.server._ledger import Ledger
+from lrpilot.server._memory_store import MemoryStore
+from lrpilot.server._run_service import RunService
+from lrpilot.server._store import Append, AppendResult, LogRow, Store, StoreUnavailable
+from lrpilot.server._trainer_service import TrainerService
+from lrpilot.v1 import runs_pb2, trainer_pb2
+from tests.rules.reference import Decided, Hex, Reference, Version
+
+T = TypeVar("T")
+
+RUN = "run"
+REPORTER = 0
+FAR = 128
+"""Steps beyond the horizon from which on a request is refused instead of waiting."""
+
+Fault = Literal["none", "lost request", "lost answer"]
+
+
+class BrokenPromise(AssertionError):
+    """The system did what it promised not to do."""
+
+
+def promise(kept: bool, text: str) -> None:  # noqa: FBT001 - it reads as a sentence.
+    if not kept:
+        raise BrokenPromise(text)
+
+
+def make_spec(delay: int, *, peak: float = 0.1, patience: int = 1) -> dict[str, Any]:
+    """A spec whose LR and WD differ at every progress, with a policy that fires soon."""
+    return {
+        "name": RUN,
+        "total": 1000,
+        "learning_rate": {
+            "init": 0.01,
+            "peak": peak,
+            "min": 0.001,
+            "warmup": 7,
+            "decay": {"style": "cosine"},
+        },
+        "weight_decay": {"start": 0.01, "end": 0.1, "style": "linear"},
+        "groups": [{"name": "all"}, {"name": "small", "peak": peak / 3}],
+        "policies": [{"kind": "plateau", "patience": patience, "factor": 0.5}],
+        "feedback": {"delay": delay, "timeout": "1ms"},
+    }
+
+
+class FaultyStore:
+    """A store whose next append can fail, before it is durable or after."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.fault: Fault = "none"
+
+    def append(self, batch: Sequence[Append]) -> list[AppendResult]:
+        if self.fault == "lost request":
+            self.fault = "none"
+            raise StoreUnavailable("told to fail")
+        results = self._store.append(batch)
+        if self.fault == "lost answer" and results == [None]:
+            self.fault = "none"
+            raise StoreUnavailable("told to fail after the commit")
+        return results
+
+    def read(self, run: str, after_seq: int = 0, limit: int | None = None) -> list[LogRow]:
+        return self._store.read(run, after_seq, limit)
+
+    def head(self, run: str) -> tuple[int, str] | None:
+        return self._store.head(run)
+
+    def runs(self, after_name: str = "", limit: int | None = None) -> list[str]:
+        return self._store.runs(after_name, limit)
+
+    def delete(self, run: str) -> bool:
+        return self._store.delete(run)
+
+    def close(self) -> None:
+        self._store.close()
+
+
+class Replica:
+    """One server over the shared store."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = FaultyStore(store)
+        self.committer = GroupCommitter(self.store)
+        self.ledger = Ledger(self.store, self.committer)
+        self.trainers = TrainerService(self.ledger)
+        self.people = RunService(self.ledger)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What the ranks of one attempt hold."""
+
+    number: int
+    begin: int
+    token: bytes
+
+    @property
+    def message(self) -> trainer_pb2.Attempt:
+        return trainer_pb2.Attempt(number=self.number, token=self.token)
+
+    @property
+    def incarnation(self) -> str:
+        return f"process of attempt {self.number}"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state in a checkpoint, and what the promise says of it."""
+
+    blob: bytes
+    progress: int
+    decided: Decided
+    versions: tuple[Version, ...]
+    attempt: int
+
+
+class World:
+    """The system and the promise, side by side."""
+
+    def __init__(
+        self, spec: dict[str, Any], store: Store | None = None, *, wait_ms: int = 30_000
+    ) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.store = store or MemoryStore()
+        self.spec = spec
+        self.wait_ms = wait_ms
+        """How long a blocked rank waits in one call, milliseconds."""
+        self.replicas = [self._in_loop(self._replica()) for _ in range(2)]
+        self.reference = Reference(spec["feedback"]["delay"], [Version(0, 0, spec)])
+        self.attempts: list[Attempt] = []
+        self.handed: dict[tuple[int, int], Hex] = {}
+        """Every value that ever left, by (attempt, progress)."""
+        self._ids = (f"request {number}" for number in itertools.count())
+        request = runs_pb2.CreateRunRequest(
+            spec_document=json.dumps(spec), request_id=self.next_id()
+        )
+        self.call(lambda one: one.people.create_run(request))
+
+    def close(self) -> None:
+        for replica in self.replicas:
+            self._in_loop(replica.committer.close())
+        self.loop.run_until_complete(self.loop.shutdown_default_executor())
+        self.loop.close()
+
+    def call(self, call: Callable[[Replica], Awaitable[T]], replica: int = 0) -> T:
+        """Make one call as it is."""
+        return self._in_loop(call(self.replicas[replica]))
+
+    def next_id(self) -> str:
+        return next(self._ids)
+
+    @property
+    def current(self) -> Attempt:
+        return self.attempts[-1]
+
+    @property
+    def delay(self) -> int:
+        return self.reference.delay
+
+    # What ranks and people do.
+
+    def open(
+        self,
+        begin: int | None = None,
+        *,
+        state: Saved | None = None,
+        replica: int = 0,
+        fault: Fault = "none",
+        key: str = "",
+    ) -> Attempt:
+        """Open an attempt at `begin`, or from a saved state; the request is repeated until done."""
+        request = trainer_pb2.OpenAttemptRequest(
+            run=RUN,
+            request_id=self.next_id(),
+            key=key,
+            progress=begin,
+            state=state.blob if state is not None else b"",
+            rank=REPORTER,
+            reporter=REPORTER,
+            incarnation=f"process of attempt {self.reference.attempt + 1}",
+        )
+        answer = self._until_done(lambda one: one.trainers.open_attempt(request), replica, fault)
+        at = state.progress if state is not None else begin or 0
+        promise(answer.begin == at, f"opened at {answer.begin}, not {at}")
+        before = self.reference.attempt
+        if state is not None and self._is_elsewhere(state):
+            self.reference.take_over(at, state.decided)
+        else:
+            self.reference.open(at)
+        promise(
+            answer.attempt.number == self.reference.attempt,
+            f"attempt {answer.attempt.number}, not {self.reference.attempt}",
+        )
+        attempt = Attempt(answer.attempt.number, at, answer.attempt.token)
+        self.attempts.append(attempt)
+        for progress in range(at, at + self.delay):
+            handed = self.handed.get((before, progress))
+            if handed is not None and not (state is not None and state.attempt != before):
+                promise(
+                    handed == self.reference.expected(progress),
+                    f"the attempt before used other values at {progress}, below the horizon",
+                )
+        return attempt
+
+    def ask(
+        self,
+        begin: int,
+        *,
+        stride: int = 1,
+        count: int = 1,
+        attempt: Attempt | None = None,
+        replica: int = 0,
+        blocked: bool = False,
+        fault: Fault = "none",
+    ) -> dict[int, Hex] | None:
+        """Ask for values; every one that comes back is held against the promise."""
+        attempt = attempt or self.current
+        request = trainer_pb2.GetValuesRequest(
+            run=RUN,
+            attempt=attempt.message,
+            begin=begin,
+            stride=stride,
+            count=count,
+            in_use=max(0, begin - 1),
+            blocked=blocked,
+            wait_ms=self.wait_ms if blocked else 0,
+        )
+        fresh = fault == "none" and self.is_fresh(replica)
+        horizon = self.reference.horizon
+        data = self._until_done(lambda one: one.trainers.get_values(request), replica, fault)
+        answer = trainer_pb2.GetValuesResponse.FromString(data)
+        is_current = attempt == self.current
+        if blocked and is_current:
+            self.reference.waive(begin)
+            promise(answer.HasField("block"), f"a blocked rank got nothing at {begin}")
+        promise(
+            not is_current or answer.horizon <= self.reference.horizon,
+            f"horizon {answer.horizon} is ahead of {self.reference.horizon}",
+        )
+        if not answer.HasField("block"):
+            promise(
+                not (fresh and is_current) or begin >= horizon,
+                f"values at {begin}, below the horizon {horizon}, did not come",
+            )
+            return None
+        values = _values(answer.block)
+        promise(begin in values, f"asked at {begin}, got {list(values)}")
+        for progress, got in values.items():
+            self._handed_out(attempt, progress, got, is_current=is_current)
+        return values
+
+    def report(
+        self,
+        *reports: tuple[int, float | None, int],
+        attempt: Attempt | None = None,
+        replica: int = 0,
+        fault: Fault = "none",
+    ) -> list[str]:
+        """Report (progress, loss, moves to); repeat until done; return what became of each."""
+        attempt = attempt or self.current
+        request = trainer_pb2.ReportLossesRequest(
+            run=RUN,
+            attempt=attempt.message,
+            rank=REPORTER,
+            incarnation=attempt.incarnation,
+            reports=[
+                trainer_pb2.LossReport(progress=at, loss=loss, weight=1.0, moves_to=to)
+                for at, loss, to in reports
+            ],
+        )
+        before = self.reference.frontier
+        answer = self._until_done(lambda one: one.trainers.report_losses(request), replica, fault)
+        outcomes = [
+            trainer_pb2.ReportOutcome.Name(item).removeprefix("REPORT_OUTCOME_")
+            for item in answer.outcomes
+        ]
+        expected = [self.reference.report(*item) for item in reports]
+        if fault == "lost answer":
+            # The repeat finds what the first call recorded.
+            expected = ["REPEATED" if item == "RECORDED" else item for item in expected]
+        promise(outcomes == expected, f"{reports} at frontier {before}: {outcomes}, not {expected}")
+        return outcomes
+
+    def revise(self, spec: dict[str, Any], *, replica: int = 0, fault: Fault = "none") -> int:
+        """Give the run another spec as an operator."""
+        request = runs_pb2.ReviseRunRequest(
+            run=RUN, spec_document=json.dumps(spec), request_id=self.next_id()
+        )
+        answer = self._until_done(lambda one: one.people.revise_run(request), replica, fault)
+        effective = self.reference.revise(spec)
+        promise(answer.effective == effective, f"lands at {answer.effective}, not at {effective}")
+        return effective
+
+    def save(self, progress: int, *, replica: int = 0) -> Saved:
+        """Save the state for a checkpoint at `progress`."""
+        request = trainer_pb2.SaveStateRequest(
+            run=RUN, attempt=self.current.message, progress=progress, wait_ms=0
+        )
+        answer = self._until_done(lambda one: one.trainers.save_state(request), replica, "none")
+        reference = self.reference
+        return Saved(
+            answer.state,
+            progress,
+            reference.decided(progress),
+            tuple(reference.versions),
+            reference.attempt,
+        )
+
+    # What happens to servers.
+
+    def restart(self, replica: int) -> None:
+        """Kill a server and start another one in its place."""
+        self._in_loop(self.replicas[replica].committer.close())
+        self.replicas[replica] = self._in_loop(self._replica())
+
+    def lose_the_store(self, state: Saved, *, replica: int = 0) -> Attempt:
+        """Lose everything, and open from a saved state."""
+        self.store.delete(RUN)
+        for index in range(len(self.replicas)):
+            self.restart(index)
+        versions = list(state.versions)
+        self.reference = Reference(self.delay, versions, attempt=state.attempt)
+        self.reference.before, self.reference.origin = state.decided, state.progress
+        # Attempts that the lost log knew are no more; their numbers may come again.
+        self.handed = {
+            (number, progress): values
+            for (number, progress), values in self.handed.items()
+            if number <= state.attempt
+        }
+        self.attempts = [item for item in self.attempts if item.number <= state.attempt]
+        return self.open(state=state, replica=replica)
+
+    # What must hold at any time.
+
+    def check_log(self) -> core.RunState:
+        """Fold the log anew: nothing acknowledged is missing, nothing else is there."""
+        state = core.fold(RUN, (row.payload for row in self.store.read(RUN)))
+        reference = self.reference
+        kept = {
+            at: loss.hex() for at, loss in zip(state.loss_progress, state.loss_values, strict=True)
+        }
+        wanted = {at: loss.hex() for at, loss in reference.losses.items()}
+        promise(kept == wanted, f"losses in the log {kept}, acknowledged {wanted}")
+        late = {at: loss.hex() for at, loss in state.late.items()}
+        promise(late == {at: x.hex() for at, x in reference.late.items()}, f"late losses {late}")
+        promise(
+            (state.frontier, state.horizon) == (reference.frontier, reference.horizon),
+            f"frontier and horizon {state.frontier}, {state.horizon}",
+        )
+        return state
+
+    def check(self) -> None:
+        """Check the log, and that every way to fold it gives the same bytes."""
+        whole = self.check_log().snapshot()
+        rows = self.store.read(RUN)
+        middle = len(rows) // 2
+        half = core.fold(RUN, (row.payload for row in rows[:middle])).snapshot()
+        resumed = core.restore_snapshot(half)
+        for row in rows[middle:]:
+            resumed.apply(core.decode(row.payload), row.payload)
+        promise(resumed.snapshot() == whole, "a fold from a snapshot gives other bytes")
+        for replica in self.replicas:
+            run = self._in_loop(replica.ledger.run(RUN))
+            self._in_loop(replica.ledger.refresh(run))
+            promise(run.state.snapshot() == whole, "a replica that caught up holds other bytes")
+
+    def is_fresh(self, replica: int) -> bool:
+        """Whether a server knows all of the log."""
+        run = self.replicas[replica].ledger._runs.get(RUN)
+        return run is not None and self.store.head(RUN) == (run.state.seq, run.state.digest)
+
+    def refusal(self, call: Callable[[], object]) -> str:
+        """Return the name of the error that a call is refused with."""
+        try:
+            call()
+        except core.LrpilotError as error:
+            return type(error).__name__
+        return "not refused"
+
+    def _handed_out(self, attempt: Attempt, progress: int, got: Hex, *, is_current: bool) -> None:
+        key = (attempt.number, progress)
+        known = self.handed.get(key)
+        if known is None:
+            promise(is_current, f"attempt {attempt.number} is superseded, and got {progress} anew")
+            promise(
+                attempt.begin <= progress < self.reference.horizon,
+                f"{progress} is not fixed (horizon {self.reference.horizon})",
+            )
+            expected = self.reference.expected(progress)
+            promise(got == expected, f"at {progress}: {got}, and the losses give {expected}")
+            self.handed[key] = got
+        promise(self.handed[key] == got, f"two values for {key}: {known} and {got}")
+
+    def _is_elsewhere(self, state: Saved) -> bool:
+        """Whether the run has gone another way since a state was saved."""
+        return state.progress < self.reference.origin or any(
+            number > state.attempt and begin < state.progress
+            for number, begin in self.reference.openings
+        )
+
+    async def _replica(self) -> Replica:
+        return Replica(self.store)
+
+    def _in_loop(self, work: Awaitable[T]) -> T:
+        return self.loop.run_until_complete(_awaited(work))
+
+    def _until_done(self, call: Callable[[Replica], Awaitable[T]], replica: int, fault: Fault) -> T:
+        """Make a call whose first try meets a fault; repeat it as a client does, elsewhere."""
+        self.replicas[replica].store.fault = fault
+        try:
+            return self.call(call, replica)
+        except StoreUnavailable:
+            return self.call(call, 1 - replica)
+        finally:
+            self.replicas[replica].store.fault = "none"
+
+
+async def _awaited(work: Awaitable[T]) -> T:
+    return await work
+
+
+def _values(block: trainer_pb2.Block) -> dict[int, Hex]:
+    groups = 2
+    steps = len(block.learning_rates) // groups
+    values = {}
+    for step in range(steps):
+        part = slice(step * groups, (step + 1) * groups)
+        numbers: Iterable[float] = (*block.learning_rates[part], *block.weight_decays[part])
+        values[block.begin + step * block.stride] = tuple(float(x).hex() for x in numbers)
+    return values
+
+
+def plateau_losses(count: int) -> list[float]:
+    """Losses of which none is better than the first."""
+    return [1.0 + math.sin(n) ** 2 for n in range(count)]
