@@ -13,10 +13,12 @@ import subprocess
 import sys
 import threading
 import time
+from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import grpc
 import grpc.aio
@@ -59,12 +61,13 @@ class Refusal:
     @classmethod
     def of(cls, error: grpc.aio.AioRpcError) -> "Refusal":
         """Read a refusal, and check what holds for each of them."""
-        trailing = {key: value for key, value in error.trailing_metadata() or ()}
+        trailing = dict(error.trailing_metadata() or ())
         refusal = cls(error.code().name, error.details() or "")
         packed = trailing.get("grpc-status-details-bin")
         if packed is None:
             return refusal
-        refusal.metadata_bytes = len(packed) * 4 // 3 + len(refusal.text.encode()) + 300
+        # Base64 and percent encoding on the wire, and some 300 for what else is there.
+        refusal.metadata_bytes = len(b64encode(packed)) + len(quote(refusal.text, " ")) + 300
         status = errors_pb2.Status.FromString(packed)
         assert status.code == error.code().value[0]
         assert status.message.removesuffix(" …") in refusal.text

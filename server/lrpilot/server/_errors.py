@@ -1,5 +1,9 @@
 """How errors leave the server: one catalogue from exception to status code, one translator."""
 
+from bisect import bisect_right
+from collections.abc import Callable
+from itertools import accumulate
+
 import grpc
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
@@ -11,6 +15,8 @@ DETAILS_KEY = "grpc-status-details-bin"
 """Trailing metadata in which standard tools look for details."""
 
 _TYPE_PREFIX = "type.googleapis.com/google.rpc."
+
+_CUT = " …"
 
 CATALOGUE: dict[type[core.LrpilotError], grpc.StatusCode] = {
     core.InvalidSpec: grpc.StatusCode.INVALID_ARGUMENT,
@@ -36,7 +42,7 @@ CATALOGUE: dict[type[core.LrpilotError], grpc.StatusCode] = {
 """Status code of each error that a request can meet."""
 
 MAX_TEXT = 2000
-"""Most characters of the text for people."""
+"""Most bytes of the text for people on the wire, where gRPC writes all but plain ASCII as %XX."""
 
 MAX_DETAILS = 3600
 """Most bytes of the details before base64. With the text they stay under the 8 KiB of metadata
@@ -58,7 +64,7 @@ def details(error: core.LrpilotError) -> tuple[grpc.StatusCode, str, bytes]:
         status.details.append(
             _pack(_bad_request(error, MAX_DETAILS - status.ByteSize()), "BadRequest")
         )
-    return code, _cut(str(error), MAX_TEXT), status.SerializeToString()
+    return code, _cut(str(error), MAX_TEXT, _percent_encoded), status.SerializeToString()
 
 
 def _bad_request(error: core.InvalidFields, room: int) -> errors_pb2.BadRequest:
@@ -76,8 +82,21 @@ def _bad_request(error: core.InvalidFields, room: int) -> errors_pb2.BadRequest:
     return bad
 
 
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 2]} …"
+def _utf8(text: str) -> int:
+    return len(text.encode("utf-8"))
+
+
+def _percent_encoded(text: str) -> int:
+    return sum(1 if " " <= char <= "~" and char != "%" else 3 * _utf8(char) for char in text)
+
+
+def _cut(text: str, room: int, size: Callable[[str], int] = _utf8) -> str:
+    """Return a text of at most `room` bytes as `size` counts them."""
+    # No character takes less than a byte.
+    if len(text) <= room and size(text) <= room:
+        return text
+    ends = accumulate((size(char) for char in text[:room]), initial=size(_CUT))
+    return text[: bisect_right(list(ends), room) - 1] + _CUT
 
 
 def _pack(message: Message, name: str) -> AnyMessage:
