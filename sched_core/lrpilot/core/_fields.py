@@ -23,7 +23,7 @@ LARGEST_RATE = 1e100
 _PERCENT = re.compile(r"(?P<number>\d{1,3}(\.\d{0,20})?|\.\d{1,20}) ?%", re.ASCII)
 # As many decimals as a float's shortest form can have.
 _DURATION = re.compile(
-    r"(?P<number>\d{1,15}(\.\d{0,25})?(e[+-]?\d{1,2})?) ?(?P<unit>ms|s|m|h)", re.ASCII
+    r"(?P<number>\d{1,15}(\.\d{0,25})?(e[+-]?\d{1,3})?) ?(?P<unit>ms|s|m|h)", re.ASCII
 )
 _SECONDS = {"ms": Fraction(1, 1000), "s": Fraction(1), "m": Fraction(60), "h": Fraction(3600)}
 
@@ -172,7 +172,10 @@ def _read_duration(value: Any) -> float:
         match = _DURATION.fullmatch(value)
         if match is None:
             raise ValueError("not a duration")
-        value = float(Fraction(match["number"]) * _SECONDS[match["unit"]])
+        value = Fraction(match["number"]) * _SECONDS[match["unit"]]
+        if value > 1e9:
+            raise ValueError("out of range")
+        value = float(value)
     x = _real(value)
     if not 0 < x <= 1e9:
         raise ValueError("out of range")

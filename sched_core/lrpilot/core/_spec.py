@@ -526,7 +526,7 @@ class _Checks:
         peak_at, min_at, init_at = (*path, "peak"), (*path, "min"), (*path, "init")
         peak, floor = rates.peak, rates.min
         peak_from, min_from = peak_at, min_at
-        if stage is not None and run is not None and self._known(peak_at, min_at):
+        if stage is not None and run is not None:
             if peak is None:
                 peak, peak_from = run.peak, ("learning_rate", "peak")
             if floor is None:
