@@ -101,7 +101,8 @@ class FakeTrainer:
         self._server = grpc.server(
             futures.ThreadPoolExecutor(24), options=[("grpc.so_reuseport", 0)]
         )
-        trainer_pb2_grpc.add_TrainerServiceServicer_to_server(_Service(self), self._server)
+        service: Any = _Service(self)
+        trainer_pb2_grpc.add_TrainerServiceServicer_to_server(service, self._server)
         self.port = self._server.add_insecure_port(f"127.0.0.1:{self.port}")
         self._server.start()
 
@@ -196,15 +197,16 @@ class FakeTrainer:
         return pb.SaveStateResponse(state=self.state)
 
 
-class _Service(trainer_pb2_grpc.TrainerServiceServicer):
+class _Service:
     def __init__(self, trainer: FakeTrainer) -> None:
-        for method, behaviour in {
+        behaviours: dict[str, Callable[..., Any]] = {
             "AttachRun": trainer.attach_run,
             "OpenAttempt": trainer.open_attempt,
             "GetValues": trainer.get_values,
             "ReportLosses": trainer.report_losses,
             "SaveState": trainer.save_state,
-        }.items():
+        }
+        for method, behaviour in behaviours.items():
             setattr(self, method, self._served(trainer, method, behaviour))
 
     def _served(self, trainer: FakeTrainer, method: str, behaviour: Callable[..., Any]) -> Any:

@@ -30,14 +30,14 @@ SPEC = "name: small\ntotal: 10\n"
 def test_forms_of_a_spec(trainer: FakeTrainer, connect: Connect, tmp_path: Path, form: str) -> None:
     path = tmp_path / "spec.yaml"
     path.write_text(SPEC, encoding="utf-8")
-    mapping = MappingProxyType({"name": "small", "groups": [MappingProxyType({"name": "α"})]})
+    mapping = MappingProxyType({"name": "small", "groups": [MappingProxyType({"name": "naïve"})]})
     specs = {"path": path, "str": str(path), "text": SPEC, "mapping": mapping, "none": None}
     connect(spec=specs[form])
     (request,) = trainer.calls["AttachRun"]
     if form == "mapping":
-        assert json.loads(request.spec_document) == {"name": "small", "groups": [{"name": "α"}]}
+        assert json.loads(request.spec_document) == {"name": "small", "groups": [{"name": "naïve"}]}
         # YAML joins no surrogates, hence the text itself.
-        assert "α" in request.spec_document
+        assert "naïve" in request.spec_document
     else:
         assert request.spec_document == ("" if form == "none" else SPEC)
     assert (request.run, request.on_change) == ("small", pb.ON_CHANGE_REFUSE)
@@ -87,7 +87,7 @@ def test_each_argument_is_checked(trainer: FakeTrainer, argument: str, got: Any)
 def test_a_damaged_spec_file_is_refused(connect: Connect, tmp_path: Path) -> None:
     path = tmp_path / "spec.yaml"
     path.write_bytes(b"name: \xff\n")
-    with pytest.raises(lrpilot.InvalidArgument, match="spec: got .*can be read"):
+    with pytest.raises(lrpilot.InvalidArgument, match=r"spec: got .*can be read"):
         connect(spec=path)
 
 

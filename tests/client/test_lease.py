@@ -173,7 +173,7 @@ def test_values_that_are_never_fixed_end_the_wait(
     trainer: FakeTrainer, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_timing, "LONGEST_WAIT_S", 0.2)
-    with pytest.raises(lrpilot.ValuesPending, match="progress 8 .*not fixed yet"):
+    with pytest.raises(lrpilot.ValuesPending, match=r"progress 8 .*not fixed yet"):
         connect().values(8)
 
 
@@ -310,7 +310,7 @@ def test_an_unforeseen_error_of_the_background_is_raised(
     wake_renewal(pilot)
     lease._wake.set()
     link_failed(pilot)
-    with pytest.raises(lrpilot.ClientFailed, match="ZeroDivisionError.*seven"):
+    with pytest.raises(lrpilot.ClientFailed, match=r"ZeroDivisionError.*seven"):
         pilot.values(1)
     assert "renewing values failed" in caplog.text
 

@@ -323,7 +323,7 @@ def test_a_device_that_fails_is_named(connect: Connect, device: Device) -> None:
     pilot = connect()
     pilot.values(0)
     pilot.report(7, device.tensor(1.0))
-    with pytest.raises(lrpilot.LossUnreadable, match="loss at progress 7 .*device lost"):
+    with pytest.raises(lrpilot.LossUnreadable, match=r"loss at progress 7 .*device lost"):
         pilot.close()
 
 
@@ -343,6 +343,6 @@ def test_an_unforeseen_error_of_the_background_is_raised(
 
     monkeypatch.setattr(reporter, "_deliver", broken)
     pilot.report(0, 1.0)
-    with pytest.raises(lrpilot.ClientFailed, match="ZeroDivisionError.*seven"):
+    with pytest.raises(lrpilot.ClientFailed, match=r"ZeroDivisionError.*seven"):
         pilot.close()
     assert "reporting losses failed" in caplog.text

@@ -37,7 +37,8 @@ def test_an_increment_is_positional_as_megatrons(
 ) -> None:
     trainer.unit, trainer.delay = "samples", 100
     scheduler = connect().scheduler(optimizer)
-    for increment in (64, 64, 128, np.int64(32)):
+    increments: list[Any] = [64, 64, 128, np.int64(32)]
+    for increment in increments:
         before = scheduler.progress
         scheduler.step(increment, loss=0.5)
         assert scheduler.progress == before + increment

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -29,7 +30,7 @@ def test_a_state_goes_round(
     state = scheduler.state_dict()
     assert state["progress"] == 3
     assert trainer.calls["SaveState"][0].progress == 3
-    assert json.loads(json.dumps(state)) == pickle.loads(pickle.dumps(state)) == state  # noqa: S301
+    assert json.loads(json.dumps(state)) == pickle.loads(pickle.dumps(state)) == state
     optimizer = make_optimizer()
     resumed = connect().scheduler(optimizer, json.loads(json.dumps(state)))
     request = trainer.calls["OpenAttempt"][-1]
@@ -73,6 +74,7 @@ def test_a_checkpoint_does_not_fail_because_of_the_server(
     trainer: FakeTrainer,
     connect: Connect,
     make_optimizer: Callable[..., FakeOptimizer],
+    *,
     fault: type[Fault],
     refuse: Refuse,
     monkeypatch: pytest.MonkeyPatch,
@@ -158,14 +160,15 @@ def test_a_damaged_state_is_refused_before_anything_opens(
     optimizer: FakeOptimizer,
     state: Any,
     text: str,
+    *,
     way: str,
 ) -> None:
     pilot = connect()
+    give = partial(pilot.scheduler, optimizer)
+    if way == "load":
+        give = give(defer=True).load_state_dict  # type: ignore[assignment]
     with pytest.raises(lrpilot.InvalidState, match=text):
-        if way == "state":
-            pilot.scheduler(optimizer, state)
-        else:
-            pilot.scheduler(optimizer, defer=True).load_state_dict(state)
+        give(state)
     assert trainer.calls["OpenAttempt"] == []
     assert optimizer.rates == [1.0]
     # The good one is still taken.
