@@ -4,11 +4,15 @@ A case raises BrokenPromise where the rule does not hold. `test_rules.py` runs e
 it is, and again with the rule broken on purpose.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+import pytest
 
 from lrpilot import core
 from lrpilot.core._plan import Plan
+from lrpilot.core._records import Values
 from lrpilot.v1 import trainer_pb2
 from tests.rules.world import FAR, REPORTER, RUN, World, make_spec, promise
 
@@ -40,6 +44,20 @@ def stall(world: World, begin: int, count: int) -> None:
     world.report(*((at, 1.0, at + 1) for at in range(begin, begin + count)))
 
 
+@contextmanager
+def another_machine() -> Iterator[None]:
+    """Let the plan come out a little different, as with another release or `cos`."""
+    computed = Plan.values
+
+    def values(plan: Plan, progress: int) -> Values:
+        rates, decays = computed(plan, progress)
+        return tuple(rate * (1.0 + 2.0**-50) for rate in rates), decays
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "values", values)
+        yield
+
+
 # One value.
 
 
@@ -47,21 +65,12 @@ def stall(world: World, begin: int, count: int) -> None:
 def recorded_values_are_not_computed_again(world: World) -> None:
     """Neither a new release nor another machine changes what was handed out, on any stride."""
     world.open(0)
-    world.ask(0, count=4)
-    computed = Plan.values
-
-    def otherwise(plan: Plan, progress: int) -> Any:
-        rates, decays = computed(plan, progress)
-        return tuple(rate * (1.0 + 2.0**-50) for rate in rates), decays
-
-    Plan.values = otherwise  # type: ignore[method-assign]
-    try:
+    world.ask_through(0, 4)
+    with another_machine():
         for replica in (0, 1):
             world.ask(0, count=4, replica=replica)
             world.ask(0, stride=3, count=2, replica=replica)
             world.ask(2, stride=1, count=2, replica=replica)
-    finally:
-        Plan.values = computed  # type: ignore[method-assign]
 
 
 @case()
@@ -83,7 +92,7 @@ def a_lost_answer_is_given_again(world: World) -> None:
         "the repeat was not recognised",
     )
     world.revise(make_spec(4, peak=0.2), fault="lost answer")
-    world.ask(5, count=1)
+    world.ask_through(5, 6)
 
 
 @case()
@@ -101,9 +110,10 @@ def the_loser_of_a_race_evaluates_the_whole_request_again(world: World) -> None:
     world.open(0)
     world.ask(0, replica=1)
     stall(world, 0, 8)
-    world.ask(8, count=4, replica=0)
+    world.ask_through(8, 12, replica=0)
     world.revise(make_spec(4, peak=0.2), replica=1)
-    world.ask(8, count=6, replica=1)
+    stall(world, 8, 2)
+    world.ask_through(8, 14)
 
 
 @case()
@@ -122,7 +132,7 @@ def a_refusal_counts_once_the_log_was_read(world: World) -> None:
 def a_loss_acts_at_exactly_n_plus_d(world: World) -> None:
     world.open(0)
     stall(world, 0, 3)
-    world.ask(0, count=10)
+    world.ask_through(0, 7)
     promise(bool(world.reference.decided().cuts), "the policy did not fire")
 
 
@@ -146,7 +156,7 @@ def nothing_is_handed_out_beyond_the_horizon(world: World) -> None:
 def a_policy_is_mute_until_its_decision_shows(world: World) -> None:
     world.open(0)
     stall(world, 0, 9)
-    world.ask(0, count=13)
+    world.ask_through(0, 13)
 
 
 @case()
@@ -156,7 +166,7 @@ def non_finite_losses_stay_out_of_policies_and_averages(world: World) -> None:
     state = world.check_log()
     promise(state.observers.nonfinite == 3, "they are not counted")
     promise(state.observers.smoothed_loss == 1.0, "they are in the average")
-    world.ask(0, count=8)
+    world.ask_through(0, 8)
 
 
 # Reports.
@@ -178,7 +188,7 @@ def a_late_loss_is_recorded_and_observed_by_nobody(world: World) -> None:
     promise(world.report((3, 0.1, 4)) == ["LATE"], "it is not late")
     promise(world.report((3, 0.1, 4), replica=1) == ["LATE"], "it is not late again")
     stall(world, 6, 3)
-    world.ask(6, count=7)
+    world.ask_through(6, 13)
 
 
 @case()
@@ -255,7 +265,7 @@ def a_waiver_keeps_what_was_received(world: World) -> None:
     world.report((0, 1.0, 1), (1, 1.0, 2))
     world.ask(6, blocked=True)
     promise(world.report((2, 0.5, 3)) == ["LATE"], "a waived loss was let in")
-    world.ask(0, count=10)
+    world.ask_through(0, 10)
 
 
 @case()
@@ -272,7 +282,7 @@ def a_request_far_beyond_the_horizon_is_refused(world: World) -> None:
 @case()
 def a_superseded_attempt_is_refused(world: World) -> None:
     old = world.open(0)
-    world.ask(0, count=2)
+    world.ask_through(0, 2)
     world.open(0)
     got = world.refusal(lambda: world.ask(0, attempt=old))
     promise(got == "AttemptSuperseded", f"a zombie asks: {got}")
@@ -284,11 +294,11 @@ def a_superseded_attempt_is_refused(world: World) -> None:
 def a_resume_forgets_later_losses_and_what_they_decided(world: World) -> None:
     world.open(0)
     stall(world, 0, 10)
-    world.ask(0, count=14)
+    world.ask_through(0, 14)
     world.open(1)
     promise(world.ask(1, count=4) is not None, "values below the horizon did not come")
     world.report(*((at, 1.0 / (at + 1), at + 1) for at in range(1, 12)))
-    world.ask(1, count=15)
+    world.ask_through(1, 16)
 
 
 @case()
@@ -296,29 +306,20 @@ def a_resume_inherits_the_records_below_its_horizon_alone(world: World) -> None:
     """What the old attempt recorded behind n0 + D came of losses that are forgotten."""
     world.open(0)
     stall(world, 0, 10)
-    world.ask(0, count=14)
+    world.ask_through(0, 14)
     world.open(2)
     world.report(*((at, 1.0 / (at + 1), at + 1) for at in range(2, 12)))
-    world.ask(5, count=9)
+    world.ask_through(5, 14)
 
 
 @case()
 def a_resume_repeats_the_bits_of_another_machine(world: World) -> None:
     world.open(0)
     stall(world, 0, 6)
-    world.ask(0, count=10)
-    computed = Plan.values
-
-    def otherwise(plan: Plan, progress: int) -> Any:
-        rates, decays = computed(plan, progress)
-        return tuple(rate * (1.0 + 2.0**-50) for rate in rates), decays
-
+    world.ask_through(0, 10)
     world.open(3)
-    Plan.values = otherwise  # type: ignore[method-assign]
-    try:
+    with another_machine():
         world.ask(3, count=4)
-    finally:
-        Plan.values = computed  # type: ignore[method-assign]
 
 
 @case()
@@ -338,7 +339,7 @@ def a_resume_forgets_waivers(world: World) -> None:
     world.open(0)
     promise(world.report((0, 1.0, 1)) == ["RECORDED"], "the loss came late")
     stall(world, 1, 4)
-    world.ask(0, count=9)
+    world.ask_through(0, 9)
 
 
 @case()
@@ -348,7 +349,7 @@ def a_resume_keeps_what_operators_changed(world: World) -> None:
     world.revise(make_spec(4, peak=0.2))
     world.open(2)
     stall(world, 2, 6)
-    world.ask(2, count=10)
+    world.ask_through(2, 12)
 
 
 @case()
@@ -392,27 +393,28 @@ def ranks_join_by_their_key_alone(world: World) -> None:
 def a_change_lands_at_the_horizon(world: World) -> None:
     world.open(0)
     stall(world, 0, 2)
-    world.ask(0, count=6)
+    world.ask_through(0, 3)
     world.revise(make_spec(4, peak=0.2))
-    world.ask(0, count=6, replica=1)
+    world.ask_through(0, 6, replica=1)
     stall(world, 2, 3)
-    world.ask(4, count=5)
+    world.ask_through(4, 9)
 
 
 @case()
 def what_only_a_new_attempt_may_change_is_refused(world: World) -> None:
     world.open(0)
-    for change in (
+    changes: list[dict[str, Any]] = [
         {"unit": "samples"},
         {"groups": [{"name": "all"}]},
         {"feedback": {"delay": 5}},
         {"policies": []},
         {"weight_decay": None},
-    ):
+    ]
+    for change in changes:
         spec = {**make_spec(4), **change}
         got = world.refusal(lambda spec=spec: world.revise(spec))  # type: ignore[misc]
         promise(got == "RevisionRefused", f"{change}: {got}")
-    world.ask(0, count=4)
+    world.ask_through(0, 4)
 
 
 # Saved states.
@@ -421,16 +423,16 @@ def what_only_a_new_attempt_may_change_is_refused(world: World) -> None:
 @case()
 def a_lost_run_is_restored_from_a_checkpoint(world: World) -> None:
     world.open(0)
-    stall(world, 0, 7)
-    world.ask(0, count=11)
-    state = world.save(5)
+    stall(world, 0, 9)
+    world.ask_through(0, 13)
+    state = world.save(7)
     old = world.current
     world.lose_the_store(state)
-    world.ask(5, count=4)
-    got = world.refusal(lambda: world.ask(5, attempt=old))
+    world.ask_through(7, 11)
+    got = world.refusal(lambda: world.ask(7, attempt=old))
     promise(got == "AttemptSuperseded", f"a rank of the lost attempt: {got}")
-    stall(world, 5, 8)
-    world.ask(5, count=12)
+    stall(world, 7, 8)
+    world.ask_through(7, 19)
     got = world.refusal(lambda: world.open(3))
     promise(got == "StateMismatch", f"a resume behind what is known: {got}")
 
@@ -444,9 +446,9 @@ def a_checkpoint_brings_its_own_past(world: World) -> None:
     world.open(2)
     world.report(*((at, 1.0 / (at + 1), at + 1) for at in range(2, 6)))
     world.open(state=end)
-    world.ask(8, count=4)
+    world.ask_through(8, 12)
     stall(world, 8, 6)
-    world.ask(8, count=10)
+    world.ask_through(8, 18)
 
 
 @case()
@@ -480,8 +482,8 @@ def a_seq_is_given_out_once(world: World) -> None:
 def what_is_acknowledged_outlives_the_servers(world: World) -> None:
     world.open(0)
     stall(world, 0, 3)
-    world.ask(0, count=5)
+    world.ask_through(0, 5)
     for replica in (0, 1):
         world.restart(replica)
-    world.ask(0, count=5)
+    world.ask_through(0, 5)
     promise(world.report((0, 1.0, 1), (2, 1.0, 3)) == ["REPEATED"] * 2, "a loss is gone")

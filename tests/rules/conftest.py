@@ -5,11 +5,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from lrpilot.core import _state
+
 
 @pytest.fixture(autouse=True, scope="package")
-def quiet() -> Iterator[None]:
-    """Keep the server's lines about thousands of waivers out of a failure's report."""
+def small_and_quiet() -> Iterator[None]:
+    """Keep marks at every third loss, and thousands of waivers out of a failure's report."""
     logger = logging.getLogger("lrpilot")
     logger.setLevel(logging.CRITICAL)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_state, "MARK_EVERY", 3)
+        yield
     logger.setLevel(logging.NOTSET)

@@ -1,0 +1,456 @@
+"""Each rule, broken on purpose, and the case that must notice.
+
+A mutant is a change that somebody could make by mistake: it takes the one place in which a rule
+lives out of force. Nothing else in the system may make up for it unnoticed.
+"""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+
+from lrpilot import core
+from lrpilot.core import _canonical, _observers, _plan, _requests
+from lrpilot.core._observers import Observers
+from lrpilot.core._plan import Plan
+from lrpilot.core._records import Records
+from lrpilot.core._state import RunState
+from lrpilot.server._commit import GroupCommitter
+from lrpilot.server._ledger import Ledger, LiveRun
+from lrpilot.server._memory_store import MemoryStore
+from lrpilot.server._store import LogRow, SeqTaken
+from lrpilot.server._trainer_service import TrainerService
+
+Break = Callable[[pytest.MonkeyPatch], None]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A rule out of force."""
+
+    apply: Break
+    noticed_by: str
+    """Name of the case."""
+
+
+MUTANTS: dict[str, Mutant] = {}
+
+
+def mutant(noticed_by: str) -> Callable[[Break], Break]:
+    """Register a mutant and the case that must notice it."""
+
+    def register(apply: Break) -> Break:
+        MUTANTS[apply.__name__] = Mutant(apply, noticed_by)
+        return apply
+
+    return register
+
+
+# One value.
+
+
+@mutant("recorded_values_are_not_computed_again")
+def values_are_computed_at_each_request(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Records, "block", lambda *_: None)
+    patch.setattr(Records, "at", lambda *_: None)
+
+
+@mutant("recorded_values_are_not_computed_again")
+def another_stride_is_computed_anew(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RunState, "values", lambda state, progress: state.plan.values(progress))
+
+
+@mutant("a_value_is_recorded_before_it_leaves")
+def values_leave_without_a_record(patch: pytest.MonkeyPatch) -> None:
+    get_values = core.get_values
+
+    def unrecorded(state: RunState, request: Any) -> Any:
+        found = get_values(state, request)
+        if isinstance(found, core.Recorded):
+            groups = len(state.spec.group_names)
+            return core.Block(
+                found.begin, found.stride, groups, found.learning_rates, found.weight_decays
+            )
+        return found
+
+    patch.setattr(core, "get_values", unrecorded)
+
+
+@mutant("a_lost_answer_is_given_again")
+def a_repeated_request_is_carried_out_again(patch: pytest.MonkeyPatch) -> None:
+    open_attempt = core.open_attempt
+
+    def again(state: RunState, request: Any) -> Any:
+        return open_attempt(state, replace(request, request_id=f"{request.request_id} {state.seq}"))
+
+    patch.setattr(core, "open_attempt", again)
+
+
+@mutant("the_loser_of_a_race_evaluates_the_whole_request_again")
+def the_loser_appends_what_it_had_evaluated(patch: pytest.MonkeyPatch) -> None:
+    async def stubborn(self: Ledger, run: LiveRun, evaluate: Any) -> Any:
+        async with run.lock:
+            events, answer = evaluate(run.state)
+            while events:
+                rows = [
+                    LogRow(seq, data, digest, 0)
+                    for seq, data, digest in core.rows(run.state, events)
+                ]
+                try:
+                    await self._committer.append(run.state.name, rows, not run.state.exists)
+                except SeqTaken:
+                    await self._read(run)
+                    continue
+                run.advance(rows)
+                break
+            return answer
+
+    patch.setattr(Ledger, "_transact", stubborn)
+
+
+@mutant("a_refusal_counts_once_the_log_was_read")
+def a_refusal_counts_at_once(patch: pytest.MonkeyPatch) -> None:
+    async def look(_self: Ledger, run: LiveRun, evaluate: Any) -> Any:
+        return evaluate(run.state)
+
+    patch.setattr(Ledger, "look", look)
+
+
+# Exactly n + D.
+
+
+@mutant("a_loss_acts_at_exactly_n_plus_d")
+def a_decision_shows_a_step_early(patch: pytest.MonkeyPatch) -> None:
+    _shift_decisions(patch, -1)
+
+
+@mutant("with_a_delay_of_one_every_step_is_decided_anew")
+def a_decision_shows_a_step_late(patch: pytest.MonkeyPatch) -> None:
+    _shift_decisions(patch, 1)
+
+
+def _shift_decisions(patch: pytest.MonkeyPatch, steps: int) -> None:
+    def shifted(*args: Any, **kwargs: Any) -> Any:
+        decided = _plan.decide(*args, **kwargs)
+        return replace(decided, effective=decided.effective + steps)
+
+    patch.setattr(_observers, "decide", shifted)
+
+
+@mutant("nothing_is_handed_out_beyond_the_horizon")
+def the_horizon_lies_a_step_further(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        RunState, "horizon", property(lambda state: state.frontier + state.spec.delay + 1)
+    )
+
+
+@mutant("a_replica_that_lags_hands_out_less_and_nothing_else")
+def whoever_asks_gets_values(patch: pytest.MonkeyPatch) -> None:
+    get_values = core.get_values
+
+    def generous(state: RunState, request: Any) -> Any:
+        found = get_values(state, request)
+        if found is None:
+            rates, decays = state.values(request.begin)
+            return core.Recorded(state.attempt, request.begin, 1, rates, decays, 0)
+        return found
+
+    patch.setattr(core, "get_values", generous)
+
+
+@mutant("a_policy_is_mute_until_its_decision_shows")
+def a_policy_decides_the_same_thing_twice(patch: pytest.MonkeyPatch) -> None:
+    observe = Observers.observe
+
+    def unmuted(self: Observers, *args: Any) -> Any:
+        watches = tuple(replace(watch, muted_until=0) for watch in self.watches)
+        return observe(replace(self, watches=watches), *args)
+
+    patch.setattr(Observers, "observe", unmuted)
+
+
+@mutant("non_finite_losses_stay_out_of_policies_and_averages")
+def a_nan_enters_the_average(patch: pytest.MonkeyPatch) -> None:
+    def averaged(self: Observers, loss: float) -> Observers:
+        return replace(self, nonfinite=self.nonfinite + 1, average=loss, average_weight=1.0)
+
+    patch.setattr(Observers, "_averaged", averaged)
+
+
+# Reports.
+
+
+@mutant("what_is_passed_without_a_loss_is_absent")
+def what_is_passed_is_waited_for(patch: pytest.MonkeyPatch) -> None:
+    report = RunState._report
+
+    def step_by_step(state: RunState, event: Any) -> None:
+        reports = tuple(replace(item, moves_to=item.progress + 1) for item in event.reports)
+        before = state.frontier
+        report(state, replace(event, reports=reports))
+        state.frontier = min(state.frontier, before + len(reports))
+
+    patch.setattr(RunState, "_report", step_by_step)
+
+
+@mutant("a_late_loss_is_recorded_and_observed_by_nobody")
+def a_late_loss_is_observed(patch: pytest.MonkeyPatch) -> None:
+    report = RunState._report
+
+    def let_in(state: RunState, event: Any) -> None:
+        for item in event.reports:
+            if item.progress < state.frontier and item.loss is not None:
+                state.observers, _ = state.observers.observe(
+                    state.plan, item.progress, item.loss, state.seq
+                )
+        report(state, event)
+
+    patch.setattr(RunState, "_report", let_in)
+
+
+@mutant("a_repeated_loss_is_recognised_by_its_bits")
+def a_repeat_is_compared_as_numbers(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_canonical, "same_bits", lambda a, b: a == b)
+
+
+@mutant("another_loss_for_a_reported_step_is_refused")
+def another_loss_is_taken_for_a_repeat(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_canonical, "same_bits", lambda *_: True)
+
+
+@mutant("another_loss_for_a_reported_step_is_refused")
+def the_sign_of_zero_is_lost(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_canonical, "same_bits", lambda a, b: repr(abs(a)) == repr(abs(b)))
+
+
+@mutant("one_process_reports")
+def every_process_may_report(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_requests, "_check_reporter", lambda *_: None)
+
+
+# Waiting.
+
+
+@mutant("blocked_ranks_get_on_though_nobody_reports")
+def nothing_is_ever_waived(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(core, "waive", lambda *_: [])
+
+
+@mutant("only_blocked_time_counts")
+def every_wait_counts(patch: pytest.MonkeyPatch) -> None:
+    wait = TrainerService._wait
+
+    async def impatient(
+        self: TrainerService, run: LiveRun, *args: Any, blocked: bool
+    ) -> core.Block | None:
+        del blocked
+        async with run.blocked():
+            return await wait(self, run, *args, blocked=True)
+
+    patch.setattr(TrainerService, "_wait", impatient)
+
+
+@mutant("a_replica_that_lags_reads_before_it_waives")
+def a_waiver_is_appended_unread(patch: pytest.MonkeyPatch) -> None:
+    async def waive(self: TrainerService, run: LiveRun, attempt: Any, wanted: Any) -> None:
+        events = core.waive(run.state, wanted.begin)
+        await self._ledger.refresh(run)
+        await self._ledger.transact(run, lambda _: (events, None))
+
+    patch.setattr(TrainerService, "_waive", waive)
+
+
+@mutant("a_waiver_keeps_what_was_received")
+def a_waived_loss_is_let_in(patch: pytest.MonkeyPatch) -> None:
+    apply = RunState.apply
+
+    def forgetful(state: RunState, event: Any, data: bytes | None = None) -> None:
+        before = state.frontier
+        apply(state, event, data)
+        if isinstance(event, core.Waived):
+            state.frontier = before
+
+    patch.setattr(RunState, "apply", forgetful)
+
+
+@mutant("a_request_far_beyond_the_horizon_is_refused")
+def every_request_waits(patch: pytest.MonkeyPatch) -> None:
+    get_values = core.get_values
+
+    def patient(state: RunState, request: Any) -> Any:
+        try:
+            return get_values(state, request)
+        except core.BeyondHorizon:
+            return None
+
+    patch.setattr(core, "get_values", patient)
+
+
+# Attempts.
+
+
+@mutant("a_superseded_attempt_is_refused")
+def every_token_does(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(core, "check_attempt", lambda *_: None)
+
+
+@mutant("a_resume_forgets_later_losses_and_what_they_decided")
+def a_resume_forgets_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RunState, "_rewind", lambda *_: None)
+
+
+@mutant("a_resume_forgets_later_losses_and_what_they_decided")
+def a_resume_keeps_what_was_decided(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RunState, "_as_of", lambda state, _: (state.plan, state.observers))
+
+
+@mutant("a_resume_inherits_the_records_below_its_horizon_alone")
+def a_resume_inherits_every_record(patch: pytest.MonkeyPatch) -> None:
+    between = Records.between
+    patch.setattr(Records, "between", lambda self, begin, _: between(self, begin, 10**6))
+
+
+@mutant("a_resume_repeats_the_bits_of_another_machine")
+def a_resume_inherits_no_record(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Records, "between", lambda *_: [])
+
+
+@mutant("a_resume_makes_missing_losses_absent")
+def a_resume_waits_for_missing_losses(patch: pytest.MonkeyPatch) -> None:
+    opened = RunState._open
+
+    def waits(state: RunState, event: Any) -> None:
+        before = state.frontier
+        opened(state, event)
+        state.frontier = min(before, event.begin)
+
+    patch.setattr(RunState, "_open", waits)
+
+
+@mutant("a_resume_forgets_waivers")
+def a_resume_keeps_the_frontier(patch: pytest.MonkeyPatch) -> None:
+    opened = RunState._open
+
+    def keeps(state: RunState, event: Any) -> None:
+        before = state.frontier
+        opened(state, event)
+        state.frontier = max(before, event.begin)
+
+    patch.setattr(RunState, "_open", keeps)
+
+
+@mutant("a_resume_keeps_what_operators_changed")
+def a_resume_forgets_operators(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Plan, "reopen", lambda plan, _: plan._revisions.__delitem__(slice(1, None)))
+
+
+@mutant("a_run_with_losses_needs_a_resume_point")
+def a_run_may_start_over_unasked(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RunState, "has_losses", property(lambda _: False))
+
+
+@mutant("ranks_join_by_their_key_alone")
+def every_join_is_welcome(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_requests, "_join", lambda *_: [])
+
+
+# Operators.
+
+
+@mutant("a_change_lands_at_the_horizon")
+def a_change_lands_at_the_frontier(patch: pytest.MonkeyPatch) -> None:
+    revise = core.revise_run
+
+    def early(state: RunState, *args: Any) -> Any:
+        (event,) = revise(state, *args)
+        assert isinstance(event, core.Revised)
+        return [replace(event, effective=state.frontier)]
+
+    patch.setattr(core, "revise_run", early)
+
+
+@mutant("what_only_a_new_attempt_may_change_is_refused")
+def everything_may_be_revised(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_requests, "_locked", lambda *_: [])
+
+
+# Saved states.
+
+
+@mutant("a_lost_run_is_restored_from_a_checkpoint")
+def a_state_forgets_the_policies(patch: pytest.MonkeyPatch) -> None:
+    saved_fold = RunState.saved_fold
+    patch.setattr(
+        RunState,
+        "saved_fold",
+        lambda state, progress: {
+            **saved_fold(state, progress),
+            "observers": Observers().to_mapping(),
+        },
+    )
+
+
+@mutant("a_lost_run_is_restored_from_a_checkpoint")
+def a_state_forgets_the_adjustments(patch: pytest.MonkeyPatch) -> None:
+    saved_fold = RunState.saved_fold
+    patch.setattr(
+        RunState,
+        "saved_fold",
+        lambda state, progress: {**saved_fold(state, progress), "adjustments": []},
+    )
+
+
+@mutant("a_checkpoint_brings_its_own_past")
+def a_checkpoint_takes_the_past_of_the_log(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RunState, "went_elsewhere", lambda *_: False)
+
+
+@mutant("a_state_of_another_log_is_refused")
+def every_state_is_welcome(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_requests, "_refuse_mismatch", lambda *_: None)
+
+
+# The log.
+
+
+@mutant("a_seq_is_given_out_once")
+def a_taken_seq_is_written_over(patch: pytest.MonkeyPatch) -> None:
+    append = MemoryStore.append
+
+    def overwrite(store: MemoryStore, batch: Any) -> Any:
+        for item in batch:
+            rows = store.read(item.run)
+            kept = [row for row in rows if row.seq < item.rows[0].seq]
+            if len(kept) < len(rows):
+                store.delete(item.run)
+                append(store, [replace(item, rows=tuple(kept), create=True)])
+        return append(store, batch)
+
+    patch.setattr(MemoryStore, "append", overwrite)
+
+
+@mutant("what_is_acknowledged_outlives_the_servers")
+def an_answer_leaves_before_its_commit(patch: pytest.MonkeyPatch) -> None:
+    append = GroupCommitter.append
+
+    async def later(self: GroupCommitter, run: str, rows: Any, create: bool = False) -> None:
+        if any(core.decode(row.payload).kind == "reported" for row in rows):
+            await asyncio.sleep(0)
+            return
+        await append(self, run, rows, create)
+
+    patch.setattr(GroupCommitter, "append", later)
+
+
+@mutant("what_is_acknowledged_outlives_the_servers")
+def a_snapshot_leaves_something_out(patch: pytest.MonkeyPatch) -> None:
+    restore = core.restore_snapshot
+
+    def partial(data: bytes) -> RunState:
+        state = restore(data)
+        state.records = Records()
+        return state
+
+    patch.setattr(core, "restore_snapshot", partial)
