@@ -3,7 +3,9 @@
 import copy
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import pytest
@@ -931,3 +933,77 @@ def test_the_difference_of_two_specs(
     back = [(field, right, left) for field, left, right in difference]
     assert sorted(spec_difference(two, one)) == sorted(back)
     assert (one == two) is (not difference)
+
+
+# ---------------------------------------------------------------------------------------------
+# The page that users read.
+
+
+@pytest.fixture(scope="module")
+def documented() -> dict[str, dict[str, str]]:
+    """Return, by heading of docs/spec.md, the default of each field in the tables below it."""
+    text = (Path(__file__).parents[2] / "docs" / "spec.md").read_text(encoding="utf-8")
+    tables: dict[str, dict[str, str]] = {}
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        if line.startswith("## "):
+            fields = tables.setdefault(line.removeprefix("## "), {})
+        elif line.startswith("| `"):
+            names, default = line.split(" | ")[:2]
+            for name in re.findall(r"`([^`]+)`", names):
+                fields[name] = default.strip("` ")
+    return {heading: fields for heading, fields in tables.items() if fields}
+
+
+def test_every_field_is_documented(documented: dict[str, dict[str, str]]) -> None:
+    inner = {"learning_rate", "weight_decay", "groups", "stages", "policies", "feedback", "bounds"}
+    tables = {heading: set(fields) for heading, fields in documented.items()}
+    top = {path.split(".")[0] for path in FIELDS}
+    assert tables.pop("The run") == top
+    policy = tables.pop("policies")
+    assert policy == {path.split(".")[2] for path in FIELDS if path.startswith("policies.")} - {
+        "kind",
+        "mode",
+    }
+    for heading, fields in tables.items():
+        below = {
+            path.removeprefix(f"{heading}.").removeprefix("0.")
+            for path in FIELDS
+            if path.startswith(f"{heading}.")
+        }
+        if heading == "stages":
+            below = {path.split(".")[0] for path in below}
+        if heading == "groups":
+            below = {path.split(".")[0] for path in below}
+        assert fields == below, heading
+    assert set(tables) == inner - {"policies", "bounds"}
+
+
+def test_the_documented_defaults(documented: dict[str, dict[str, str]]) -> None:
+    policy = parse_policy({"kind": "plateau"}).model_dump()
+    for name, default in documented["policies"].items():
+        assert str(policy[name]) == default or policy[name] == float(default), name
+    spec = parse_spec(
+        {
+            "name": "a",
+            "total": 10,
+            "learning_rate": {"peak": 1.0},
+            "weight_decay": {"start": 1.0, "end": 1.0},
+            "groups": [{"name": "a"}],
+        }
+    )
+    mapping = {**spec.to_mapping(), "weight_decay": {"style": "constant"}}
+    plain = {
+        ("The run", "unit"): mapping["unit"],
+        ("learning_rate", "init"): mapping["learning_rate"]["init"],
+        ("learning_rate", "min"): mapping["learning_rate"]["min"],
+        ("learning_rate", "warmup"): mapping["learning_rate"]["warmup"],
+        ("learning_rate", "decay.style"): mapping["learning_rate"]["decay"]["style"],
+        ("weight_decay", "style"): "constant",
+        ("groups", "weight_decay_multiplier"): mapping["groups"][0]["weight_decay_multiplier"],
+        ("feedback", "delay"): mapping["feedback"]["delay"],
+        ("feedback", "timeout"): mapping["feedback"]["timeout"],
+    }
+    assert {place: documented[place[0]][place[1]] for place in plain} == {
+        place: str(default) for place, default in plain.items()
+    }

@@ -42,9 +42,9 @@ def learning_rate_schedule(
     - style `inverse-square-root`: `peak * max(warmup, 1)**0.5 / max(n, 1)**0.5`, but at least `min`
     - else `min + k * (peak - min)`, where with `r = (n - warmup) / (end - warmup)`
       `linear` has `k = 1 - r` and `cosine` has `k = 0.5 * (cos(pi * r) + 1)`; `wsd` has `k = 1`
-      up to `a = end - anneal` and from there, with `q = (n - a) / anneal`, by `anneal_style`:
-      `linear` `1 - q`, `cosine` `0.5 * (cos(pi * q) + 1)`, `exponential` `2 * 0.5**q - 1`,
-      `minus_sqrt` `1 - sqrt(q)`.
+      up to `a = end - anneal` and from there, with `q = min((n - a) / anneal, 1)`, by
+      `anneal_style`: `linear` `1 - q`, `cosine` `0.5 * (cos(pi * q) + 1)`, `exponential`
+      `2 * 0.5**q - 1`, `minus_sqrt` `1 - sqrt(q)`.
 
     Args:
         init: LR at progress 0 when there is a warmup; unused without one.
@@ -205,7 +205,9 @@ def _wsd(
         if progress <= begin:
             k = 1.0
         else:
-            ratio = float(progress - begin) / float(length)
+            # Whole lengths never give more than 1. A share does when `begin` was rounded down,
+            # and the LR at `end` would then lie below `floor`, even below 0.
+            ratio = min(float(progress - begin) / float(length), 1.0)
             if anneal_style == "linear":
                 k = 1.0 - ratio
             elif anneal_style == "cosine":
