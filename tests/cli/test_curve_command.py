@@ -14,7 +14,7 @@ from lrpilot.server._documents import dump_document, read_spec
 
 Cli = Callable[..., Result]
 SpecFile = Callable[..., str]
-GOLDEN = Path("/tmp/h5_golden.jsonl")
+GOLDEN = Path(__file__).parents[1] / "golden" / "megatron_schedules.jsonl"
 
 
 def lines(text: str) -> list[Any]:

@@ -2,34 +2,17 @@
 
 import enum
 import json
-from types import SimpleNamespace
-from typing import Annotated, Any
+import textwrap
+from typing import Annotated
 
 import typer
 
-from lrpilot.core._spec import parse_spec
+from lrpilot.core import PRESETS, Preset
 from lrpilot.server._documents import dump_document
 from lrpilot.server.cli._failures import INVALID, CommandError, command
 from lrpilot.server.cli._options import CONTEXT, AsJson, examples
 from lrpilot.server.cli._output import table_lines, write_json
 
-PRESETS: Any = {
-    "llama3-8b-fp8": SimpleNamespace(
-        summary="Llama3-8B FP8 on H100, the tutorial",
-        spec=parse_spec(
-            {
-                "name": "llama3-8b-fp8",
-                "total": 50000,
-                "learning_rate": {
-                    "peak": 2e-4,
-                    "min": 1e-5,
-                    "warmup": 1000,
-                    "decay": {"style": "linear"},
-                },
-            }
-        ),
-    )
-}
 PREFIX = "preset:"
 """What a SPEC begins with that names a preset."""
 
@@ -54,8 +37,10 @@ def preset_names() -> tuple[str, ...]:
 
 
 def preset_document(name: str) -> str:
-    """Return a preset as a YAML document."""
-    return dump_document(_preset(name).spec.to_mapping())
+    """Return a preset as a YAML document that begins with where its numbers come from."""
+    preset = _preset(name)
+    notes = textwrap.wrap(f"{preset.summary}. {preset.source}", 96)
+    return "".join(f"# {note}\n" for note in notes) + dump_document(preset.spec.to_mapping())
 
 
 @app.command("list", epilog=examples("lrpilot preset list"))
@@ -64,7 +49,7 @@ def list_presets(as_json: AsJson = False) -> None:
     """List the presets: their names, and what each is."""
     if as_json:
         for name, preset in PRESETS.items():
-            write_json({"name": name, "summary": preset.summary})
+            write_json({"name": name, "summary": preset.summary, "source": preset.source})
         return
     rows = [(name, preset.summary) for name, preset in PRESETS.items()]
     for line in table_lines(("preset", "what"), rows, left=2):
@@ -94,7 +79,7 @@ def show(
         typer.echo(json.dumps(_preset(name).spec.to_mapping(), indent=2))
 
 
-def _preset(name: str) -> Any:
+def _preset(name: str) -> Preset:
     try:
         return PRESETS[name]
     except KeyError:
