@@ -438,6 +438,18 @@ def a_lost_run_is_restored_from_a_checkpoint(world: World) -> None:
 
 
 @case()
+def a_checkpoint_holds_all_that_was_acknowledged(world: World) -> None:
+    """Also what another replica acknowledged."""
+    world.open(0)
+    world.ask(0, replica=1)
+    stall(world, 0, 2)
+    world.revise(make_spec(4, peak=0.2))
+    world.lose_the_store(world.save(2, replica=1))
+    stall(world, 2, 3)
+    world.ask_through(2, 9)
+
+
+@case()
 def a_checkpoint_brings_its_own_past(world: World) -> None:
     """Two branches from one checkpoint; the second start from the first branch's end."""
     world.open(0)

@@ -402,6 +402,14 @@ def a_state_forgets_the_adjustments(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+@mutant("a_checkpoint_holds_all_that_was_acknowledged")
+def a_checkpoint_is_taken_unread(patch: pytest.MonkeyPatch) -> None:
+    async def refresh(*_: Any) -> None:
+        return
+
+    patch.setattr(Ledger, "refresh", refresh)
+
+
 @mutant("a_checkpoint_brings_its_own_past")
 def a_checkpoint_takes_the_past_of_the_log(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RunState, "went_elsewhere", lambda *_: False)

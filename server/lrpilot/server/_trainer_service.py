@@ -222,6 +222,8 @@ class TrainerService:
     async def save_state(self, request: pb.SaveStateRequest) -> pb.SaveStateResponse:
         """See the proto file."""
         run = await self._ledger.run(request.run)
+        # A checkpoint holds all that was acknowledged, by whichever replica.
+        await self._ledger.refresh(run)
         end_s = time.monotonic() + min(request.wait_ms / 1000.0, MAX_WAIT_S)
 
         def save(state: core.RunState) -> bytes:
