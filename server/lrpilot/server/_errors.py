@@ -41,6 +41,9 @@ CATALOGUE: dict[type[core.LrpilotError], grpc.StatusCode] = {
 }
 """Status code of each error that a request can meet."""
 
+REFUSALS = tuple(CATALOGUE)
+"""What `details` takes; anything else is a fault of the server's own."""
+
 MAX_TEXT = 2000
 """Most bytes of the text for people on the wire, where gRPC writes all but plain ASCII as %XX."""
 

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from itertools import islice
 from typing import TypeVar
 
 from lrpilot import core
@@ -47,6 +48,8 @@ class LiveRun:
         """When a rank last asked for something, on the monotonic clock; None: not yet."""
         self.blocks: dict[tuple[int, int, int, int], bytes] = {}
         """Serialized blocks of the current attempt."""
+        self.late: set[tuple[int, int]] = set()
+        """(seq, progress) of each loss that came after its step was final."""
         self._blocked = 0
         self._blocked_since_s = 0.0
         self._blocked_before_s = 0.0
@@ -104,7 +107,13 @@ class LiveRun:
         self.wake()
 
     def _apply(self, row: LogRow) -> None:
-        self.state.apply(core.decode(row.payload), row.payload)
+        event = core.decode(row.payload)
+        late = len(self.state.late)
+        self.state.apply(event, row.payload)
+        if isinstance(event, core.Reported):
+            # New ones stand at the end.
+            new = islice(reversed(self.state.late), len(self.state.late) - late)
+            self.late.update((row.seq, progress) for progress in new)
         if (self.state.seq, self.state.digest) != (row.seq, row.digest):
             raise CorruptLog(
                 f"event {row.seq} of run {self.state.name!r}: the log says digest "
@@ -118,6 +127,7 @@ class LiveRun:
         self.state = core.RunState(self.state.name)
         self.created_ns = self.updated_ns = 0
         self.blocks.clear()
+        self.late.clear()
 
     def wake(self) -> None:
         """Wake everyone who waits."""

@@ -12,7 +12,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 
 from lrpilot import core
-from lrpilot.server._errors import DETAILS_KEY, details
+from lrpilot.server._errors import DETAILS_KEY, REFUSALS, details
 from lrpilot.server._store import StoreUnavailable
 
 logger = logging.getLogger("lrpilot.server")
@@ -78,12 +78,12 @@ def _served(name: str, behaviour: Behaviour, observer: CallObserver) -> Callable
         metadata: tuple[tuple[str, bytes], ...] = ()
         try:
             return await behaviour(request)
-        except core.LrpilotError as error:
+        except REFUSALS as error:
             code, text, packed = details(error)
             metadata = ((DETAILS_KEY, packed),)
         except StoreUnavailable as error:
             logger.error("%s: %s", name, error)  # noqa: TRY400 - the text says all.
-            code, text = grpc.StatusCode.UNAVAILABLE, f"the store cannot be written: {error}"
+            code, text = grpc.StatusCode.UNAVAILABLE, f"the store is unavailable: {error}"
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise

@@ -1,7 +1,7 @@
 """The service for people: create, look at, revise and end runs."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 
 from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -18,10 +18,10 @@ LIVE_S = 120.0
 
 PAGE_OF_RUNS, MAX_PAGE_OF_RUNS = 50, 500
 PAGE_OF_EVENTS, MAX_PAGE_OF_EVENTS = 200, 1000
-MAX_ADJUSTMENTS = 500
-"""A run shows its newest adjustments; its history has all of them."""
 MAX_PAGE_BYTES = 512 * 1024
 """A page ends early rather than exceed this: messages are bounded at 1 MiB."""
+MAX_ADJUSTMENTS_BYTES = 256 * 1024
+"""A run shows its newest adjustments, as many as fit in this; its history has all of them."""
 
 
 class RunService:
@@ -75,15 +75,21 @@ class RunService:
         size = _page_size(request.page_size, PAGE_OF_RUNS, MAX_PAGE_OF_RUNS)
         names = await self._ledger.names(request.page_token, size + 1)
         answer = pb.ListRunsResponse()
+        room = MAX_PAGE_BYTES
+        done = 0
         for name in names[:size]:
             run = await self._ledger.find(name)
             if run.state.exists:
                 message = run_message(run)
                 message.ClearField("adjustments")
                 message.ClearField("spec_document")
+                room -= message.ByteSize()
+                if room < 0 and answer.runs:
+                    break
                 answer.runs.append(message)
-        if len(names) > size:
-            answer.next_page_token = names[size - 1]
+            done += 1
+        if done < len(names):
+            answer.next_page_token = names[done - 1]
         return answer
 
     async def revise_run(self, request: pb.ReviseRunRequest) -> pb.ReviseRunResponse:
@@ -117,7 +123,7 @@ class RunService:
         answer = pb.ListEventsResponse()
         room = MAX_PAGE_BYTES
         for row in rows[:size]:
-            event = event_message(row)
+            event = event_message(row, run.late)
             event.adjustments.extend(decided.get(row.seq, ()))
             room -= event.ByteSize()
             if room < 0 and answer.events:
@@ -186,7 +192,7 @@ def run_message(run: LiveRun) -> pb.Run:
         nonfinite_losses=state.observers.nonfinite,
         waivers=state.waivers,
         late_losses=len(state.late),
-        adjustments=adjustment_messages(state)[-MAX_ADJUSTMENTS:],
+        adjustments=_newest(adjustment_messages(state)),
         seq=state.seq,
         digest=state.digest,
         created_at=_timestamp(run.created_ns),
@@ -217,8 +223,19 @@ def adjustment_messages(state: core.RunState) -> list[pb.Adjustment]:
     ]
 
 
-def event_message(row: LogRow) -> pb.Event:
-    """Return one row of a log as people see it."""
+def _newest(adjustments: list[pb.Adjustment]) -> list[pb.Adjustment]:
+    kept: list[pb.Adjustment] = []
+    room = MAX_ADJUSTMENTS_BYTES
+    for item in reversed(adjustments):
+        room -= item.ByteSize()
+        if room < 0:
+            break
+        kept.append(item)
+    return kept[::-1]
+
+
+def event_message(row: LogRow, late: Set[tuple[int, int]]) -> pb.Event:
+    """Return one row of a log as people see it; `late` is that of LiveRun."""
     event = core.decode(row.payload)
     message = pb.Event(
         seq=row.seq,
@@ -244,7 +261,12 @@ def event_message(row: LogRow) -> pb.Event:
         case core.Reported():
             message.progress = event.reports[0].progress
             message.losses.extend(
-                pb.LossRecord(progress=item.progress, loss=item.loss, weight=item.weight)
+                pb.LossRecord(
+                    progress=item.progress,
+                    loss=item.loss,
+                    weight=item.weight,
+                    late=item.loss is not None and (row.seq, item.progress) in late,
+                )
                 for item in event.reports
             )
             first, last = event.reports[0], event.reports[-1]
@@ -307,7 +329,8 @@ def _page_size(wanted: int, default: int, most: int) -> int:
 
 
 def _page_start(token: str) -> int:
-    if token and not (token.isascii() and token.isdigit()):
+    # No `seq` has more digits than 19, and Python refuses to read thousands.
+    if token and not (token.isascii() and token.isdigit() and len(token) < 20):
         raise core.InvalidRequest(
             "the page token is invalid",
             [core.Violation("page_token", repr(token), "next_page_token of the page before")],
