@@ -5,6 +5,7 @@ annotations alone, since a conftest cannot be imported.
 """
 
 import asyncio
+import itertools
 import os
 import queue
 import re
@@ -41,6 +42,9 @@ METADATA_BYTES = 8 * 1024
 
 LOCAL_POOL = ("grpc.use_local_subchannel_pool", 1)
 """Otherwise channels of one process share a connection, also with a server that is gone."""
+
+
+_NUMBERS = itertools.count(1)
 
 
 @dataclass
@@ -91,7 +95,6 @@ class Client:
     def __init__(self, address: str = "") -> None:
         self.address = address
         self._channel: Any = None
-        self._numbers = 0
 
     def connect(self, address: str) -> None:
         """Call the server at `address` from now on."""
@@ -119,16 +122,19 @@ class Client:
         stub, request = self._methods[method]
         return await stub(request(**fields), timeout=DEADLINE_S)
 
-    async def refused(self, method: str, /, **fields: Any) -> Refusal:
+    async def call_refused(self, method: str, /, **fields: Any) -> Refusal:
         """Call a method that must be refused."""
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await self.call(method, **fields)
         return Refusal.of(caught.value)
 
+    async def refused(self, method: str, /, **fields: Any) -> Refusal:
+        """Call a method that must be refused; a replica checks that nothing changed."""
+        return await self.call_refused(method, **fields)
+
     def fresh(self, what: str) -> str:
         """Return an id that was not used yet."""
-        self._numbers += 1
-        return f"{what}-{self._numbers}"
+        return f"{what}-{next(_NUMBERS)}"
 
     @staticmethod
     def document(name: str = "small", **fields: Any) -> str:
@@ -272,9 +278,9 @@ class Replica(Client):
         return self.ledger._runs[name]
 
     async def refused(self, method: str, /, **fields: Any) -> Refusal:
-        """Call a method that must be refused, and change nothing."""
+        """Call a method that must be refused, and change nothing in the store."""
         before = self.logs()
-        refusal = await super().refused(method, **fields)
+        refusal = await self.call_refused(method, **fields)
         assert self.logs() == before
         assert refusal.metadata_bytes < METADATA_BYTES
         return refusal

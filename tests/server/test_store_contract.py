@@ -85,6 +85,23 @@ class TestAppend:
         assert (conflict.run, conflict.seq, conflict.last_seq) == ("a", 5, 3)
         assert store.read("a") == list(rows(1, 3))
 
+    def test_another_log_of_the_same_length_is_refused(self, store: Store) -> None:
+        put(store, "a", 1, 3, create=True)
+        conflict = refused(store, Append("a", rows(4, 4), after="digest-other-3"))
+        assert (conflict.run, conflict.seq, conflict.last_seq) == ("a", 4, 3)
+        assert "another log" in str(conflict)
+        appends = [
+            Append("a", rows(4, 5), after="digest-3"),
+            Append("a", rows(6, 6), after="digest-5"),
+            Append("a", rows(7, 7), after="digest-5"),
+            Append("b", rows(1, 1), create=True),
+            Append("b", rows(2, 2), after="digest-1"),
+        ]
+        results = store.append(appends)
+        assert [result is None for result in results] == [True, True, False, True, True]
+        assert store.read("a") == list(rows(1, 6))
+        assert store.read("b") == list(rows(1, 2))
+
     def test_a_missing_run_is_refused(self, store: Store) -> None:
         conflict = refused(store, Append("a", rows(1, 1)))
         assert (conflict.run, conflict.seq, conflict.last_seq) == ("a", 1, None)

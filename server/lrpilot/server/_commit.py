@@ -63,14 +63,16 @@ class GroupCommitter:
         self._thread = threading.Thread(target=self._write, name="lrpilot-commit", daemon=True)
         self._thread.start()
 
-    async def append(self, run: str, rows: Sequence[LogRow], create: bool = False) -> None:
+    async def append(
+        self, run: str, rows: Sequence[LogRow], create: bool = False, after: str | None = None
+    ) -> None:
         """Append rows to a run's log; return once they are durable.
 
         Raises SeqTaken where they do not continue the log, StoreUnavailable where the store
         fails or the committer is closed, and ValueError for rows that no log can take. See
         Store.append.
         """
-        await self._submit(Append(run, tuple(rows), create))
+        await self._submit(Append(run, tuple(rows), create, after))
 
     async def delete(self, run: str) -> bool:
         """Remove a run with its whole log; return whether there was one.

@@ -259,8 +259,9 @@ class Ledger:
                     for seq, data, digest in core.rows(run.state, events)
                 ]
                 name = run.state.name
+                after = run.state.digest if run.state.exists else None
                 try:
-                    await self._committer.append(name, rows, create=not run.state.exists)
+                    await self._committer.append(name, rows, create=after is None, after=after)
                 except SeqTaken:
                     await self._read(run)
                     continue

@@ -31,7 +31,12 @@ class MemoryStore:
             if last is not None:
                 return SeqTaken(append.run, first, last)
             log = self._logs[append.run] = []
-        elif log is None or last is None or first != last + 1:
+        elif (
+            log is None
+            or last is None
+            or first != last + 1
+            or append.after not in {None, log[-1].digest}
+        ):
             return SeqTaken(append.run, first, last)
         log.extend(append.rows)
         return None

@@ -226,6 +226,7 @@ class SqlStore:
 class _Head:
     run_id: int
     last_seq: int
+    digest: str
 
 
 _LAST_SEQ = (
@@ -251,12 +252,16 @@ def _append(connection: sa.Connection, batch: Sequence[Append]) -> list[AppendRe
                 sa.insert(runs).values(name=append.run, created_at_ns=first.recorded_at_ns)
             )
             run_id = created.inserted_primary_key[0]  # type: ignore[index]
-            head = heads[append.run] = _Head(run_id, last.seq)
-        elif head is None or first.seq != head.last_seq + 1:
+            head = heads[append.run] = _Head(run_id, last.seq, last.digest)
+        elif (
+            head is None
+            or first.seq != head.last_seq + 1
+            or append.after not in {None, head.digest}
+        ):
             last_seq = None if head is None else head.last_seq
             results.append(SeqTaken(append.run, first.seq, last_seq))
             continue
-        head.last_seq = last.seq
+        head.last_seq, head.digest = last.seq, last.digest
         values.extend(
             {
                 "run_id": head.run_id,
@@ -284,9 +289,13 @@ def _heads(connection: sa.Connection, names: list[str]) -> dict[str, _Head]:
     # A statement takes a bounded number of parameters.
     for begin in range(0, len(names), _NAMES_PER_QUERY):
         some = names[begin : begin + _NAMES_PER_QUERY]
-        statement = sa.select(runs.c.name, runs.c.id, _LAST_SEQ).where(runs.c.name.in_(some))
-        for name, run_id, last_seq in connection.execute(statement):
-            heads[name] = _Head(run_id, last_seq)
+        statement = (
+            sa.select(runs.c.name, runs.c.id, events.c.seq, events.c.digest)
+            .join(events)
+            .where(runs.c.name.in_(some), events.c.seq == _LAST_SEQ)
+        )
+        for name, run_id, last_seq, digest in connection.execute(statement):
+            heads[name] = _Head(run_id, last_seq, digest)
     return heads
 
 

@@ -38,6 +38,9 @@ class Append:
     create: bool = False
     """Whether the run is to be made with these rows. Then it must not exist, and its log begins
     at the first row's `seq`, whatever that is; otherwise it must exist and end just before."""
+    after: str | None = None
+    """Digest of the row that the first one follows; None: whichever is there. A run that was
+    deleted and made again may be just as long, and is another log all the same."""
 
     def __post_init__(self) -> None:
         """Refuse what no log can take. Raises ValueError."""
@@ -61,6 +64,8 @@ class SeqTaken(StoreError):
     def __init__(self, run: str, seq: int, last_seq: int | None) -> None:
         if last_seq is None:
             text = f"run {run!r} does not exist, so it has no place for seq {seq}"
+        elif last_seq == seq - 1:
+            text = f"run {run!r} is another log: its seq {last_seq} is not what seq {seq} follows"
         else:
             text = f"run {run!r} ends at seq {last_seq}, so its next row is not seq {seq}"
         super().__init__(text)
@@ -111,10 +116,10 @@ class Store(Protocol):
 
         Appends are carried out in the order given, and each sees those before it, so that several
         may continue one run. One that does not continue the log of its run (its first `seq` is
-        taken or leaves a gap; the run is missing, or exists where `create` was asked) gets a
-        SeqTaken as its result and leaves no row, and the others go on without it. When the call
-        returns, the rows of the others are on stable storage: they outlive a crash of the process
-        and of the machine.
+        taken or leaves a gap; the row before is not `after`; the run is missing, or exists where
+        `create` was asked) gets a SeqTaken as its result and leaves no row, and the others go on
+        without it. When the call returns, the rows of the others are on stable storage: they
+        outlive a crash of the process and of the machine.
 
         When StoreUnavailable is raised, either all appends of the batch that had no conflict were
         carried out or none.
