@@ -335,7 +335,7 @@ def demonstrate(arguments: argparse.Namespace, folder: Path) -> None:
         console.print(f"the server is at {grpc_address}, its metrics at {http_address}")
         train = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         train += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(RANKS)]
-        train += [os.fspath(HERE / "train_ddp.py"), "--server", grpc_address, "--run", RUN]
+        train += [os.fspath(HERE / "train_ddp.py"), "--server", grpc_address, "--run-name", RUN]
         train += ["--spec", os.fspath(arguments.spec), "--steps", str(total)]
         train += ["--trace", os.fspath(folder)]
         console.print(f"[dim]$ {' '.join(train)}[/dim]", soft_wrap=True)

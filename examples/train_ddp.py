@@ -114,7 +114,7 @@ def write_trace(trace: TextIO, progress: int, loss: float, optimizer: Any) -> No
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--server", default="127.0.0.1:50051", help="HOST:PORT of lrpilot serve")
-    parser.add_argument("--run", default="byte-gpt", help="name of the run")
+    parser.add_argument("--run-name", default="byte-gpt", help="name of the run")
     parser.add_argument("--spec", type=Path, default=Path(__file__).with_name("byte_gpt.yaml"))
     parser.add_argument("--steps", type=int, default=600, help="stop at this progress")
     parser.add_argument("--checkpoint", type=Path, help="save to and resume from this file")
@@ -141,7 +141,7 @@ def main() -> None:
     progress = checkpoint.get("progress", 0)
 
     # lrpilot: attach to the run, which the first start creates from the spec.
-    with lrpilot.connect(arguments.server, run=arguments.run, spec=arguments.spec) as pilot:
+    with lrpilot.connect(arguments.server, run=arguments.run_name, spec=arguments.spec) as pilot:
         # lrpilot: open the attempt, or resume it; this writes the first LR and WD.
         scheduler = pilot.scheduler(optimizer, state=checkpoint.get("scheduler"))
         trace = None
