@@ -98,6 +98,26 @@ class LiveRun:
             # Half of a log is no state: nobody must be answered from it.
             self.reset()
             raise
+        self._moved(attempt)
+
+    @classmethod
+    def folded(cls, name: str, rows: list[LogRow]) -> "LiveRun":
+        """Return a run after the rows of its whole log. Raises as `advance` does."""
+        run = cls(name)
+        for row in rows:
+            run._apply(row)
+        return run
+
+    def adopt(self, other: "LiveRun") -> None:
+        """Take over what another one has from the log, and wake everyone who waits."""
+        attempt = self.state.attempt
+        self.reset()
+        self.state, self.late = other.state, other.late
+        self.created_ns, self.updated_ns = other.created_ns, other.updated_ns
+        self._moved(attempt)
+
+    def _moved(self, attempt: int) -> None:
+        """Act on a state that changed; `attempt` was the current one before."""
         if self.state.attempt != attempt:
             self.blocks.clear()
         if self.state.horizon != self._horizon or self.state.attempt != attempt:
@@ -279,16 +299,25 @@ class Ledger:
 
     async def _read(self, run: LiveRun) -> bool:
         """Read what other replicas wrote; return whether there was anything. Holds the lock."""
-        name, seq, digest = run.state.name, run.state.seq, run.state.digest
+        if not run.state.exists:
+            return await self._load(run)
+        seq, digest = run.state.seq, run.state.digest
         # The last row known here comes with them: it shows whether the log is still the same one.
-        rows = await asyncio.to_thread(self._store.read, name, max(seq - 1, 0))
-        if run.state.exists:
-            if not rows or (rows[0].seq, rows[0].digest) != (seq, digest):
-                # Deleted, and perhaps made again, by another replica.
-                run.reset()
-                run.advance(await asyncio.to_thread(self._store.read, name))
-                return True
-            del rows[0]
+        rows = await asyncio.to_thread(self._store.read, run.state.name, seq - 1)
+        if not rows or (rows[0].seq, rows[0].digest) != (seq, digest):
+            # Deleted, and perhaps made again, by another replica.
+            run.reset()
+            await self._load(run)
+            return True
+        del rows[0]
         if rows:
             run.advance(rows)
+        return bool(rows)
+
+    async def _load(self, run: LiveRun) -> bool:
+        """Read a whole log and fold it on a thread: a long one must keep no other run waiting."""
+        name = run.state.name
+        rows = await asyncio.to_thread(self._store.read, name)
+        if rows:
+            run.adopt(await asyncio.to_thread(LiveRun.folded, name, rows))
         return bool(rows)
