@@ -223,7 +223,9 @@ def test_the_outage_timeout_bounds_opening_too(
     trainer: FakeTrainer, connect: Connect, fault: type[Fault]
 ) -> None:
     trainer.always["OpenAttempt"] = fault()
-    pilot = connect(outage_timeout_s=0.2)
+    pilot = connect(outage_timeout_s=60)
+    assert pilot._session.link.outage_timeout_s == 60.0
+    pilot._session.link.outage_timeout_s = 0.2
     with pytest.raises(lrpilot.ServerUnavailable, match="opens the attempt"):
         pilot.values(0)
 

@@ -6,8 +6,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import grpc
 import pytest
 
 import lrpilot.client as lrpilot
@@ -135,12 +136,25 @@ def test_a_wait_ends_when_another_thread_closes(trainer: FakeTrainer, connect: C
     assert [type(error) for error in got] == [lrpilot.PilotClosed]
 
 
-def test_connecting_that_fails_leaves_nothing(trainer: FakeTrainer, refuse: Refuse) -> None:
+def test_connecting_that_fails_leaves_nothing(
+    trainer: FakeTrainer, refuse: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    channels: list[grpc.Channel] = []
+    new = grpc.insecure_channel
+
+    def noted(*args: Any, **options: Any) -> grpc.Channel:
+        channels.append(new(*args, **options))
+        return channels[-1]
+
+    monkeypatch.setattr(grpc, "insecure_channel", noted)
     trainer.fail("AttachRun", refuse("SpecChanged"))
     before = list(_pilot._open)
     with pytest.raises(lrpilot.SpecChanged):
         lrpilot.connect(trainer.address, run="small")
     assert _pilot._open == before
+    (channel,) = channels
+    with pytest.raises(ValueError, match="closed channel"):
+        channel.unary_unary("/any/Method")(b"", timeout=1)
 
 
 HEAD = """

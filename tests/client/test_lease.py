@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
 
 import lrpilot.client as lrpilot
-from lrpilot.client import _timing
+from lrpilot.client import _call, _lease, _timing
 from lrpilot.v1 import trainer_pb2 as pb
 
 if TYPE_CHECKING:
@@ -143,8 +145,9 @@ def test_a_wait_says_what_for(
 def test_an_outage_says_so_and_ends(
     trainer: FakeTrainer, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pilot = connect(outage_timeout_s=0.3)
+    pilot = connect()
     pilot.values(0)
+    pilot._session.link.outage_timeout_s = 0.3
     trainer.stop()
     with pytest.raises(lrpilot.ServerUnavailable) as caught:
         pilot.values(8)
@@ -153,16 +156,34 @@ def test_an_outage_says_so_and_ends(
     assert "gives up after 0 s without contact" in caplog.text
     # Values that are held need no server.
     assert pilot.values(7) == ((trainer.rate(7), trainer.decay(7)),)
+    pilot._session.link.outage_timeout_s = 60.0
     trainer.start()
     trainer.move(9)
     assert pilot.values(8) == ((trainer.rate(8), trainer.decay(8)),)
 
 
-def test_a_server_that_answers_not_yet_is_no_outage(trainer: FakeTrainer, connect: Connect) -> None:
+def test_a_server_that_answers_not_yet_is_no_outage(
+    trainer: FakeTrainer,
+    connect: Connect,
+    fault: type[Fault],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """However long the waits, an outage is time without contact."""
-    pilot = connect(outage_timeout_s=0.01)
+    ahead_s = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead_s[0])
+    for module in (_call, _lease):
+        monkeypatch.setattr(module, "time", clock)
+    pilot = connect()
     thread, got = in_thread(lambda: pilot.values(8))
-    trainer.wait(lambda: len(blocked(trainer)) >= 6)
+    trainer.wait(lambda: len(blocked(trainer)) >= 3)
+    ahead_s[0] = 10_000.0
+    # The second of them began after the clock had moved, hence it was answered after that.
+    asked = len(blocked(trainer))
+    trainer.wait(lambda: len(blocked(trainer)) >= asked + 3)
+    trainer.fail("GetValues", fault(), times=3)
+    trainer.wait(lambda: not trainer.faults["GetValues"])
+    asked = len(blocked(trainer))
+    trainer.wait(lambda: len(blocked(trainer)) > asked)
     assert got == []
     trainer.move(9)
     finish(thread)

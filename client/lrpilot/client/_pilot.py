@@ -31,7 +31,7 @@ _OPTIONS = (
     ("grpc.enable_retries", 0),
     # gRPC's own pauses between connection attempts grow to two minutes by default.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 3000),
+    ("grpc.max_reconnect_backoff_ms", int(_timing.RECONNECT_CAP_S * 1000)),
     # Finds a host that vanished; the server permits a ping each 20 s. None without calls.
     ("grpc.keepalive_time_ms", 30_000),
     ("grpc.keepalive_timeout_ms", 10_000),

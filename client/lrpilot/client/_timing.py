@@ -24,9 +24,13 @@ SAVE_WAIT_S = 5.0
 BACKOFF_FIRST_S = 0.1
 """Bound of the first pause before a call is repeated; it doubles with each repeat."""
 
-BACKOFF_CAP_S = 5.0
+BACKOFF_CAP_S = 2.0
 """Greatest bound of a pause. Each pause is random below its bound (full jitter), so that the
-ranks of a job do not come back in step."""
+ranks of a job do not come back in step; 5,000 of them then repeat 5,000 calls a second."""
+
+RECONNECT_CAP_S = 1.0
+"""Greatest pause of gRPC between two attempts to connect. It adds to the pause between calls,
+and a rank that waits should not miss a server that is back for a second or two."""
 
 OUTAGE_TIMEOUT_S = 1800.0
 """How long a training thread waits without any contact to the server, unless told otherwise."""
