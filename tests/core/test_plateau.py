@@ -168,9 +168,15 @@ def test_any_series_is_answered_as_by_the_real_class(
 ) -> None:
     config, rates = configuration
     real, run = real_scheduler(config, rates), Run(run_spec(config, rates))
+    before = [rate.hex() for rate in rates]
     for loss in losses:
         real.step(loss)
-        assert run.step(loss) == [group["lr"].hex() for group in real.optimizer.param_groups]
+        decided = len(run.decided)
+        after = run.step(loss)
+        assert after == [group["lr"].hex() for group in real.optimizer.param_groups]
+        # What moves nothing is not decided.
+        assert len(run.decided) - decided == (after != before)
+        before = after
         assert run.state.bad == real.num_bad_epochs
         assert run.state.cooldown == real.cooldown_counter
         assert run.state.best.hex() == real.best.hex()
@@ -283,6 +289,19 @@ def test_a_cut_that_moves_nothing_is_not_proposed_but_starts_the_counters_afresh
     state, proposed = feed(policy, [1.0, 1.0])
     assert proposed == []
     assert (state.bad, state.cooldown) == (0, 3)
+
+
+def test_whether_a_cut_moves_is_asked_of_the_adjusted_lr() -> None:
+    class Adjusted(At):
+        base = (1.0,)
+
+        def __init__(self, rate: float) -> None:
+            self.adjusted = (rate,)
+
+    policy = plateau(patience=0, min_lr=0.1)
+    state, _ = feed(policy, [1.0])
+    assert policy.observe(state, Observation(1, 1.0), Adjusted(0.1))[1] == ()
+    assert len(policy.observe(state, Observation(1, 1.0), Adjusted(0.2))[1]) == 1
 
 
 def test_a_cut_is_proposed_when_one_group_moves() -> None:

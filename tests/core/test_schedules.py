@@ -273,6 +273,18 @@ def test_a_given_init_takes_the_place_of_the_specs() -> None:
     assert stage.learning_rate(0, 0, init=0.25) == 0.25
 
 
+def test_a_given_init_holds_to_the_very_end_of_warmup() -> None:
+    (stage,) = stage_schedules(run(learning_rate={"peak": 2e-4, "warmup": 10}))
+    alone = learning_rate_schedule(
+        init=1e-7, peak=2e-4, min=0.0, warmup=10, style="constant", end=1000
+    )
+    # At exactly the end the line lies one bit beside the peak.
+    assert alone(10) != 2e-4
+    assert [stage.learning_rate(0, n, init=1e-7) for n in range(13)] == [
+        alone(n) for n in range(13)
+    ]
+
+
 def test_a_share_in_a_stage_is_of_its_absolute_end() -> None:
     decay = {"style": "wsd", "end": 1000, "anneal": "10%", "anneal_style": "linear"}
     last = {"name": "b", "learning_rate": {"peak": 1.0, "warmup": "5%", "decay": decay}}
@@ -293,6 +305,12 @@ def test_a_stages_ramp_shorter_than_the_stage_stays_at_its_end() -> None:
     own = {**STAGES[1], "weight_decay": {"start": 0.5, "end": 0.7, "style": "linear", "over": 100}}
     spec = run(stages=[STAGES[0], own, STAGES[2]], weight_decay=0.1)
     assert wds(spec, 399, 400, 450, 501, 799, 800) == [0.1, 0.5, 0.6, 0.7, 0.7, 0.1]
+
+
+def test_a_stages_ramp_that_ends_past_the_total_is_frozen_there() -> None:
+    own = {**STAGES[2], "weight_decay": {"start": 0.0, "end": 0.4, "style": "linear", "over": 400}}
+    spec = run(stages=[*STAGES[:2], own], weight_decay=0.1)
+    assert wds(spec, 800, 900, 1000, 1001, 1201) == [0.0, 0.1, 0.2, 0.2, 0.2]
 
 
 def test_a_groups_fields_hold_in_every_stage() -> None:

@@ -577,6 +577,8 @@ TOO_LONG = "less than 50000, from the start to decay.end"
          {"groups.2.name": "another name than groups.0.name"}),
         (PLAIN, {"policies.0.min_lr": [0.0, 0.0]},
          {"policies.0.min_lr": "one number, or a list of 3: one for each group"}),
+        (PLAIN, {"policies.0.min_lr": [0.0] * 4},
+         {"policies.0.min_lr": "one number, or a list of 3: one for each group"}),
         (PLAIN, {"policies.0.min_lr": [], "groups": ABSENT},
          {"policies.0.min_lr": "one number, or a list of 1: one for each group"}),
         (PLAIN, {"policies.0.min_lr": [0.0], "groups": ABSENT}, {}),
