@@ -73,7 +73,7 @@ def learning_rate_schedule(
         ...     anneal_style="linear",
         ... )
         >>> lr(0), lr(50), lr(500), lr(900), lr(1001)
-        (0.0, 3e-05, 5.9999999999999995e-05, 3.2999999999999996e-05, 6e-06)
+        (0.0, 3e-05, 5.9999999999999995e-05, 3.3e-05, 6e-06)
 
     Source: `OptimizerParamScheduler.get_lr` in Megatron-LM,
     `megatron/core/optimizer_param_scheduler.py`.
@@ -130,7 +130,7 @@ def weight_decay_schedule(*, start: float, end: float, style: str, over: int) ->
     Example:
         >>> wd = weight_decay_schedule(start=0.01, end=0.1, style="cosine", over=100)
         >>> wd(0), wd(50), wd(101)
-        (0.01, 0.05499999999999999, 0.1)
+        (0.01, 0.05500000000000001, 0.1)
 
     Source: `OptimizerParamScheduler.get_wd` in Megatron-LM,
     `megatron/core/optimizer_param_scheduler.py`.
