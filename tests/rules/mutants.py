@@ -98,8 +98,11 @@ def the_loser_appends_what_it_had_evaluated(patch: pytest.MonkeyPatch) -> None:
                     LogRow(seq, data, digest, 0)
                     for seq, data, digest in core.rows(run.state, events)
                 ]
+                after = run.state.digest if run.state.exists else None
                 try:
-                    await self._committer.append(run.state.name, rows, not run.state.exists)
+                    await self._committer.append(
+                        run.state.name, rows, create=after is None, after=after
+                    )
                 except SeqTaken:
                     await self._read(run)
                     continue
@@ -443,11 +446,11 @@ def a_taken_seq_is_written_over(patch: pytest.MonkeyPatch) -> None:
 def an_answer_leaves_before_its_commit(patch: pytest.MonkeyPatch) -> None:
     append = GroupCommitter.append
 
-    async def later(self: GroupCommitter, run: str, rows: Any, create: bool = False) -> None:
+    async def later(self: GroupCommitter, run: str, rows: Any, **options: Any) -> None:
         if any(core.decode(row.payload).kind == "reported" for row in rows):
             await asyncio.sleep(0)
             return
-        await append(self, run, rows, create)
+        await append(self, run, rows, **options)
 
     patch.setattr(GroupCommitter, "append", later)
 
