@@ -147,7 +147,7 @@ GOOD = {"version": 1, "run": "small", "progress": 3, "state": "Zm9sZA=="}
         ({**GOOD, "progress": True}, "progress is True"),
         ({**GOOD, "progress": 2**53 + 1}, "progress is"),
         ({**GOOD, "state": "Zm9sZA="}, "damaged"),
-        ({**GOOD, "state": "Zm9*ZA=="}, "damaged"),
+        ({**GOOD, "state": "Zm9s*ZA=="}, "damaged"),
         ({**GOOD, "state": "é"}, "damaged"),
         ({**GOOD, "state": None}, "damaged"),
         ({**GOOD, "state": 7}, "damaged"),
