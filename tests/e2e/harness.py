@@ -1,0 +1,300 @@
+"""The real program, real clients in processes of their own, and what they leave to compare.
+
+Nothing here knows how values come about: that is `tests.rules.reference`.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from lrpilot.v1 import runs_pb2 as pb
+from lrpilot.v1.runs_pb2_grpc import RunServiceStub
+from tests.rules.reference import Decided, Hex, Reference, Version
+from tests.server.conftest import Program
+
+ROOT = Path(__file__).resolve().parents[2]
+
+DEADLINE_S = 120.0
+"""Every wait in these tests ends by then."""
+
+Spec = dict[str, Any]
+
+
+def make_spec(name: str, *, delay: int = 8, **fields: Any) -> Spec:
+    """Return a spec whose LR and WD differ at every progress, with a plateau that fires."""
+    return {
+        "name": name,
+        "total": 1_000_000,
+        "learning_rate": {"init": 1e-3, "peak": 1e-2, "warmup": 500_000},
+        "weight_decay": {"start": 0.01, "end": 0.1, "style": "cosine", "over": 1_000_000},
+        "policies": [{"kind": "plateau", "patience": 2, "factor": 0.99}],
+        "feedback": {"delay": delay, "timeout": "60s"},
+    } | fields
+
+
+def wait_until(condition: Callable[[], object], what: str) -> None:
+    """Wait, bounded, until a condition holds."""
+    end_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end_s, f"never: {what}"
+        time.sleep(0.005)
+
+
+class Expected(Reference):
+    """The reference of one run; once it is asked, nothing more may happen to it."""
+
+    @classmethod
+    def of(cls, spec: Mapping[str, Any]) -> "Expected":
+        return cls(spec["feedback"]["delay"], [Version(0, 0, spec)])
+
+    def feed(self, losses: Mapping[int, float | None]) -> "Expected":
+        """Take losses with the distance to the next as the increment; None: there is none."""
+        at = sorted(losses)
+        for here, there in zip(at, [*at[1:], at[-1] + 1], strict=True):
+            self.report(here, losses[here], there)
+        return self
+
+    @cached_property
+    def _all(self) -> Decided:
+        return super().decided()
+
+    def decided(self, until: float = float("inf")) -> Decided:
+        return self._all if until == float("inf") else super().decided(until)
+
+
+# The server.
+
+
+def serve(data: Path, address: str = "127.0.0.1:0", *options: str) -> Program:
+    """Start `lrpilot serve` and wait until it serves."""
+    program: Program = Program(data, "--listen", address, *options)
+    return program.wait_ready()
+
+
+class Nursery:
+    """Starts servers that have their imports behind them; see nursery_program.py."""
+
+    def __init__(self, data: Path, address: str) -> None:
+        self._data, self._address = data, address
+        self._log = data.parent / f"{data.name}.log"
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.e2e.nursery_program"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._said: list[str] = []
+        self._changed = threading.Condition()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        self._pid = 0
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with self._changed:
+                self._said.append(line)
+                self._changed.notify_all()
+
+    def _hear(self, start: str) -> str:
+        """Wait for a line that begins so, and return the rest of it."""
+
+        def found() -> list[str]:
+            return [line for line in self._said if line.startswith(start)]
+
+        with self._changed:
+            assert self._changed.wait_for(found, DEADLINE_S), f"no {start!r} in {self._said}"
+            return found()[0].removeprefix(start).strip()
+
+    def start(self) -> None:
+        """Start a server, at the same address and on the same data as every one before."""
+        assert self._process.stdin is not None
+        with self._changed:
+            self._said.clear()
+        options = ["--data", str(self._data), "--listen", self._address, "--http", "127.0.0.1:0"]
+        self._process.stdin.write(json.dumps([str(self._log), "serve", *options]) + "\n")
+        self._process.stdin.flush()
+        self._pid = int(self._hear("pid "))
+
+    def wait_ready(self) -> None:
+        """Wait until it serves."""
+        self._hear("lrpilot ready ")
+
+    def kill(self) -> None:
+        """Send SIGKILL; it must have been running until then."""
+        os.kill(self._pid, signal.SIGKILL)
+        self._pid = 0
+        assert int(self._hear("ended ")) == -signal.SIGKILL, self._log.read_text()
+
+    def close(self) -> None:
+        """Leave nothing of it behind."""
+        if self._pid:
+            os.kill(self._pid, signal.SIGKILL)
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(DEADLINE_S)
+        self._reader.join(DEADLINE_S)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+class Runs:
+    """What people see of the runs of a server."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.insecure_channel(
+            address, options=[("grpc.use_local_subchannel_pool", 1)]
+        )
+        self._stub: Any = RunServiceStub(self._channel)
+
+    def __enter__(self) -> "Runs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def run(self, name: str) -> Any:
+        """Return a run."""
+        return self._stub.GetRun(pb.GetRunRequest(run=name), timeout=DEADLINE_S).run
+
+    def events(self, name: str) -> Iterator[Any]:
+        """Return the log of a run."""
+        token = ""
+        while True:
+            request = pb.ListEventsRequest(run=name, page_size=1000, page_token=token)
+            page = self._stub.ListEvents(request, timeout=DEADLINE_S)
+            yield from page.events
+            token = page.next_page_token
+            if not token:
+                return
+
+    def losses(self, name: str) -> dict[int, dict[int, float | None]]:
+        """Return attempt to progress to the loss in the log, or None: said to have none."""
+        found: dict[int, dict[int, float | None]] = {}
+        for event in self.events(name):
+            for item in event.losses:
+                assert not item.late
+                loss = item.loss if item.HasField("loss") else None
+                attempt = found.setdefault(event.attempt, {})
+                assert item.progress not in attempt, f"two reports for {item.progress}"
+                attempt[item.progress] = loss
+        return found
+
+
+# The ranks.
+
+
+@dataclass(frozen=True)
+class Used:
+    """What one rank used at one step."""
+
+    attempt: int
+    progress: int
+    values: Hex
+    """LR and WD, as `float.hex`."""
+
+
+class Rank:
+    """One training process; see rank_program.py for the options."""
+
+    def __init__(self, folder: Path, address: str, spec: Spec, rank: int, **options: Any) -> None:
+        self.rank = rank
+        self._folder = folder / f"rank{rank}-{options['key']}"
+        self._folder.mkdir()
+        plan = {
+            "address": address,
+            "spec": spec,
+            "rank": rank,
+            "folder": str(self._folder),
+            "end_file": str(folder / f"end-{options['key']}"),
+            **options,
+        }
+        with (self._folder / "log").open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.e2e.rank_program", json.dumps(plan)],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def _lines(self, name: str) -> list[Any]:
+        path = self._folder / name
+        if not path.exists():
+            return []
+        lines = path.read_text().splitlines(keepends=True)
+        # SIGKILL may have cut the last one short.
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    @property
+    def log(self) -> str:
+        """What it wrote to its standard streams."""
+        return (self._folder / "log").read_text()
+
+    def size(self) -> int:
+        """Return a number that grows with each step."""
+        path = self._folder / "used"
+        return path.stat().st_size if path.exists() else 0
+
+    def used(self) -> list[Used]:
+        """Return what it used, in order."""
+        return [Used(a, n, tuple(values)) for a, n, values in self._lines("used")]
+
+    def acknowledged(self) -> dict[int, str]:
+        """Return progress to loss, in hexadecimal, of what the server said is durable."""
+        return {n: loss for n, loss, _ in self._lines("acknowledged")}
+
+    def repeated(self) -> int:
+        """Return how many reports were durable before: their first answer was lost."""
+        return sum(outcome == "REPEATED" for _, _, outcome in self._lines("acknowledged"))
+
+    def lost(self) -> list[tuple[str, str]]:
+        """Return method and status of each call that found no answer."""
+        return [(method, code) for method, code in self._lines("lost")]
+
+    def outcome(self) -> list[str]:
+        """Return the names of the errors that ended it; empty: it came to its end."""
+        (outcome,) = self._lines("outcome")
+        return [str(name) for name in outcome]
+
+    def reached(self, progress: int) -> bool:
+        """Return whether it has used the values at a progress."""
+        assert self.process.poll() is None, self.log
+        used = self.used()
+        return bool(used) and used[-1].progress >= progress
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def wait(self) -> int:
+        """Return the exit code once it ends."""
+        return self.process.wait(DEADLINE_S)
+
+    def dispose(self) -> None:
+        """Leave nothing of it behind."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait(DEADLINE_S)
+
+
+def one_value(ranks: Sequence[Rank]) -> dict[tuple[int, int], Hex]:
+    """Return what was used at each (attempt, progress): the same on every rank."""
+    values: dict[tuple[int, int], Hex] = {}
+    for rank in ranks:
+        for used in rank.used():
+            known = values.setdefault((used.attempt, used.progress), used.values)
+            assert known == used.values, f"rank {rank.rank} differs: {used}, not {known}"
+    return values
