@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+import lrpilot.client as lrpilot
 from tests.e2e.harness import Nursery, Rank, Spec, serve
 from tests.server.conftest import Program
 
@@ -62,3 +63,17 @@ def ranks(tmp_path: Path) -> Iterator[Callable[..., list[Rank]]]:
     yield start
     for rank in started:
         rank.dispose()
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[..., lrpilot.Pilot]]:
+    """Connect; what a test leaves open is closed without waiting for the server."""
+    pilots: list[lrpilot.Pilot] = []
+
+    def connect(address: str, run: str, **options: Any) -> lrpilot.Pilot:
+        pilots.append(lrpilot.connect(address, run=run, **options))
+        return pilots[-1]
+
+    yield connect
+    for pilot in pilots:
+        pilot._end(0.0)

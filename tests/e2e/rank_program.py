@@ -16,7 +16,7 @@ import grpc
 import lrpilot.client as lrpilot
 from lrpilot.client import _timing
 from lrpilot.v1 import trainer_pb2 as pb
-from tests.e2e.losses import loss_at
+from tests.e2e.training import Optimizer, loss_at
 
 PLAN = json.loads(sys.argv[1])
 RANK: int = PLAN["rank"]
@@ -27,13 +27,6 @@ PAUSE_S: float = PLAN.get("pause_s", 0.0)
 END_FILE = Path(PLAN["end_file"])
 """Holds the progress to end at; "ask": rank 0 says which, and none can be past it yet."""
 MARGIN = 64
-
-
-class Optimizer:
-    """As much of an optimizer as a scheduler needs."""
-
-    def __init__(self) -> None:
-        self.param_groups: list[dict[str, Any]] = [{"lr": 1.0, "weight_decay": 1.0}]
 
 
 def write(name: str, row: object) -> None:
@@ -83,13 +76,11 @@ def train(pilot: lrpilot.Pilot) -> None:
     optimizer, pauses = Optimizer(), random.Random(f"{SALT}/{RANK}")
     state = json.loads(Path(PLAN["state"]).read_text()) if "state" in PLAN else None
     scheduler = pilot.scheduler(optimizer, state)
-    (group,) = optimizer.param_groups
     try:
         with (FOLDER / "used").open("a", buffering=1) as used:
             while scheduler.progress != end(scheduler.progress):
                 here = scheduler.progress
-                values = [float(group[key]).hex() for key in ("lr", "weight_decay")]
-                used.write(json.dumps([pilot.attempt, here, values]) + "\n")
+                used.write(json.dumps([pilot.attempt, here, optimizer.values]) + "\n")
                 time.sleep(pauses.uniform(0.0, PAUSE_S))
                 scheduler.step(loss=loss_at(here, SALT))
                 if RANK == 0 and scheduler.progress == PLAN.get("save_at"):

@@ -18,7 +18,7 @@ from tests.e2e.harness import (
     one_value,
     wait_until,
 )
-from tests.e2e.losses import loss_at
+from tests.e2e.training import loss_at
 from tests.server.conftest import Program
 
 KILLS = 50
@@ -68,13 +68,6 @@ def test_fifty_kills(
         assert [(used.attempt, used.progress) for used in rank.used()] == [
             (1, n) for n in range(steps)
         ]
-    # The kills met calls under way, and some of them a report between its commit and its answer.
-    lost = [Counter(method for method, _ in rank.lost()) for rank in job]
-    print(f"{steps} steps, {job[0].repeated()} reports repeated, calls lost: {lost}")  # noqa: T201
-    assert all(counter["GetValues"] >= KILLS // 2 for counter in lost)
-    assert lost[0]["ReportLosses"] >= KILLS // 2
-    assert job[0].repeated() >= 1
-
     with Runs(last.grpc) as runs:
         run, log = runs.run("killed"), runs.losses("killed")
     assert (run.attempt, run.waivers, run.late_losses) == (1, 0, 0)
@@ -91,4 +84,10 @@ def test_fifty_kills(
     reference.feed(log[1])
     assert len(reference.decided().cuts) > 5
     assert values == {(1, n): reference.expected(n) for n in range(steps)}
+    # The kills met calls under way, and some of them a report between its commit and its answer.
+    lost = [Counter(method for method, _ in rank.lost()) for rank in job]
+    print(f"{steps} steps, {job[0].repeated()} reports repeated, calls lost: {lost}")  # noqa: T201
+    assert all(counter["GetValues"] >= KILLS // 2 for counter in lost)
+    assert lost[0]["ReportLosses"] >= KILLS // 2
+    assert job[0].repeated() >= 1
     assert last.end(signal.SIGTERM) == 0
