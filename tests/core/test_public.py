@@ -6,7 +6,7 @@ EXPORTED = """
     MAX_BLOCK_STEPS MAX_PROGRESS PRESETS Adjustment AttemptSuperseded BeforeAttempt BelowResumePoint
     BeyondHorizon Block Created Event Finished InvalidFields InvalidRequest InvalidSpec InvalidState
     JoinRefused Joined LossConflict LossesPending LrpilotError NotReporter OpenRequest Opened
-    Outcome Preset Recorded Report Reported Restored ResumePointRequired Revised RevisionRefused
+    Outcome Preset Recorded Report Reported ResumePointRequired Revised RevisionRefused
     RunExists RunFinished RunLive RunNotFound RunSpec RunState SavedState SpecChanged StageSchedule
     StateMismatch ValuesRequest Violation Waived attach_run base_schedule base_values check_attempt
     create_run decode encode finish_run fold get_values learning_rate_schedule open_attempt

@@ -358,6 +358,81 @@ def test_a_state_waits_for_the_losses_below_it() -> None:
         core.save_state(log.state, 5)
 
 
+def lost(log: Log, progress: int, fresh: Log | None = None) -> Log:
+    """Return a log that goes on from a state of one that was lost."""
+    after = fresh or Log.__new__(Log)
+    if fresh is None:
+        after.state, after.rows = core.RunState("run"), []
+    after.open(saved=saved(log, progress))
+    return after
+
+
+def test_a_lost_run_goes_on_under_the_spec_that_the_trainers_give() -> None:
+    log = Log(policies=[PLATEAU])
+    log.open()
+    log.report(0, [1.0, 1.0, 1.0])
+    log.write(core.revise_run(log.state, spec(policies=[PLATEAU], weight_decay=None), "x"))
+    fresh = Log(policies=[PLATEAU])
+    after = lost(log, 3, fresh)
+    assert after.state.attempt == 2
+    assert after.state.plan.revisions == log.state.plan.revisions
+    assert after.rates(3, 20) == log.rates(3, 20)
+    assert core.fold("run", after.rows).snapshot() == after.state.snapshot()
+
+
+def test_a_lost_run_is_made_anew_from_its_state_alone() -> None:
+    log = Log(policies=[PLATEAU])
+    log.open()
+    log.report(0, [1.0, 1.0, 1.0])
+    after = lost(log, 3)
+    assert after.state.spec == log.spec
+    assert after.rates(3, 20) == log.rates(3, 20)
+
+
+def test_a_state_with_another_spec_is_refused_unless_the_trainer_revises() -> None:
+    log = Log(policies=[PLATEAU])
+    log.open()
+    log.report(0, [1.0, 1.0, 1.0])
+    other = spec(policies=[PLATEAU], learning_rate={"peak": 3.0})
+    for revise in (False, True):
+        state = core.RunState("run")
+        for event in core.attach_run(state, other, revise=revise, request_id="attach"):
+            state.apply(event)
+        request = core.OpenRequest(request_id="open", saved=saved(log, 3), token="0")
+        if not revise:
+            with pytest.raises(core.SpecChanged, match=r"learning_rate\.peak: 1\.0 -> 3\.0"):
+                core.open_attempt(state, request)
+            continue
+        for event in core.open_attempt(state, request):
+            state.apply(event)
+        # Its own spec holds from where it starts, with the decisions of before.
+        assert [state.values(at)[0] for at in (3, 4, 5)] == [(3.0,), (3.0,), (1.5,)]
+        assert state.spec == other
+
+
+def test_a_revision_that_waited_when_the_log_was_lost_still_holds() -> None:
+    log = Log(policies=[PLATEAU])
+    log.open()
+    log.report(0, [1.0, None, None])
+    attach(log, policies=[PLATEAU], learning_rate={"peak": 3.0})
+    after = lost(log, 3)
+    assert after.rates(3, 9) == [3.0] * 6
+
+
+def test_a_lost_run_takes_its_state_again_and_no_other_of_that_log() -> None:
+    log = Log(policies=[PLATEAU])
+    log.open()
+    log.report(0, [1.0])
+    first = saved(log, 1)
+    log.report(1, [1.0, 1.0])
+    after = lost(log, 3)
+    after.report(3, [1.0, 1.0])
+    after.open(saved=saved(log, 3))
+    assert (after.state.attempt, after.state.begin) == (3, 3)
+    with pytest.raises(core.StateMismatch, match="delete the run here"):
+        after.open(saved=first)
+
+
 # Repeats and refusals.
 
 

@@ -150,10 +150,10 @@ class Job(RuleBasedStateMachine):
         self.world.open(state=data.draw(st.sampled_from(self.saved)), replica=replica, fault=fault)
 
     @precondition(lambda self: self.saved)
-    @rule(data=st.data(), replica=REPLICAS)
-    def lose_the_store(self, data: st.DataObject, replica: int) -> None:
+    @rule(data=st.data(), replica=REPLICAS, attach=st.booleans())
+    def lose_the_store(self, data: st.DataObject, replica: int, attach: bool) -> None:
         state = data.draw(st.sampled_from(self.saved))
-        self.world.lose_the_store(state, replica=replica)
+        self.world.lose_the_store(state, replica=replica, attach=attach)
         self.saved = [state]
 
     @rule(

@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import json
 import math
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -130,6 +130,8 @@ class Saved:
     decided: Decided
     versions: tuple[Version, ...]
     attempt: int
+    handed: Mapping[int, Hex]
+    """Values that had left by then, from `progress` on, by progress."""
 
 
 class World:
@@ -148,6 +150,8 @@ class World:
         self.attempts: list[Attempt] = []
         self.handed: dict[tuple[int, int], Hex] = {}
         """Every value that ever left, by (attempt, progress)."""
+        self.restoring = False
+        """Whether the next opening finds nothing but its saved state."""
         self._ids = (f"request {number}" for number in itertools.count())
         request = runs_pb2.CreateRunRequest(
             spec_document=json.dumps(spec), request_id=self.next_id()
@@ -200,7 +204,11 @@ class World:
         answer = self._until_done(lambda one: one.trainers.open_attempt(request), replica, fault)
         at = state.progress if state is not None else begin or 0
         promise(answer.begin == at, f"opened at {answer.begin}, not {at}")
-        before = self.reference.attempt
+        if state is not None and (self._is_elsewhere(state) or self.restoring):
+            inherited = state.handed
+        else:
+            inherited = self._handed_in(self.reference.attempt, at)
+        self.restoring = False
         if state is not None and self._is_elsewhere(state):
             self.reference.take_over(at, state.decided)
         else:
@@ -212,12 +220,8 @@ class World:
         attempt = Attempt(answer.attempt.number, at, answer.attempt.token)
         self.attempts.append(attempt)
         for progress in range(at, at + self.delay):
-            handed = self.handed.get((before, progress))
-            if handed is not None and not (state is not None and state.attempt != before):
-                promise(
-                    handed == self.reference.expected(progress),
-                    f"the attempt before used other values at {progress}, below the horizon",
-                )
+            if progress in inherited:
+                self.handed[attempt.number, progress] = inherited[progress]
         return attempt
 
     def ask(
@@ -329,6 +333,7 @@ class World:
             reference.decided(progress),
             tuple(reference.versions),
             reference.attempt,
+            self._handed_in(reference.attempt, progress),
         )
 
     # What happens to servers.
@@ -338,8 +343,8 @@ class World:
         self._in_loop(self.replicas[replica].committer.close())
         self.replicas[replica] = self._in_loop(self._replica())
 
-    def lose_the_store(self, state: Saved, *, replica: int = 0) -> Attempt:
-        """Lose everything, and open from a saved state."""
+    def lose_the_store(self, state: Saved, *, replica: int = 0, attach: bool = True) -> Attempt:
+        """Lose everything, and open from a saved state; `attach`: a trainer gave its spec first."""
         self.store.delete(RUN)
         for index in range(len(self.replicas)):
             self.restart(index)
@@ -353,6 +358,14 @@ class World:
             if number <= state.attempt
         }
         self.attempts = [item for item in self.attempts if item.number <= state.attempt]
+        self.restoring = True
+        if attach:
+            request = trainer_pb2.AttachRunRequest(
+                run=RUN,
+                spec_document=json.dumps(state.versions[-1].spec),
+                request_id=self.next_id(),
+            )
+            self.call(lambda one: one.trainers.attach_run(request), replica)
         return self.open(state=state, replica=replica)
 
     # What must hold at any time.
@@ -415,6 +428,14 @@ class World:
             promise(got == expected, f"at {progress}: {got}, and the losses give {expected}")
             self.handed[key] = got
         promise(self.handed[key] == got, f"two values for {key}: {known} and {got}")
+
+    def _handed_in(self, attempt: int, begin: int) -> dict[int, Hex]:
+        """The values from `begin` on that left in an attempt."""
+        return {
+            progress: values
+            for (number, progress), values in self.handed.items()
+            if number == attempt and progress >= begin
+        }
 
     def _is_elsewhere(self, state: Saved) -> bool:
         """Whether the run has gone another way since a state was saved."""

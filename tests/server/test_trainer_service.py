@@ -974,7 +974,7 @@ class TestStates:
         assert (later.opened.restored, later.opened.begin) == (True, 4)
         assert later.opened.attempt.number == 2
         assert later.opened.attempt.token != old_token
-        assert kinds(server) == ["restored", "opened"]
+        assert kinds(server) == ["created", "opened"]
         assert bits(await later.rates(4)) == bits(handed_out[:3])
         repeat = await server.open(**fields)
         assert repeat.opened.attempt == later.opened.attempt
@@ -1004,7 +1004,7 @@ class TestStates:
         )
         assert len({job.opened.attempt.token for job in jobs}) == 1
         assert sum(job.opened.restored for job in jobs) == 1
-        assert kinds(server)[:2] == ["restored", "opened"]
+        assert kinds(server)[:2] == ["created", "opened"]
 
     async def test_a_restored_run_takes_its_checkpoint_again(self, server: Replica) -> None:
         job = await self.trained(server)

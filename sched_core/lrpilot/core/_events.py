@@ -34,20 +34,10 @@ class Created:
     """The spec with every default filled in."""
     by_trainer: bool
     """True when a trainer gave the spec, so that later trainers are compared with it."""
+    may_revise: bool
+    """Whether that trainer would have revised a known run: then a checkpoint with another spec
+    may be restored into this one."""
     request_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class Restored:
-    """The run exists from here on, taken over from a saved state."""
-
-    kind: ClassVar[str] = "restored"
-    fold: Mapping[str, Any]
-    """What `RunState.saved_fold` wrote."""
-    base_seq: int
-    """Sequence number at which the state was saved: the log goes on behind it."""
-    base_digest: str
-    """Digest of the lost log there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +57,12 @@ class Opened:
     incarnation: str
     """Incarnation of the reporter when it is the one who opened; else empty."""
     fold: Mapping[str, Any] | None = None
-    """What `RunState.saved_fold` wrote, where the log went another way after the state was saved:
-    it takes the place of the losses below `begin`. None: the log's own are kept."""
+    """What `RunState.saved_fold` wrote, where the losses below `begin` are not those of this log:
+    it went another way since, or it is not the log in which the state was saved."""
+    lost_seq: int = 0
+    lost_digest: str = ""
+    """Where the state was saved in a log that was lost, of which this one is the continuation; 0
+    and empty: it was saved in this log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,15 +131,12 @@ class Finished:
     request_id: str
 
 
-Event: TypeAlias = (
-    Created | Restored | Opened | Joined | Reported | Recorded | Waived | Revised | Finished
-)
+Event: TypeAlias = Created | Opened | Joined | Reported | Recorded | Waived | Revised | Finished
 
 _KINDS: dict[str, type[Any]] = {
     cls.kind: cls
     for cls in (
         Created,
-        Restored,
         Opened,
         Joined,
         Reported,

@@ -9,8 +9,8 @@ evaluates the whole request again.
 import base64
 import binascii
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
 from math import isfinite, nan
@@ -47,13 +47,12 @@ from lrpilot.core._events import (
     Recorded,
     Report,
     Reported,
-    Restored,
     Revised,
     Waived,
 )
 from lrpilot.core._records import Block
 from lrpilot.core._spec import RunSpec, spec_difference
-from lrpilot.core._state import RunState
+from lrpilot.core._state import RunState, last_given
 
 MAX_BLOCK_STEPS = 128
 """Most steps in one block: a lease of that length costs about as much as one of a single step."""
@@ -75,7 +74,12 @@ STATE_VERSION = 1
 
 
 def create_run(
-    state: RunState, spec: RunSpec, request_id: str, *, by_trainer: bool = False
+    state: RunState,
+    spec: RunSpec,
+    request_id: str,
+    *,
+    by_trainer: bool = False,
+    may_revise: bool = False,
 ) -> list[Event]:
     """Create the run. Raises RunExists."""
     if state.exists:
@@ -85,7 +89,7 @@ def create_run(
             f"run {state.name!r} exists already; revise it, or choose another name",
             run=state.name,
         )
-    return [Created(spec.to_mapping(), by_trainer, request_id)]
+    return [Created(spec.to_mapping(), by_trainer, may_revise, request_id)]
 
 
 def attach_run(
@@ -98,26 +102,30 @@ def attach_run(
     if not state.exists:
         if spec is None:
             raise run_not_found(state.name, [])
-        return create_run(state, spec, request_id, by_trainer=True)
+        return create_run(state, spec, request_id, by_trainer=True, may_revise=revise)
     if spec is None or request_id in state.answers:
         return []
     known = state.trainer_spec or state.spec
-    difference = spec_difference(known, spec)
-    if not difference:
+    if known == spec:
         return []
     if not revise:
-        lines = "".join(f"\n  {field}: {old} -> {new}" for field, old, new in difference)
-        raise SpecChanged(
-            f"the spec of run {state.name!r} differs from the last one that a trainer gave:{lines}"
-            '\ngive that spec, or connect with on_change="revise"',
-            run=state.name,
-            fields=", ".join(field for field, _, _ in difference),
-        )
+        raise _spec_changed(state, known, spec)
     _refuse_finished(state)
     _refuse_past(state, spec)
     # A trainer revises on its way to a new attempt, from whose first step its spec must hold.
     start = None if state.attempt else 0
     return [Revised(spec.to_mapping(), start, start, True, request_id)]
+
+
+def _spec_changed(state: RunState, known: RunSpec, spec: RunSpec) -> SpecChanged:
+    difference = spec_difference(known, spec)
+    lines = "".join(f"\n  {field}: {old} -> {new}" for field, old, new in difference)
+    return SpecChanged(
+        f"the spec of run {state.name!r} differs from the last one that a trainer gave:{lines}"
+        '\ngive that spec, or connect with on_change="revise"',
+        run=state.name,
+        fields=", ".join(field for field, _, _ in difference),
+    )
 
 
 def revise_run(state: RunState, spec: RunSpec, request_id: str) -> list[Event]:
@@ -252,18 +260,16 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
         if request.key != state.key:
             raise _superseded(state, state.keys[request.key])
         return _join(state, request, progress)
-    events: list[Event] = []
-    attempt = state.attempt + 1
+    saved = request.saved
+    if saved is not None and not state.attempt:
+        return _restore(state, request, saved)
+    _refuse_missing(state)
     fold = None
-    if not state.exists:
-        if request.saved is None:
-            raise run_not_found(state.name, [])
-        events.append(Restored(request.saved.fold, request.saved.seq, request.saved.digest))
-        attempt = request.saved.fold["attempt"] + 1
-    elif request.saved is not None:
-        saved = request.saved
-        _refuse_mismatch(state, saved, request.digest_at_saved)
-        if state.went_elsewhere(saved.seq, saved.progress):
+    if saved is not None:
+        is_continued = (saved.seq, saved.digest) == (state.lost_seq, state.lost_digest)
+        if not is_continued:
+            _refuse_mismatch(state, saved, request.digest_at_saved)
+        if state.went_elsewhere(0 if is_continued else saved.seq, saved.progress):
             fold = saved.fold
     elif progress is None and state.has_losses:
         raise ResumePointRequired(
@@ -281,19 +287,41 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
             origin=state.origin,
             progress=progress,
         )
-    events.append(
-        Opened(
-            attempt=attempt,
-            token=request.token,
-            begin=progress or 0,
-            request_id=request.request_id,
-            key=request.key,
-            reporter=request.reporter,
-            incarnation=request.incarnation if request.rank == request.reporter else "",
-            fold=fold,
-        )
+    return [_opened(request, state.attempt + 1, progress or 0, fold=fold)]
+
+
+def _restore(state: RunState, request: OpenRequest, saved: SavedState) -> list[Event]:
+    """Continue a log that was lost, from a state that was saved in it.
+
+    The run is not known here, or it was created anew on the way to this very opening.
+    """
+    known = last_given(saved.fold)
+    events: list[Event] = []
+    if not state.exists:
+        by_trainer = saved.fold["trainer_spec"] is not None
+        request_id = f"{request.request_id}/create"
+        events.append(Created(known.to_mapping(), by_trainer, False, request_id))
+    else:
+        given = state.trainer_spec or state.spec
+        if given != known and not state.may_revise:
+            raise _spec_changed(state, known, given)
+    opened = _opened(request, saved.fold["attempt"] + 1, saved.progress, fold=saved.fold)
+    return [*events, replace(opened, lost_seq=saved.seq, lost_digest=saved.digest)]
+
+
+def _opened(
+    request: OpenRequest, attempt: int, begin: int, *, fold: Mapping[str, Any] | None
+) -> Opened:
+    return Opened(
+        attempt=attempt,
+        token=request.token,
+        begin=begin,
+        request_id=request.request_id,
+        key=request.key,
+        reporter=request.reporter,
+        incarnation=request.incarnation if request.rank == request.reporter else "",
+        fold=fold,
     )
-    return events
 
 
 def check_attempt(state: RunState, attempt: int, token: str) -> None:
@@ -350,13 +378,8 @@ def _join(state: RunState, request: OpenRequest, progress: int | None) -> list[E
 
 
 def _refuse_mismatch(state: RunState, saved: SavedState, digest: str | None) -> None:
-    if (saved.seq, saved.digest) == (state.base_seq, state.base_digest) and state.base_seq:
-        return
     if digest != saved.digest:
-        if digest:
-            there = f"its digest there is {digest}"
-        else:
-            there = f"it goes from seq {state.base_seq + 1} to {state.seq}"
+        there = f"its digest there is {digest}" if digest else f"it ends at seq {state.seq}"
         raise StateMismatch(
             f"the state was saved at seq {saved.seq} of a log of run {saved.run!r} with digest "
             f"{saved.digest}, which is not the log of this server: {there}; to go on from this "

@@ -21,7 +21,6 @@ from lrpilot.core._events import (
     Recorded,
     Report,
     Reported,
-    Restored,
     Revised,
     Waived,
     decode,
@@ -40,9 +39,9 @@ MAX_SAVED_VALUES = 16_384
 are computed again; they come out the same unless the release or the machine is another one."""
 
 _PLAIN = (
-    "name", "seq", "digest", "base_seq", "base_digest", "finished", "keys", "attempt", "token",
-    "begin", "key", "reporter", "incarnation", "frontier", "in_use", "waivers", "moved", "origin",
-    "openings", "loss_progress",
+    "name", "seq", "digest", "lost_seq", "lost_digest", "may_revise", "finished", "keys",
+    "attempt", "token", "begin", "key", "reporter", "incarnation", "frontier", "in_use", "waivers",
+    "moved", "origin", "openings", "loss_progress",
 )  # fmt: skip
 """Attributes that a snapshot holds as they are."""
 
@@ -54,12 +53,14 @@ class RunState:
         self.name = name
         self.seq = 0
         self.digest = _canonical.GENESIS
-        self.base_seq = 0
-        """Sequence number before the first event: above 0 for a restored run."""
-        self.base_digest = _canonical.GENESIS
+        self.lost_seq = 0
+        self.lost_digest = ""
+        """Where a log that was lost ended, as far as the state goes that this one began from."""
         self.finished = False
         self.trainer_spec: RunSpec | None = None
         """The last spec that a trainer gave."""
+        self.may_revise = False
+        """Whether that trainer would rather revise a run than be refused."""
         self.pending_spec: RunSpec | None = None
         """What holds from the next attempt on."""
         self.answers: dict[str, tuple[str, int]] = {}
@@ -172,9 +173,6 @@ class RunState:
 
     def apply(self, event: Event, data: bytes | None = None) -> None:
         """Advance by one event; `data` is its encoding, where the caller has it already."""
-        if isinstance(event, Restored):
-            self.seq, self.digest = event.base_seq, event.base_digest
-            self.base_seq, self.base_digest = event.base_seq, event.base_digest
         self.seq += 1
         self.digest = _canonical.chain(self.digest, data or encode(event))
         match event:
@@ -195,12 +193,11 @@ class RunState:
                 spec = parse_spec(event.spec)
                 self.plan = Plan([Revision(0, 0, spec)], [])
                 self.trainer_spec = spec if event.by_trainer else None
+                self.may_revise = event.may_revise
                 self.answers[event.request_id] = (event.kind, 0)
             case Finished():
                 self.finished = True
                 self.answers[event.request_id] = (event.kind, 0)
-            case Restored():
-                self._restore(event.fold)
 
     def _report(self, event: Reported) -> None:
         self.incarnation = event.incarnation
@@ -237,6 +234,7 @@ class RunState:
         spec = parse_spec(event.spec)
         if event.by_trainer:
             self.trainer_spec = spec
+            self.may_revise = True
         if event.effective is None or event.observes_from is None:
             self.pending_spec = spec
             self.answers[event.request_id] = (event.kind, self.horizon)
@@ -246,6 +244,9 @@ class RunState:
             self.answers[event.request_id] = (event.kind, event.effective)
 
     def _open(self, event: Opened) -> None:
+        if event.lost_seq and event.fold is not None:
+            self._continue(event.fold)
+            self.lost_seq, self.lost_digest = event.lost_seq, event.lost_digest
         if event.fold is None:
             self._rewind(event.begin)
         else:
@@ -339,13 +340,15 @@ class RunState:
             room -= part.steps * part.groups
         return kept
 
-    def _restore(self, fold: Mapping[str, Any]) -> None:
-        self.trainer_spec = _spec_from_mapping(fold["trainer_spec"])
-        self.pending_spec = _spec_from_mapping(fold["pending_spec"])
+    def _continue(self, fold: Mapping[str, Any]) -> None:
+        """Take over the specs of a lost log; the one that was given here since comes after them."""
+        given = self.trainer_spec or self.spec
+        known = last_given(fold)
         self.plan = Plan([Revision.from_mapping(item) for item in fold["revisions"]], [])
-        self.attempt = fold["attempt"]
-        self.begin = self.frontier = self.in_use = fold["progress"]
-        self._take_over(fold)
+        self.pending_spec = _spec_from_mapping(fold["pending_spec"])
+        if given != known:
+            self.pending_spec = given
+        self.trainer_spec = given
 
     def _take_over(self, fold: Mapping[str, Any]) -> None:
         """Let a saved state take the place of the losses and of what was decided on them."""
@@ -414,13 +417,17 @@ def restore_snapshot(data: bytes) -> RunState:
     return state
 
 
+def last_given(fold: Mapping[str, Any]) -> RunSpec:
+    """Return the last spec that a trainer gave by the time of a saved fold, or the newest."""
+    given = _spec_from_mapping(fold["trainer_spec"])
+    return given or Revision.from_mapping(fold["revisions"][-1]).spec
+
+
 def rows(state: RunState, events: Sequence[Event]) -> list[tuple[int, bytes, str]]:
     """Return (seq, encoded event, digest) for events to be appended to the log of `state`."""
     seq, digest = state.seq, state.digest
     result = []
     for event in events:
-        if isinstance(event, Restored):
-            seq, digest = event.base_seq, event.base_digest
         data = encode(event)
         seq, digest = seq + 1, _canonical.chain(digest, data)
         result.append((seq, data, digest))

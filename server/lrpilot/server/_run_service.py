@@ -247,15 +247,16 @@ def event_message(row: LogRow, late: Set[tuple[int, int]]) -> pb.Event:
     match event:
         case core.Created():
             message.summary = "created by a trainer" if event.by_trainer else "created"
-        case core.Restored():
-            message.progress = event.fold["progress"]
-            message.summary = (
-                f"restored at progress {message.progress} from the state saved at seq "
-                f"{event.base_seq}, digest {event.base_digest[:12]}"
-            )
         case core.Opened():
             message.progress = event.begin
             message.summary = f"attempt {event.attempt} opened at progress {event.begin}"
+            if event.lost_seq:
+                message.summary += (
+                    f", restored from a state of a lost log (seq {event.lost_seq}, digest "
+                    f"{event.lost_digest[:12]})"
+                )
+            elif event.fold is not None:
+                message.summary += ", from a state whose past is not the log's"
         case core.Joined():
             message.summary = "the reporter joined"
         case core.Reported():

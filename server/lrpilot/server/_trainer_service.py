@@ -118,8 +118,8 @@ class TrainerService:
 
         def evaluate(state: core.RunState) -> tuple[list[core.Event], tuple[bool, bool]]:
             events = core.open_attempt(state, wanted)
-            kinds = {event.kind for event in events}
-            return events, ("opened" in kinds, "restored" in kinds)
+            opened = [event for event in events if isinstance(event, core.Opened)]
+            return events, (bool(opened), any(event.lost_seq for event in opened))
 
         opened, restored = await self._ledger.transact(run, evaluate)
         state = run.state
