@@ -16,6 +16,7 @@ import threading
 import time
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -292,11 +293,11 @@ class Program(Client):
     def __init__(self, data: Path, *options: str) -> None:
         super().__init__()
         self.data = data
-        self._log = data.parent / f"{data.name}.log"
+        self._log = data.parent / f"{next(_NUMBERS)}.log"
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         chosen = [*options]
         for option in ("--listen", "--http"):
-            if option not in options:
+            if option not in options and "--config" not in options:
                 chosen += [option, "127.0.0.1:0"]
         with self._log.open("a") as log:
             self.process = subprocess.Popen(
@@ -319,17 +320,31 @@ class Program(Client):
         try:
             line = self._lines.get(timeout=DEADLINE_S)
         except queue.Empty:
-            self.end()
+            self.dispose()
             raise AssertionError(f"the server did not start:\n{self.log()}") from None
         found = re.fullmatch(r"lrpilot ready grpc=(\S+:\d+) http=(\S+)\n", line)
         assert found, line
         self.grpc, self.http = found.groups()
-        self.connect(self.grpc)
         return self
 
     def log(self) -> str:
         """Return what it wrote to standard error."""
         return self._log.read_text()
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncIterator["Program"]:
+        """Call it within one event loop."""
+        self.connect(self.grpc)
+        try:
+            yield self
+        finally:
+            await self.disconnect()
+
+    def dispose(self) -> None:
+        """Leave nothing of it behind."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.ended()
 
     def end(self, number: int = signal.SIGKILL) -> int:
         """Send a signal; return the exit code."""
@@ -377,19 +392,29 @@ def programs(tmp_path: Path) -> Iterator[Programs]:
 
     yield start
     for program in started:
-        if program.process.poll() is None:
-            program.process.kill()
-        program.process.wait(DEADLINE_S)
-        assert program.process.stdout is not None
-        program.process.stdout.close()
+        program.dispose()
 
 
 @pytest.fixture
 async def program(programs: Programs) -> AsyncIterator[Program]:
-    """The program, ready."""
-    started = programs().wait_ready()
-    yield started
-    await started.disconnect()
+    """The program, ready, for a test that ends it."""
+    async with programs().wait_ready().connected() as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def shared_program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
+    """The program, ready, for tests that take care of their own runs and leave it as it is."""
+    program = Program(tmp_path_factory.mktemp("shared") / "data")
+    yield program.wait_ready()
+    program.dispose()
+
+
+@pytest.fixture
+async def shared(shared_program: Program) -> AsyncIterator[Program]:
+    """The shared program, connected."""
+    async with shared_program.connected() as connected:
+        yield connected
 
 
 Until = Callable[[Callable[[], Any]], Awaitable[None]]
