@@ -425,3 +425,16 @@ def test_shed_load_is_asked_for_again(
         trainer.fail("GetValues", fault(grpc.StatusCode.CANCELLED), times=5)
         assert connect().values(0) == ((trainer.rate(0), trainer.decay(0)),)
     assert len(trainer.calls["GetValues"]) >= 6
+
+
+def test_a_delay_of_less_than_a_step_is_said_once(
+    trainer: FakeTrainer, connect: Connect, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer.feedback, trainer.delay = False, 32
+    pilot = connect()
+    for progress in (0, 512, 1024, 1034, 2048):
+        pilot.values(progress)
+    said = [record.getMessage() for record in caplog.records if "feedback.delay" in record.msg]
+    assert len(said) == 1
+    assert "feedback.delay is 32, less than a step of 512" in said[0]
+    assert "32 steps would be 16384" in said[0]

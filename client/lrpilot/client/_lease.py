@@ -47,6 +47,8 @@ class Lease:
         self._in_use = opened.begin
         # The increment is known once a second value was asked for; that of iterations at once.
         self._stride = 1 if opened.unit == "iterations" else 0
+        self._is_short = False
+        """Whether the delay turned out to be less than a step; said once."""
         self._waiting = False
         self._renew_at = -1.0
         """Progress from which on the background thread has something to do."""
@@ -62,8 +64,7 @@ class Lease:
         step = progress - self._in_use
         if step:
             if step > 0 and step != self._stride:
-                self._stride = step
-                self._renew_at = -1.0
+                self._take_stride(step)
             self._in_use = progress
         found = self._known.get(progress)
         if found is None:
@@ -80,6 +81,21 @@ class Lease:
             self._thread.join(_timing.JOIN_S)
 
     # On the training thread.
+
+    def _take_stride(self, step: int) -> None:
+        if step > self._delay and not self._is_short:
+            # Easily missed where progress counts samples or tokens: D counts in them too.
+            self._is_short = True
+            logger.warning(
+                "run %s: feedback.delay is %d, less than a step of %d: nothing is fixed ahead, so "
+                "that each step waits for the server; 32 steps would be %d",
+                self._link.run,
+                self._delay,
+                step,
+                32 * step,
+            )
+        self._stride = step
+        self._renew_at = -1.0
 
     def _fetch(self, progress: int) -> Values:
         if progress < self._begin:

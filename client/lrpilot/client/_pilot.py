@@ -27,6 +27,8 @@ _ON_CHANGE = {"refuse": pb.ON_CHANGE_REFUSE, "revise": pb.ON_CHANGE_REVISE}
 _OPTIONS = (
     ("grpc.max_send_message_length", _timing.MESSAGE_BYTES),
     ("grpc.max_receive_message_length", _timing.MESSAGE_BYTES),
+    # Servers stand beside the trainers, never behind the proxy that leads out of the cluster.
+    ("grpc.enable_http_proxy", 0),
     # Calls are repeated by Link, which knows what may be repeated and for how long.
     ("grpc.enable_retries", 0),
     # gRPC's own pauses between connection attempts grow to two minutes by default.
