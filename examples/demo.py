@@ -45,7 +45,7 @@ METRIC_LINES = 14
 console = Console(highlight=False)
 
 
-class DemoFailed(Exception):  # noqa: N818 (it reads as what happened)
+class DemoFailed(Exception):
     """The demo cannot go on; the text says why."""
 
 

@@ -4,6 +4,14 @@ A run is `state = fold(name, events)`. The functions named after requests read a
 the events that carry the request out; the caller makes those durable and applies them.
 """
 
+from importlib.util import find_spec as _find_spec
+
+if _find_spec("pydantic") is None:
+    raise ImportError(
+        "lrpilot.core needs pydantic, which the thin client leaves out: "
+        "pip install 'lrpilot[server]'"
+    )
+
 from lrpilot.core._errors import (
     AttemptSuperseded,
     BeforeAttempt,
