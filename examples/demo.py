@@ -340,7 +340,8 @@ def demonstrate(arguments: argparse.Namespace, folder: Path) -> None:
         train += ["--trace", os.fspath(folder)]
         console.print(f"[dim]$ {' '.join(train)}[/dim]", soft_wrap=True)
         begin = time.monotonic()
-        environment = {"OMP_NUM_THREADS": "1"}
+        # torch keeps files of its own among the temporary ones; they go with the folder.
+        environment = {"OMP_NUM_THREADS": "1", "TMPDIR": os.fspath(folder)}
         if sys.platform == "linux":
             environment["GLOO_SOCKET_IFNAME"] = "lo"
         with (
