@@ -6,6 +6,7 @@ annotations alone, since a conftest cannot be imported.
 
 import asyncio
 import itertools
+import json
 import os
 import queue
 import re
@@ -25,7 +26,6 @@ from urllib.parse import quote
 import grpc
 import grpc.aio
 import pytest
-import yaml
 
 from lrpilot.server._app import Server
 from lrpilot.server._commit import GroupCommitter
@@ -141,7 +141,7 @@ class Client:
     def document(name: str = "small", **fields: Any) -> str:
         """Return a spec on a constant LR of 1e-3 without feedback, plus `fields`."""
         base: dict[str, Any] = {"name": name, "total": 1000, "learning_rate": {"peak": 1e-3}}
-        return yaml.safe_dump(base | {"weight_decay": 0.1} | fields)
+        return json.dumps(base | {"weight_decay": 0.1} | fields)
 
     @staticmethod
     def feedback(delay: int = 2, timeout: str = "60s", **plateau: Any) -> dict[str, Any]:

@@ -461,6 +461,10 @@ class TestGetValues:
             answer = await job.values(begin, stride=stride)
             assert bits(list(answer.block.learning_rates)) == bits(first[begin::stride])
             assert answer.block.stride == stride
+        for stride in (1, 2, 3, 1):
+            # As many steps each time: nobody gets the bytes that were meant for another stride.
+            got = await job.rates(0, stride=stride, count=5)
+            assert bits(got) == bits(first[: 5 * stride : stride])
         assert server.logs() == log
 
     async def test_half_recorded_on_another_stride(self, server: Replica) -> None:
