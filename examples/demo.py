@@ -49,6 +49,39 @@ class DemoFailed(Exception):
     """The demo cannot go on; the text says why."""
 
 
+class Stop:
+    """Ctrl-C and its like: they raise KeyboardInterrupt, but not where that would lose a process."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self._held = False
+        self._asked = False
+
+    def watch(self) -> None:
+        for sign in self.SIGNALS:
+            signal.signal(sign, self._stop)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        self._held = True
+        yield
+        self._held = False
+        if self._asked:
+            raise KeyboardInterrupt
+
+    def _stop(self, _signum: int, _frame: types.FrameType | None) -> None:
+        # A second signal must not break off the cleaning up, which is bounded.
+        for sign in self.SIGNALS:
+            signal.signal(sign, signal.SIG_IGN)
+        self._asked = True
+        if not self._held:
+            raise KeyboardInterrupt
+
+
+stop = Stop()
+
+
 @dataclass(frozen=True)
 class Step:
     """What one rank used at one step."""
@@ -72,30 +105,37 @@ def process(
     command: list[str], log: Path, *, pipe: bool = False, environment: dict[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
     """Run a program in a process group of its own; end the whole group on leaving."""
-    with log.open("w") as written:
-        child = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE if pipe else written,
-            stderr=written,
-            text=True,
-            env={**os.environ, **(environment or {})},
-            start_new_session=True,
-        )
+    child: subprocess.Popen[str] | None = None
     try:
+        # Stopped between the start and the name for it, nobody would end it.
+        with stop.held(), log.open("w") as written:
+            child = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if pipe else written,
+                stderr=written,
+                text=True,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+            )
         yield child
     finally:
-        # The children of a process that ended by itself may live on, hence always the group.
-        for sign in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(child.pid, sign)
-                child.wait(timeout=STOP_TIMEOUT_S)
-            except (ProcessLookupError, PermissionError):
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        if child.stdout is not None:
-            child.stdout.close()
+        if child is not None:
+            end(child)
+
+
+def end(child: subprocess.Popen[str]) -> None:
+    """End a process and its group: children of one that ended by itself may live on."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(child.pid, sign)
+            child.wait(timeout=STOP_TIMEOUT_S)
+        except (ProcessLookupError, PermissionError):
+            break
+        except subprocess.TimeoutExpired:
+            continue
+    if child.stdout is not None:
+        child.stdout.close()
 
 
 def last_lines(log: Path, count: int = 15) -> str:
@@ -368,17 +408,7 @@ def demonstrate(arguments: argparse.Namespace, folder: Path) -> None:
 
 def main() -> int:
     arguments = parse_arguments()
-
-    ways_to_stop = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def stop(_signum: int, _frame: types.FrameType | None) -> None:
-        # A second signal must not break off the cleaning up, which is bounded.
-        for sign in ways_to_stop:
-            signal.signal(sign, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    for sign in ways_to_stop:
-        signal.signal(sign, stop)
+    stop.watch()
     try:
         with tempfile.TemporaryDirectory(prefix="lrpilot-demo-") as folder:
             demonstrate(arguments, Path(folder))
