@@ -50,7 +50,7 @@ class DemoFailed(Exception):
 
 
 class Stop:
-    """Ctrl-C and its like: they raise KeyboardInterrupt, but not where that would lose a process."""
+    """Ctrl-C and the like raise KeyboardInterrupt, but not where that would lose a process."""
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
