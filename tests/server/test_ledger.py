@@ -365,6 +365,25 @@ class TestCancelledCallers:
         assert kinds(store) == ["created", "opened", "reported", "reported"]
         verify(store)
 
+    async def test_what_is_durable_is_known_without_reading(self, store: FaultyStore) -> None:
+        async with opened_ledger(store) as ledger:
+            run = await create(ledger, "a")
+            store.gate.clear()
+            store.arrived.clear()
+            finishing = asyncio.create_task(
+                ledger.transact(run, lambda state: (core.finish_run(state, "f"), None))
+            )
+            assert await asyncio.to_thread(store.arrived.wait, 60)
+            finishing.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await finishing
+            assert not run.state.finished
+            reads = store.reads
+            store.gate.set()
+            await ledger.settle()
+            assert run.state.finished
+            assert store.reads == reads
+
     async def test_a_drain_waits_for_what_was_begun(
         self, replicas: Replicas, store: FaultyStore
     ) -> None:
