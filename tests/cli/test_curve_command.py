@@ -11,10 +11,10 @@ from typer.testing import Result
 
 from lrpilot.core._schedules import base_values
 from lrpilot.server._documents import dump_document, read_spec
+from tests.core.conftest import GOLDEN, Megatron
 
 Cli = Callable[..., Result]
 SpecFile = Callable[..., str]
-GOLDEN = Path(__file__).parents[1] / "golden" / "megatron_schedules.jsonl"
 
 
 def lines(text: str) -> list[Any]:
@@ -23,45 +23,16 @@ def lines(text: str) -> list[Any]:
 
 def spec_of(row: dict[str, Any]) -> dict[str, Any]:
     """Return the spec that says what the arguments of a Megatron scheduler say."""
-    config = row["config"]
-    style = {"WSD": "wsd"}.get(config["lr_decay_style"], config["lr_decay_style"])
-    decay = {
-        "style": style,
-        "end": config["lr_decay_steps"],
-        "anneal": config["wsd_decay_steps"],
-        "anneal_style": (config["lr_wsd_decay_style"] or "exponential") if style == "wsd" else None,
-    }
-    groups = []
-    for index, keys in enumerate(row["groups"]):
-        group: dict[str, Any] = {"name": f"group {index}"}
-        names = {"max_lr": "peak", "min_lr": "min", "wd_mult": "weight_decay_multiplier"}
-        group |= {ours: keys[theirs] for theirs, ours in names.items() if theirs in keys}
-        ramp = {"start_wd": "start", "end_wd": "end"}
-        own = {ours: keys[theirs] for theirs, ours in ramp.items() if theirs in keys}
-        groups.append(group | ({"weight_decay": own} if own else {}))
+    config, groups = row["config"], row["groups"]
     last = max(checkpoint["num_steps"] for checkpoint in row["checkpoints"])
-    return {
-        "name": "golden",
-        # Past the total the value of the end is served; Megatron knows no such end.
-        "total": max(last, config["lr_decay_steps"], config["wd_incr_steps"]) + 1,
-        "learning_rate": {
-            "init": config["init_lr"],
-            "peak": config["max_lr"],
-            "min": config["min_lr"],
-            "warmup": config["lr_warmup_steps"],
-            "decay": {key: value for key, value in decay.items() if value is not None},
-        },
-        "weight_decay": {
-            "start": config["start_wd"],
-            "end": config["end_wd"],
-            "style": config["wd_incr_style"],
-            "over": config["wd_incr_steps"],
-        },
-        "groups": groups,
-    }
+    # Past the total the value of the end is served; Megatron knows no such end.
+    total = max(last, config["lr_decay_steps"], config["wd_incr_steps"]) + 1
+    return Megatron(real=None).spec(config, groups, total=total)
 
 
-GOLDEN_ROWS = [json.loads(line) for line in GOLDEN.read_text().splitlines()]
+GOLDEN_ROWS = [
+    json.loads(line) for line in (GOLDEN / "megatron_schedules.jsonl").read_text().splitlines()
+]
 
 
 @pytest.mark.parametrize("row", GOLDEN_ROWS, ids=[row["id"] for row in GOLDEN_ROWS])
