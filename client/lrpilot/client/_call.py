@@ -191,12 +191,19 @@ class Link:
         """Return the error for a call on a closed pilot."""
         return PilotClosed(f"the pilot of run {self.run!r} is closed", facts={"run": self.run})
 
-    def unavailable(self, doing: str, seconds: float, reason: str) -> ServerUnavailable:
+    def unavailable(
+        self, doing: str, seconds: float, reason: str, **facts: object
+    ) -> ServerUnavailable:
         """Return the error for a server that could not be reached for `seconds`."""
         return ServerUnavailable(
             f"run {self.run!r}: rank {self.rank} {doing}, and the server at {self.address} did "
             f"not answer for {seconds:.0f} s ({reason})",
-            facts={"run": self.run, "address": self.address, "seconds": f"{seconds:.0f}"},
+            facts={
+                "run": self.run,
+                "address": self.address,
+                "seconds": f"{seconds:.0f}",
+                **facts,
+            },
         )
 
     def close(self) -> None:

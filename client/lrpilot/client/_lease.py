@@ -149,8 +149,15 @@ class Lease:
                 # Time in which the server answered "not yet" is no outage.
                 away_s = now_s - max(start_s, link.contact_s or start_s)
                 if away_s >= link.outage_timeout_s:
-                    doing = f"waits for the values at progress {progress}"
-                    raise link.unavailable(doing, away_s, reason)
+                    raise link.unavailable(
+                        f"waits for the values at progress {progress} (frontier {link.frontier}, "
+                        f"horizon {link.horizon})",
+                        away_s,
+                        reason,
+                        progress=progress,
+                        frontier=link.frontier,
+                        horizon=link.horizon,
+                    )
             elif now_s - start_s >= _timing.LONGEST_WAIT_S:
                 raise ValuesPending(
                     f"{self._waits(progress, now_s - start_s)}: not fixed yet",
@@ -219,14 +226,18 @@ class Lease:
         more = False
         while not link.closing.is_set():
             stride, in_use = self._stride, self._in_use
-            window = min(self._delay // stride, _timing.MAX_AHEAD) if stride else 0
+            # What can be fixed beyond the step in use, and how much of it must be missing before
+            # it is asked for: an outage then meets nearly a whole delay of values, and a call
+            # still brings several steps.
+            window = min((self._delay - 1) // stride, _timing.MAX_AHEAD) if stride else 0
+            least = window - window // _timing.RENEW_SHARE
             if not stride or self._delay <= stride or self._waiting:
                 # With a delay of one step nothing is fixed ahead; a training thread that waits
                 # asks for itself and wakes this one afterwards.
                 return
             ahead = self._ahead(in_use, stride)
-            if ahead > window // 2 and not (more and ahead < _timing.MAX_AHEAD):
-                self._renew_at = in_use + (ahead - window // 2) * stride
+            if ahead >= least and not (more and ahead < _timing.MAX_AHEAD):
+                self._renew_at = in_use + (ahead - least + 1) * stride
                 if self._in_use < self._renew_at and self._stride == stride:
                     return
                 continue

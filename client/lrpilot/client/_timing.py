@@ -61,6 +61,9 @@ JOIN_S = 2.0
 MAX_STEPS = 128
 """Most steps in one block of values."""
 
+RENEW_SHARE = 8
+"""Values are asked for again once one part in so many of those that can be held is used up."""
+
 MAX_AHEAD = 4096
 """Most steps of values held ahead, however large the delay."""
 
