@@ -25,7 +25,7 @@ from tests.server.conftest import Program
 
 ROOT = Path(__file__).resolve().parents[2]
 
-DEADLINE_S = 120.0
+DEADLINE_S = 60.0
 """Every wait in these tests ends by then."""
 
 Spec = dict[str, Any]

@@ -1,0 +1,271 @@
+"""Who waits, for what, and how each wait ends: by a report, a waiver, the server's return, or an
+error that says what was missing."""
+
+from __future__ import annotations
+
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+import lrpilot.client as lrpilot
+from lrpilot.client import _timing
+from tests.e2e.harness import DEADLINE_S, Expected, Runs, make_spec, wait_until
+from tests.e2e.training import Optimizer, loss_at
+from tests.rules.reference import Hex
+from tests.server.conftest import Program
+
+Connect = Callable[..., lrpilot.Pilot]
+
+DELAY = 8
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Ranks speak up at once, and find a server that is back soon.
+    monkeypatch.setattr(_timing, "BLOCKED_WAIT_S", 0.1)
+    monkeypatch.setattr(_timing, "BACKOFF_CAP_S", 0.1)
+
+
+class Trainer:
+    """One rank in this process."""
+
+    def __init__(self, pilot: lrpilot.Pilot) -> None:
+        self.pilot = pilot
+        self.optimizer = Optimizer()
+        self.scheduler = pilot.scheduler(self.optimizer)
+        self.used: dict[int, Hex] = {0: self.optimizer.values}
+
+    def step(self, increment: int = 1, *, reports: bool = True) -> None:
+        """Use the values of this step and go on to the next."""
+        here = self.scheduler.progress
+        self.scheduler.step(increment, loss=loss_at(here) if reports else None)
+        self.used[self.scheduler.progress] = self.optimizer.values
+
+    def until(self, end: int, increment: int = 1) -> None:
+        """Train to a progress."""
+        while self.scheduler.progress < end:
+            self.step(increment)
+
+
+def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
+    """Run a call that waits; return its thread, and what it returned or raised."""
+    got: list[object] = []
+
+    def run() -> None:
+        try:
+            got.append(call())
+        except lrpilot.LrpilotError as error:
+            got.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, got
+
+
+def finish(thread: threading.Thread) -> None:
+    thread.join(DEADLINE_S)
+    assert not thread.is_alive()
+
+
+def job(
+    connect: Connect, address: str, name: str, size: int, **fields: object
+) -> tuple[Expected, list[Trainer]]:
+    """Start ranks that share a key, and their reference."""
+    spec = make_spec(name, **{"delay": DELAY, **fields})  # type: ignore[arg-type]
+    options = {"spec": spec, "key": "start", "world_size": size}
+    trainers = [Trainer(connect(address, name, rank=rank, **options)) for rank in range(size)]
+    reference = Expected.of(spec)
+    reference.open(0)
+    return reference, trainers
+
+
+class TestNoneWaitsInVain:
+    """A stall would end in a waiver, and there is none."""
+
+    @pytest.mark.parametrize("every", [1, 10])
+    @pytest.mark.parametrize(("delay", "increment"), [(1, 1), (8, 1), (1, 13), (8, 13), (8, 40)])
+    def test_sparse_reports_and_large_increments(
+        self, shared: Program, connect: Connect, every: int, delay: int, increment: int
+    ) -> None:
+        name = f"sparse-{every}-{delay}-{increment}"
+        unit = "iterations" if increment == 1 else "samples"
+        reference, trainers = job(connect, shared.grpc, name, 2, delay=delay, unit=unit)
+        steps = [increment * n for n in range(60)]
+        for n, _ in enumerate(steps):
+            for trainer in trainers:
+                trainer.step(increment, reports=n % every == every - 1)
+        reference.feed(
+            {at: loss_at(at) if n % every == every - 1 else None for n, at in enumerate(steps)}
+        )
+        assert trainers[0].used == trainers[1].used
+        assert len(trainers[0].used) == 61
+        for at in steps:
+            assert trainers[0].used[at] == reference.expected(at)
+        with Runs(shared.grpc) as runs:
+            run = runs.run(name)
+        assert (run.waivers, run.late_losses) == (0, 0)
+
+    @pytest.mark.parametrize("pausing", [0, 1])
+    def test_a_pause(self, shared: Program, connect: Connect, pausing: int) -> None:
+        """One rank evaluates for longer than `feedback.timeout` while the other uses its lease."""
+        name = f"pause-{pausing}"
+        feedback = {"delay": DELAY, "timeout": "1s"}
+        _, trainers = job(connect, shared.grpc, name, 2, feedback=feedback)
+        for trainer in trainers:
+            trainer.until(20)
+        for _ in range(DELAY - 1):
+            trainers[1 - pausing].step()
+        time.sleep(1.5)
+        for trainer in trainers:
+            trainer.until(40)
+        assert trainers[0].used == trainers[1].used
+        with Runs(shared.grpc) as runs:
+            run = runs.run(name)
+        assert (run.waivers, run.late_losses) == (0, 0)
+
+
+class TestReporterGone:
+    def test_the_others_get_on(
+        self, shared: Program, connect: Connect, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """By waivers, after they said what they wait for; what it reported late acts no more."""
+        feedback = {"delay": DELAY, "timeout": "1s"}
+        reference, (reporter, other) = job(connect, shared.grpc, "gone", 2, feedback=feedback)
+        reporter.until(20)
+        other.until(44)
+        # It knows as much as the log: losses below 20, and none from there on.
+        reference.feed({n: loss_at(n) for n in range(20)})
+        reference.waive(44)
+        for n, values in other.used.items():
+            assert values == reference.expected(n)
+        said = re.compile(
+            r"run gone: rank 1 has waited \d+ s for the values at progress 28 "
+            rf"\(frontier 20, horizon 28, server {shared.grpc}\): no loss is final from "
+            "progress 20 on, and rank 0 is the one to report"
+        )
+        assert any(said.fullmatch(text) for text in caplog.messages), caplog.messages
+        with Runs(shared.grpc) as runs:
+            run = runs.run("gone")
+            assert (run.waivers, run.frontier) == (3, 44)
+
+            # It was only slow: its losses are recorded, and seen by no policy.
+            caplog.clear()
+            reporter.until(44)
+            reporter.pilot.close()
+            assert "losses came after their step was final without one" in caplog.text
+            run = runs.run("gone")
+        assert (run.waivers, run.frontier, run.late_losses) == (3, 44, 24)
+        assert reporter.used == other.used
+
+
+class TestServerAway:
+    @pytest.mark.parametrize("delay", [1, 8])
+    def test_longer_than_the_lease(
+        self,
+        servers: Callable[..., Program],
+        connect: Connect,
+        caplog: pytest.LogCaptureFixture,
+        delay: int,
+    ) -> None:
+        """Ranks use their lease, wait, say so, and go on; nothing is lost."""
+        server = servers()
+        reference, trainers = job(connect, server.grpc, "away", 2, delay=delay)
+        for n in range(1, 21):
+            for trainer in trainers:
+                trainer.until(n)
+        for trainer in trainers:
+            # What it may hold without the server.
+            at = trainer.scheduler.progress
+            lease = trainer.pilot._session._lease
+            assert lease is not None
+            wait_until(lambda: at + delay - 1 in lease._known, "the lease is full")  # noqa: B023 (called at once)
+        server.end(signal.SIGKILL)
+        for _ in range(delay - 1):
+            for trainer in trainers:
+                trainer.step()
+        assert {trainer.scheduler.progress for trainer in trainers} == {19 + delay}
+        waiting = [in_thread(trainer.step) for trainer in trainers]
+        said = [
+            re.compile(
+                rf"run away: rank {rank} has waited \d+ s for the values at progress {20 + delay} "
+                rf"\(frontier \d+, horizon {20 + delay}, server {server.grpc}\): "
+                r"the server has not answered for \d+ s"
+            )
+            for rank in range(2)
+        ]
+        wait_until(
+            lambda: all(any(line.match(text) for text in caplog.messages) for line in said),
+            "both ranks say what they wait for",
+        )
+        assert [got for _, got in waiting] == [[], []]
+
+        server = servers(server.grpc)
+        for thread, got in waiting:
+            finish(thread)
+            assert got == [None]
+        for n in range(20 + delay, 61):
+            for trainer in trainers:
+                trainer.until(n)
+        for trainer in trainers:
+            trainer.pilot.close()
+        reference.feed({n: loss_at(n) for n in range(60)})
+        assert trainers[0].used == trainers[1].used
+        assert all(trainers[0].used[n] == reference.expected(n) for n in range(61))
+        with Runs(server.grpc) as runs:
+            run, log = runs.run("away"), runs.losses("away")
+        assert (run.attempt, run.waivers, run.late_losses) == (1, 0, 0)
+        assert {n: str(loss) for n, loss in log[1].items()} == {
+            n: str(loss_at(n)) for n in range(60)
+        }
+
+    def test_longer_than_the_outage_timeout(
+        self, servers: Callable[..., Program], connect: Connect
+    ) -> None:
+        """The error says all there is to know, and the training may still try again."""
+        server = servers()
+        spec = make_spec("dead", delay=DELAY)
+        trainer = Trainer(connect(server.grpc, "dead", spec=spec, outage_timeout_s=0.4))
+        trainer.until(10)
+        lease = trainer.pilot._session._lease
+        assert lease is not None
+        wait_until(lambda: 17 in lease._known, "the lease is full")
+        server.end(signal.SIGKILL)
+        trainer.until(17)
+        with pytest.raises(lrpilot.ServerUnavailable) as caught:
+            trainer.step()
+        text = str(caught.value)
+        assert "run 'dead': rank 0 waits for the values at progress 18" in text
+        assert "frontier 10, horizon 18" in text
+        assert f"server at {server.grpc} did not answer for" in text
+        assert (
+            caught.value.facts.items()
+            >= {
+                "run": "dead",
+                "address": server.grpc,
+                "progress": "18",
+                "frontier": "10",
+                "horizon": "18",
+            }.items()
+        )
+        assert trainer.scheduler.progress == 18
+
+        server = servers(server.grpc)
+        wait_until(lambda: self.applied(trainer), "the server is back")
+        trainer.used[18] = trainer.optimizer.values
+        trainer.until(40)
+        trainer.pilot.close()
+        reference = Expected.of(spec)
+        reference.open(0)
+        reference.feed({n: loss_at(n) for n in range(40)})
+        assert all(trainer.used[n] == reference.expected(n) for n in range(41))
+
+    def applied(self, trainer: Trainer) -> bool:
+        try:
+            trainer.scheduler.apply()
+        except lrpilot.ServerUnavailable:
+            return False
+        return True
