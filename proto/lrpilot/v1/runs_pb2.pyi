@@ -213,7 +213,9 @@ class Run(google.protobuf.message.Message):
 
     @property
     def adjustments(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Adjustment]:
-        """The newest 500 adjustments in order of decision, forgotten ones included."""
+        """The newest adjustments, as many as fit into 256 KiB, in order of decision,
+        forgotten ones included. ListEvents has all.
+        """
 
     @property
     def created_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
@@ -270,7 +272,7 @@ class CreateRunRequest(google.protobuf.message.Message):
     spec_document: builtins.str
     """The run spec: one YAML document."""
     request_id: builtins.str
-    """Random, one per call; a repeat gets the first answer."""
+    """Required. Random, one per call; a repeat gets the first answer."""
     def __init__(
         self,
         *,
@@ -350,7 +352,9 @@ class ListRunsRequest(google.protobuf.message.Message):
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
     page_size: builtins.int
-    """Most runs in the answer, 1 to 500; 0: 50."""
+    """Most runs in the answer, 1 to 500; 0: 50. A page may end early, so that the
+    message stays small.
+    """
     page_token: builtins.str
     """From the previous answer; empty: the first page."""
     def __init__(
@@ -401,7 +405,7 @@ class ReviseRunRequest(google.protobuf.message.Message):
     spec_document: builtins.str
     """The whole new spec: one YAML document."""
     request_id: builtins.str
-    """Random, one per call; a repeat gets the first answer."""
+    """Required. Random, one per call; a repeat gets the first answer."""
     def __init__(
         self,
         *,
@@ -458,8 +462,8 @@ class Event(google.protobuf.message.Message):
     digest: builtins.str
     """Digest of the log up to and including it, lowercase hexadecimal."""
     kind: builtins.str
-    """"created", "opened", "joined", "reported", "recorded", "waived", "revised",
-    "restored", "finished".
+    """"created", "opened", "joined", "reported", "recorded", "waived", "revised" or
+    "finished".
     """
     attempt: builtins.int
     """Attempt it belongs to, 0: none."""
@@ -541,7 +545,9 @@ class ListEventsRequest(google.protobuf.message.Message):
     run: builtins.str
     """Name of the run."""
     page_size: builtins.int
-    """Most events in the answer, 1 to 1,000; 0: 200."""
+    """Most events in the answer, 1 to 1,000; 0: 200. A page may end early, so that
+    the message stays small.
+    """
     page_token: builtins.str
     """From the previous answer; empty: the first page."""
     def __init__(
@@ -593,7 +599,7 @@ class FinishRunRequest(google.protobuf.message.Message):
     force: builtins.bool
     """Finish it although its ranks are active."""
     request_id: builtins.str
-    """Random, one per call; a repeat gets the first answer."""
+    """Required. Random, one per call; a repeat gets the first answer."""
     def __init__(
         self,
         *,

@@ -96,7 +96,7 @@ class AttachRunRequest(google.protobuf.message.Message):
     on_change: global___OnChange.ValueType
     """What to do about a changed spec."""
     request_id: builtins.str
-    """Random, one per call; a repeat gets the first answer."""
+    """Required. Random, one per call; a repeat gets the first answer."""
     def __init__(
         self,
         *,
@@ -156,7 +156,7 @@ class OpenAttemptRequest(google.protobuf.message.Message):
     run: builtins.str
     """Name of the run."""
     request_id: builtins.str
-    """Random, one per call; a repeat gets the first answer."""
+    """Required. Random, one per call; a repeat gets the first answer."""
     key: builtins.str
     """Shared by the ranks of one start of the job when they have no process group to
     broadcast over. Empty: always opens.

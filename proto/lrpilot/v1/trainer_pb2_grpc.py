@@ -6,7 +6,9 @@ from lrpilot.v1 import trainer_pb2 as lrpilot_dot_v1_dot_trainer__pb2
 
 
 class TrainerServiceStub(object):
-    """For the ranks of a training job.
+    """For the ranks of a training job. Beside the errors named, every method answers
+    NOT_FOUND (RunNotFound) for a run that is not there, and INVALID_ARGUMENT
+    (InvalidRequest) for fields out of range.
     """
 
     def __init__(self, channel):
@@ -43,14 +45,15 @@ class TrainerServiceStub(object):
 
 
 class TrainerServiceServicer(object):
-    """For the ranks of a training job.
+    """For the ranks of a training job. Beside the errors named, every method answers
+    NOT_FOUND (RunNotFound) for a run that is not there, and INVALID_ARGUMENT
+    (InvalidRequest) for fields out of range.
     """
 
     def AttachRun(self, request, context):
         """Creates the run from the spec, or compares the spec with the last one that a
         trainer gave. Without a spec the run must exist.
-        Errors: INVALID_ARGUMENT (InvalidSpec), NOT_FOUND (RunNotFound),
-        FAILED_PRECONDITION (SpecChanged).
+        Errors: INVALID_ARGUMENT (InvalidSpec), FAILED_PRECONDITION (SpecChanged).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -59,8 +62,8 @@ class TrainerServiceServicer(object):
     def OpenAttempt(self, request, context):
         """Opens a new attempt, or joins the current one when `key` is the key it was
         opened with. Restores a run that the server does not know from `state`.
-        Errors: NOT_FOUND, FAILED_PRECONDITION (ResumePointRequired, JoinRefused,
-        StateMismatch, RunFinished), INVALID_ARGUMENT (InvalidState).
+        Errors: FAILED_PRECONDITION (ResumePointRequired, JoinRefused, StateMismatch,
+        SpecChanged, RunFinished, AttemptSuperseded), INVALID_ARGUMENT (InvalidState).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -71,7 +74,8 @@ class TrainerServiceServicer(object):
         lie below the horizon; waits when they do not. An answer without a block says
         that `wait_ms` passed: ask again.
         Errors: FAILED_PRECONDITION (AttemptSuperseded, RunFinished),
-        OUT_OF_RANGE (BeyondHorizon: further than a block beyond the horizon).
+        OUT_OF_RANGE (BeyondHorizon: further than a block beyond the horizon;
+        BeforeAttempt).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -90,7 +94,8 @@ class TrainerServiceServicer(object):
     def SaveState(self, request, context):
         """Waits until every loss below `progress` is final and returns a compact state
         from which this or another server can resume there.
-        Errors: FAILED_PRECONDITION (AttemptSuperseded, LossesPending).
+        Errors: FAILED_PRECONDITION (AttemptSuperseded, LossesPending), OUT_OF_RANGE
+        (BeforeAttempt).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,7 +137,9 @@ def add_TrainerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrainerService(object):
-    """For the ranks of a training job.
+    """For the ranks of a training job. Beside the errors named, every method answers
+    NOT_FOUND (RunNotFound) for a run that is not there, and INVALID_ARGUMENT
+    (InvalidRequest) for fields out of range.
     """
 
     @staticmethod

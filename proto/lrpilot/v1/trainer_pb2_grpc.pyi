@@ -24,7 +24,10 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
     ...
 
 class TrainerServiceStub:
-    """For the ranks of a training job."""
+    """For the ranks of a training job. Beside the errors named, every method answers
+    NOT_FOUND (RunNotFound) for a run that is not there, and INVALID_ARGUMENT
+    (InvalidRequest) for fields out of range.
+    """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
     AttachRun: grpc.UnaryUnaryMultiCallable[
@@ -33,8 +36,7 @@ class TrainerServiceStub:
     ]
     """Creates the run from the spec, or compares the spec with the last one that a
     trainer gave. Without a spec the run must exist.
-    Errors: INVALID_ARGUMENT (InvalidSpec), NOT_FOUND (RunNotFound),
-    FAILED_PRECONDITION (SpecChanged).
+    Errors: INVALID_ARGUMENT (InvalidSpec), FAILED_PRECONDITION (SpecChanged).
     """
 
     OpenAttempt: grpc.UnaryUnaryMultiCallable[
@@ -43,8 +45,8 @@ class TrainerServiceStub:
     ]
     """Opens a new attempt, or joins the current one when `key` is the key it was
     opened with. Restores a run that the server does not know from `state`.
-    Errors: NOT_FOUND, FAILED_PRECONDITION (ResumePointRequired, JoinRefused,
-    StateMismatch, RunFinished), INVALID_ARGUMENT (InvalidState).
+    Errors: FAILED_PRECONDITION (ResumePointRequired, JoinRefused, StateMismatch,
+    SpecChanged, RunFinished, AttemptSuperseded), INVALID_ARGUMENT (InvalidState).
     """
 
     GetValues: grpc.UnaryUnaryMultiCallable[
@@ -55,7 +57,8 @@ class TrainerServiceStub:
     lie below the horizon; waits when they do not. An answer without a block says
     that `wait_ms` passed: ask again.
     Errors: FAILED_PRECONDITION (AttemptSuperseded, RunFinished),
-    OUT_OF_RANGE (BeyondHorizon: further than a block beyond the horizon).
+    OUT_OF_RANGE (BeyondHorizon: further than a block beyond the horizon;
+    BeforeAttempt).
     """
 
     ReportLosses: grpc.UnaryUnaryMultiCallable[
@@ -74,11 +77,15 @@ class TrainerServiceStub:
     ]
     """Waits until every loss below `progress` is final and returns a compact state
     from which this or another server can resume there.
-    Errors: FAILED_PRECONDITION (AttemptSuperseded, LossesPending).
+    Errors: FAILED_PRECONDITION (AttemptSuperseded, LossesPending), OUT_OF_RANGE
+    (BeforeAttempt).
     """
 
 class TrainerServiceAsyncStub:
-    """For the ranks of a training job."""
+    """For the ranks of a training job. Beside the errors named, every method answers
+    NOT_FOUND (RunNotFound) for a run that is not there, and INVALID_ARGUMENT
+    (InvalidRequest) for fields out of range.
+    """
 
     AttachRun: grpc.aio.UnaryUnaryMultiCallable[
         lrpilot.v1.trainer_pb2.AttachRunRequest,
@@ -86,8 +93,7 @@ class TrainerServiceAsyncStub:
     ]
     """Creates the run from the spec, or compares the spec with the last one that a
     trainer gave. Without a spec the run must exist.
-    Errors: INVALID_ARGUMENT (InvalidSpec), NOT_FOUND (RunNotFound),
-    FAILED_PRECONDITION (SpecChanged).
+    Errors: INVALID_ARGUMENT (InvalidSpec), FAILED_PRECONDITION (SpecChanged).
     """
 
     OpenAttempt: grpc.aio.UnaryUnaryMultiCallable[
@@ -96,8 +102,8 @@ class TrainerServiceAsyncStub:
     ]
     """Opens a new attempt, or joins the current one when `key` is the key it was
     opened with. Restores a run that the server does not know from `state`.
-    Errors: NOT_FOUND, FAILED_PRECONDITION (ResumePointRequired, JoinRefused,
-    StateMismatch, RunFinished), INVALID_ARGUMENT (InvalidState).
+    Errors: FAILED_PRECONDITION (ResumePointRequired, JoinRefused, StateMismatch,
+    SpecChanged, RunFinished, AttemptSuperseded), INVALID_ARGUMENT (InvalidState).
     """
 
     GetValues: grpc.aio.UnaryUnaryMultiCallable[
@@ -108,7 +114,8 @@ class TrainerServiceAsyncStub:
     lie below the horizon; waits when they do not. An answer without a block says
     that `wait_ms` passed: ask again.
     Errors: FAILED_PRECONDITION (AttemptSuperseded, RunFinished),
-    OUT_OF_RANGE (BeyondHorizon: further than a block beyond the horizon).
+    OUT_OF_RANGE (BeyondHorizon: further than a block beyond the horizon;
+    BeforeAttempt).
     """
 
     ReportLosses: grpc.aio.UnaryUnaryMultiCallable[
@@ -127,11 +134,15 @@ class TrainerServiceAsyncStub:
     ]
     """Waits until every loss below `progress` is final and returns a compact state
     from which this or another server can resume there.
-    Errors: FAILED_PRECONDITION (AttemptSuperseded, LossesPending).
+    Errors: FAILED_PRECONDITION (AttemptSuperseded, LossesPending), OUT_OF_RANGE
+    (BeforeAttempt).
     """
 
 class TrainerServiceServicer(metaclass=abc.ABCMeta):
-    """For the ranks of a training job."""
+    """For the ranks of a training job. Beside the errors named, every method answers
+    NOT_FOUND (RunNotFound) for a run that is not there, and INVALID_ARGUMENT
+    (InvalidRequest) for fields out of range.
+    """
 
     @abc.abstractmethod
     def AttachRun(
@@ -141,8 +152,7 @@ class TrainerServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[lrpilot.v1.trainer_pb2.AttachRunResponse, collections.abc.Awaitable[lrpilot.v1.trainer_pb2.AttachRunResponse]]:
         """Creates the run from the spec, or compares the spec with the last one that a
         trainer gave. Without a spec the run must exist.
-        Errors: INVALID_ARGUMENT (InvalidSpec), NOT_FOUND (RunNotFound),
-        FAILED_PRECONDITION (SpecChanged).
+        Errors: INVALID_ARGUMENT (InvalidSpec), FAILED_PRECONDITION (SpecChanged).
         """
 
     @abc.abstractmethod
@@ -153,8 +163,8 @@ class TrainerServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[lrpilot.v1.trainer_pb2.OpenAttemptResponse, collections.abc.Awaitable[lrpilot.v1.trainer_pb2.OpenAttemptResponse]]:
         """Opens a new attempt, or joins the current one when `key` is the key it was
         opened with. Restores a run that the server does not know from `state`.
-        Errors: NOT_FOUND, FAILED_PRECONDITION (ResumePointRequired, JoinRefused,
-        StateMismatch, RunFinished), INVALID_ARGUMENT (InvalidState).
+        Errors: FAILED_PRECONDITION (ResumePointRequired, JoinRefused, StateMismatch,
+        SpecChanged, RunFinished, AttemptSuperseded), INVALID_ARGUMENT (InvalidState).
         """
 
     @abc.abstractmethod
@@ -167,7 +177,8 @@ class TrainerServiceServicer(metaclass=abc.ABCMeta):
         lie below the horizon; waits when they do not. An answer without a block says
         that `wait_ms` passed: ask again.
         Errors: FAILED_PRECONDITION (AttemptSuperseded, RunFinished),
-        OUT_OF_RANGE (BeyondHorizon: further than a block beyond the horizon).
+        OUT_OF_RANGE (BeyondHorizon: further than a block beyond the horizon;
+        BeforeAttempt).
         """
 
     @abc.abstractmethod
@@ -190,7 +201,8 @@ class TrainerServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[lrpilot.v1.trainer_pb2.SaveStateResponse, collections.abc.Awaitable[lrpilot.v1.trainer_pb2.SaveStateResponse]]:
         """Waits until every loss below `progress` is final and returns a compact state
         from which this or another server can resume there.
-        Errors: FAILED_PRECONDITION (AttemptSuperseded, LossesPending).
+        Errors: FAILED_PRECONDITION (AttemptSuperseded, LossesPending), OUT_OF_RANGE
+        (BeforeAttempt).
         """
 
 def add_TrainerServiceServicer_to_server(servicer: TrainerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

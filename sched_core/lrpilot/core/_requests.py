@@ -327,7 +327,8 @@ def _opened(
 def check_attempt(state: RunState, attempt: int, token: str) -> None:
     """Raise AttemptSuperseded unless the request belongs to the current attempt."""
     _refuse_missing(state)
-    if attempt != state.attempt or token != state.token:
+    # A run that no attempt has opened yet is at attempt 0, without a token.
+    if not token or (attempt, token) != (state.attempt, state.token):
         raise _superseded(state, attempt)
 
 
