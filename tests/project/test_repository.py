@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from lrpilot.server._metrics import Metrics, _families
+from tests.rules.cases import CASES
+
 VERSION = importlib.metadata.version("lrpilot")
 
 
@@ -130,3 +133,23 @@ def test_the_imports_point_one_way(root: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken" in done.stdout
+
+
+def test_every_rule_that_the_guarantees_name_has_its_case(root: Path) -> None:
+    page = (root / "docs/guarantees.md").read_text()
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", page))
+    machine = (root / "tests/rules/test_machine.py").read_text()
+    assert named
+    assert [name for name in named if name not in CASES and f"def {name}(" not in machine] == []
+
+
+def test_the_page_lists_every_metric(root: Path) -> None:
+    page = (root / "docs/server.md").read_text()
+    listed = dict(re.findall(r"^\| `(lrpilot_\w+)` \| (\w+) \|", page, re.MULTILINE))
+    families = [*Metrics().registry.collect(), *_families([])]
+    served = {
+        family.name + ("_total" if family.type == "counter" else ""): family.type
+        for family in families
+        if family.name.startswith("lrpilot_")
+    }
+    assert listed == served
