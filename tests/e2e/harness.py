@@ -132,11 +132,12 @@ class Nursery:
         """Wait until it serves."""
         self._hear("lrpilot ready ")
 
-    def kill(self) -> None:
-        """Send SIGKILL; it must have been running until then."""
-        os.kill(self._pid, signal.SIGKILL)
+    def end(self, number: int) -> None:
+        """Send a signal; it must be the signal that ends it."""
+        os.kill(self._pid, number)
+        code = int(self._hear("ended "))
         self._pid = 0
-        assert int(self._hear("ended ")) == -signal.SIGKILL, self._log.read_text()
+        assert code == (0 if number == signal.SIGTERM else -number), self._log.read_text()
 
     def close(self) -> None:
         """Leave nothing of it behind."""

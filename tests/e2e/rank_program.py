@@ -5,6 +5,7 @@ Writes what it used and what was acknowledged line by line: whoever kills it fin
 
 import json
 import logging
+import math
 import random
 import sys
 import time
@@ -25,7 +26,7 @@ SALT: str = PLAN.get("salt", "")
 PAUSE_S: float = PLAN.get("pause_s", 0.0)
 """Bound of the random time that a step takes."""
 END_FILE = Path(PLAN["end_file"])
-"""Holds the progress to end at; "ask": rank 0 says which, and none can be past it yet."""
+"""Holds the progress to end at; "ask": rank 0 says which. With feedback none is past it yet."""
 MARGIN = 64
 
 
@@ -54,15 +55,15 @@ def watch(stub: Any, method: str) -> None:
     setattr(stub, method, watched)
 
 
-def end(progress: int) -> int | None:
-    """Return the progress to end at, once that is known."""
+def end(progress: int) -> float:
+    """Return the progress to end at; infinite until that is known."""
     if not END_FILE.exists():
-        return None
+        return math.inf
     text = END_FILE.read_text()
     if text == "ask":
         if RANK != 0:
-            return None
-        text = str(progress + MARGIN)
+            return math.inf
+        text = str(max(progress + MARGIN, PLAN.get("end_after", 0)))
         partial = END_FILE.with_suffix(".part")
         partial.write_text(text)
         partial.replace(END_FILE)
@@ -78,7 +79,7 @@ def train(pilot: lrpilot.Pilot) -> None:
     scheduler = pilot.scheduler(optimizer, state)
     try:
         with (FOLDER / "used").open("a", buffering=1) as used:
-            while scheduler.progress != end(scheduler.progress):
+            while scheduler.progress < end(scheduler.progress):
                 here = scheduler.progress
                 used.write(json.dumps([pilot.attempt, here, optimizer.values]) + "\n")
                 time.sleep(pauses.uniform(0.0, PAUSE_S))
