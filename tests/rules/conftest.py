@@ -8,7 +8,7 @@ import pytest
 from lrpilot.core import _state
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True)
 def small_and_quiet() -> Iterator[None]:
     """Keep marks at every third loss, and thousands of waivers out of a failure's report."""
     logger = logging.getLogger("lrpilot")

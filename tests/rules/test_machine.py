@@ -206,10 +206,12 @@ class JobOnSqlite(Job):
         return SqlStore.in_folder(Path(self.folder.name), "lrpilot.db")
 
     def teardown(self) -> None:
-        super().teardown()
-        if hasattr(self, "world"):
-            self.world.store.close()
-            self.folder.cleanup()
+        try:
+            super().teardown()
+        finally:
+            if hasattr(self, "world"):
+                self.world.store.close()
+                self.folder.cleanup()
 
 
 TestOnSqlite = JobOnSqlite.TestCase

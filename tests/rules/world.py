@@ -130,6 +130,8 @@ class Saved:
     decided: Decided
     versions: tuple[Version, ...]
     attempt: int
+    given: Mapping[str, Any] | None
+    """The last spec that a trainer gave."""
     handed: Mapping[int, Hex]
     """Values that had left by then, from `progress` on, by progress."""
 
@@ -150,6 +152,8 @@ class World:
         self.attempts: list[Attempt] = []
         self.handed: dict[tuple[int, int], Hex] = {}
         """Every value that ever left, by (attempt, progress)."""
+        self.given: Mapping[str, Any] | None = None
+        """The last spec that a trainer gave."""
         self.restoring = False
         """Whether the next opening finds nothing but its saved state."""
         self._ids = (f"request {number}" for number in itertools.count())
@@ -333,6 +337,7 @@ class World:
             reference.decided(progress),
             tuple(reference.versions),
             reference.attempt,
+            self.given,
             self._handed_in(reference.attempt, progress),
         )
 
@@ -359,10 +364,12 @@ class World:
         }
         self.attempts = [item for item in self.attempts if item.number <= state.attempt]
         self.restoring = True
+        self.given = state.given
         if attach:
+            self.given = state.given or state.versions[-1].spec
             request = trainer_pb2.AttachRunRequest(
                 run=RUN,
-                spec_document=json.dumps(state.versions[-1].spec),
+                spec_document=json.dumps(self.given),
                 request_id=self.next_id(),
             )
             self.call(lambda one: one.trainers.attach_run(request), replica)

@@ -348,7 +348,8 @@ class RunState:
         self.pending_spec = _spec_from_mapping(fold["pending_spec"])
         if given != known:
             self.pending_spec = given
-        self.trainer_spec = given
+        if self.trainer_spec is None:
+            self.trainer_spec = _spec_from_mapping(fold["trainer_spec"])
 
     def _take_over(self, fold: Mapping[str, Any]) -> None:
         """Let a saved state take the place of the losses and of what was decided on them."""
