@@ -159,7 +159,7 @@ def test_kills_while_the_job_starts(stage: Stage) -> None:
     wait_until(lambda: any(rank.process.poll() is None for rank in scene.job), "ranks start")
     time.sleep(scene.moments.uniform(0.2, 0.8))
     scene.first.end(signal.SIGKILL)
-    for _ in range(10):
+    for _ in range(6):
         scene.next.start()
         scene.next.wait_ready()
         time.sleep(scene.moments.uniform(0.0, 0.05))
@@ -172,7 +172,7 @@ def test_kills_without_feedback(stage: Stage) -> None:
     scene = stage("open-loop", policies=[{"kind": "plateau", "mode": "off"}])
     scene.all_reached(20)
     scene.first.end(signal.SIGKILL)
-    for _ in range(10):
+    for _ in range(6):
         scene.next.start()
         scene.next.wait_ready()
         scene.one_goes_on()
@@ -186,7 +186,7 @@ def test_graceful_restarts(stage: Stage) -> None:
     scene = stage("graceful")
     scene.all_reached(20)
     assert scene.first.end(signal.SIGTERM) == 0
-    for _ in range(10):
+    for _ in range(6):
         scene.next.start()
         scene.next.wait_ready()
         scene.one_goes_on()

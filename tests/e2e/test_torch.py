@@ -211,6 +211,21 @@ def test_a_checkpoint_of_plain_types(shared: Program, connect: Connect) -> None:
     assert here[3] == (0.0).hex()
 
 
+def test_a_weight_decay_that_a_ramp_began_at_zero(shared: Program, connect: Connect) -> None:
+    """A checkpoint holds it, and the group is not taken for one that has none of its own."""
+    ramp = {"start": 0.0, "end": 0.1, "style": "linear", "over": 1000}
+    spec = make_spec("ramp", weight_decay=ramp)
+    optimizer = torch.optim.AdamW([parameter()])
+    scheduler = connect(shared.grpc, "ramp", spec=spec).scheduler(optimizer)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.0
+    saved, state = optimizer.state_dict(), scheduler.state_dict()
+
+    optimizer = torch.optim.AdamW([parameter()])
+    optimizer.load_state_dict(saved)
+    scheduler = connect(shared.grpc, "ramp", spec=spec).scheduler(optimizer, state=state)
+    assert train(scheduler, optimizer, 30) == expected(spec, 30)
+
+
 def test_several_ranks_need_something_to_agree_over(
     shared: Program, connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
