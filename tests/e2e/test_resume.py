@@ -67,11 +67,11 @@ class TestKilledTrainers:
         wait_until(lambda: all(rank.reached(2 * KILLED_AT) for rank in new), "it goes on")
         return new
 
-    def refused(self, rank: Rank) -> None:
+    def refused(self, rank: Rank, name: str = "AttemptSuperseded") -> None:
         """A survivor ends by the error, which it also gets for whatever else it tries."""
         assert rank.wait() == 1
-        assert rank.outcome() == ["AttemptSuperseded"] * 4
-        assert "lrpilot.client._errors.AttemptSuperseded: " in rank.log
+        assert rank.outcome() == [name] * 4
+        assert f"lrpilot.client._errors.{name}: " in rank.log
         assert {used.attempt for used in rank.used()} == {1}
 
     def finish(
@@ -133,22 +133,31 @@ class TestKilledTrainers:
         assert [event.kind for event in log].count("opened") == 2
         assert not any("the server restored the run" in rank.log for rank in new)
 
+    @pytest.mark.parametrize("survivor", ["waits", "hangs"])
     def test_the_data_folder_is_lost(
         self,
         killed: tuple[Program, Spec, list[Rank]],
         servers: Callable[..., Program],
         ranks: Callable[..., list[Rank]],
         tmp_path: Path,
+        survivor: str,
     ) -> None:
         server, spec, old = killed
-        old[1].send(signal.SIGKILL)
-        old[0].send(signal.SIGSTOP)
+        if survivor == "waits":
+            old[0].send(signal.SIGKILL)
+        else:
+            old[1].send(signal.SIGKILL)
+            old[0].send(signal.SIGSTOP)
         server.end(signal.SIGKILL)
         shutil.rmtree(tmp_path / "data")
         server = servers(server.grpc)
+        if survivor == "waits":
+            # It finds the server before the job is started again.
+            self.refused(old[1], "RunNotFound")
         new = self.resume(server, spec, ranks, tmp_path)
-        old[0].send(signal.SIGCONT)
-        self.refused(old[0])
+        if survivor == "hangs":
+            old[0].send(signal.SIGCONT)
+            self.refused(old[0])
         log = self.finish(server, spec, old, new, tmp_path)
         assert [event.kind for event in log].count("opened") == 1
         # What came before the checkpoint is in its state alone.
