@@ -291,6 +291,13 @@ class Rank:
             self.process.wait(DEADLINE_S)
 
 
+def ask_to_end(folder: Path, key: str) -> None:
+    """Let the ranks of a job agree where to end, and end there."""
+    partial = folder / f"ask-{key}"
+    partial.write_text("ask")
+    partial.replace(folder / f"end-{key}")
+
+
 def one_value(ranks: Sequence[Rank]) -> dict[tuple[int, int], Hex]:
     """Return what was used at each (attempt, progress): the same on every rank."""
     values: dict[tuple[int, int], Hex] = {}

@@ -19,6 +19,7 @@ from tests.e2e.harness import (
     Rank,
     Runs,
     Spec,
+    ask_to_end,
     make_spec,
     one_value,
     wait_until,
@@ -61,7 +62,7 @@ class Scene:
     def finish(self) -> None:
         """Let the job come to its end on a last server, and hold it against the promise."""
         last = self.servers(self.first.grpc)
-        (self.folder / "end-start").write_text("ask")
+        ask_to_end(self.folder, "start")
         for rank in self.job:
             assert rank.wait() == 0, rank.log
             assert rank.outcome() == []

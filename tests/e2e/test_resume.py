@@ -13,7 +13,16 @@ import pytest
 
 import lrpilot.client as lrpilot
 from lrpilot.client import _timing
-from tests.e2e.harness import Expected, Rank, Runs, Spec, make_spec, one_value, wait_until
+from tests.e2e.harness import (
+    Expected,
+    Rank,
+    Runs,
+    Spec,
+    ask_to_end,
+    make_spec,
+    one_value,
+    wait_until,
+)
 from tests.e2e.training import Optimizer, loss_at
 from tests.server.conftest import Program
 
@@ -83,7 +92,7 @@ class TestKilledTrainers:
         tmp_path: Path,
     ) -> list[Any]:
         """Check what the start of the job that went on has used; return the log."""
-        (tmp_path / "end-new").write_text("ask")
+        ask_to_end(tmp_path, "new")
         for rank in new:
             assert rank.wait() == 0, rank.log
             assert rank.outcome() == []

@@ -14,6 +14,7 @@ from typing import TypeAlias
 from lrpilot.client import _timing
 from lrpilot.client._call import Backoff, Link, Unanswered
 from lrpilot.client._errors import (
+    AttemptSuperseded,
     BeforeAttempt,
     BeyondHorizon,
     ClientFailed,
@@ -107,6 +108,11 @@ class Lease:
         self._waiting = True
         try:
             return self._wait(progress)
+        except AttemptSuperseded as error:
+            # Final: values that an answer under way still brings must not be used any more.
+            self._link.fail(error)
+            self._link.failure_raised = True
+            raise
         finally:
             self._waiting = False
             self._renew_at = -1.0
