@@ -11,6 +11,7 @@ from typer.testing import Result
 
 from lrpilot.core._schedules import base_values
 from lrpilot.server._documents import dump_document, read_spec
+from lrpilot.server.cli import _curve
 from tests.core.conftest import GOLDEN, Megatron
 
 Cli = Callable[..., Result]
@@ -283,16 +284,22 @@ def test_names_are_no_formulas(cli: Cli, spec_file: SpecFile, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("form", ["png", "svg"])
-def test_a_picture_needs_a_file(cli: Cli, spec_file: SpecFile, form: str) -> None:
+def test_a_picture_is_nothing_for_a_terminal(
+    cli: Cli, spec_file: SpecFile, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_curve, "_is_terminal", lambda: True)
     result = cli("curve", spec_file(), "--format", form)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (
-        f"error: a picture needs a file: give one with -o, such as -o curve.{form}\n"
+        f"error: a picture is nothing for a terminal: give a file, such as -o curve.{form}\n"
     )
 
 
-def test_a_picture_goes_to_standard_output_when_told_to(cli: Cli, spec_file: SpecFile) -> None:
-    result = cli("curve", spec_file(), "--format", "png", "-o", "-")
+@pytest.mark.parametrize("arguments", [(), ("-o", "-")])
+def test_a_picture_goes_to_standard_output(
+    cli: Cli, spec_file: SpecFile, arguments: tuple[str, ...]
+) -> None:
+    result = cli("curve", spec_file(), "--format", "png", *arguments)
     assert result.stdout_bytes.startswith(b"\x89PNG")
 
 

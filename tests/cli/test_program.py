@@ -140,7 +140,7 @@ def test_presets_are_listed(cli: Cli) -> None:
 def test_a_preset_is_a_spec(cli: Cli, name: str) -> None:
     as_yaml = cli("preset", "show", name)
     assert (as_yaml.exit_code, as_yaml.stderr) == (0, "")
-    as_json = cli("preset", "show", name, "--format", "json")
+    as_json = cli("preset", "show", name, "--json")
     spec = read_spec(as_yaml.stdout)
     assert read_spec(as_json.stdout) == spec
     assert json.loads(as_json.stdout) == spec.to_mapping()

@@ -3,8 +3,9 @@
 from lrpilot import core
 
 EXPORTED = """
-    MAX_BLOCK_STEPS MAX_PROGRESS PRESETS Adjustment AttemptSuperseded BeforeAttempt BelowResumePoint
-    BeyondHorizon Block Created Event Finished InvalidFields InvalidRequest InvalidSpec InvalidState
+    MAX_BLOCK_STEPS MAX_PROGRESS PRESETS Adjustment Attached AttemptSuperseded BeforeAttempt
+    BelowResumePoint BeyondHorizon Block Created Event Finished InvalidFields InvalidRequest
+    InvalidSpec InvalidState
     JoinRefused Joined LossConflict LossesPending LrpilotError NotReporter OpenRequest Opened
     Outcome Preset Recorded Report Reported ResumePointRequired Revised RevisionRefused
     RunExists RunFinished RunLive RunNotFound RunSpec RunState SavedState SpecChanged StageSchedule

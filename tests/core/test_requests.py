@@ -231,8 +231,22 @@ def test_a_trainers_revision_goes_back_with_its_trainers() -> None:
 
 def test_an_unchanged_spec_changes_nothing() -> None:
     log = Log()
-    same = spec()
-    assert core.attach_run(log.state, same, revise=False, request_id="x") == []
+    before = log.state.plan.revisions
+    log.write(core.attach_run(log.state, spec(), revise=False, request_id="x"))
+    assert log.state.plan.revisions == before
+    assert core.attach_run(log.state, spec(), revise=False, request_id="y") == []
+    assert core.revise_run(log.state, spec(), "z") == []
+
+
+def test_what_operators_change_is_no_change_by_the_trainers_of_an_operators_run() -> None:
+    log = Log(policies=[PLATEAU])
+    given = spec(policies=[PLATEAU])
+    log.write(core.attach_run(log.state, given, revise=False, request_id="first start"))
+    log.open()
+    revised = spec(policies=[PLATEAU], learning_rate={"peak": 2.0})
+    log.write(core.revise_run(log.state, revised, "operator"))
+    assert core.attach_run(log.state, given, revise=False, request_id="second start") == []
+    assert log.state.spec == revised
 
 
 def test_a_changed_spec_is_refused_with_its_difference() -> None:
@@ -321,13 +335,15 @@ def damaged(data: bytes) -> list[tuple[bytes, str]]:
         (head.replace(b" 1 ", b" 2 ") + b"\n" + body, "version 2; this release reads version 1"),
         (head + b"\n" + flipped, "damaged"),
         (head + b"\n" + body[:-40], "damaged"),
+        (head + b"\n" + body[:-1], "damaged"),
+        (head + b"\n" + body + body, "damaged"),
         (head + b"\n", "damaged"),
         (head, "damaged"),
         (head + b"\n\xff\xff", "damaged"),
     ]
 
 
-@pytest.mark.parametrize("index", range(8))
+@pytest.mark.parametrize("index", range(10))
 def test_a_damaged_state_is_refused(index: int) -> None:
     log = Log()
     log.open()
@@ -348,6 +364,14 @@ def test_a_progress_that_is_not_the_states_is_refused() -> None:
     log.open()
     with pytest.raises(core.InvalidRequest, match="progress: got 3; allowed: 0, or none"):
         log.open(3, saved=saved(log, 0))
+
+
+def test_advice_does_not_swell_a_state() -> None:
+    log = Log(policies=[{**PLATEAU, "mode": "advise"}], feedback={"delay": 1})
+    log.open()
+    log.report(0, [1.0] * 3000)
+    assert len(log.state.advice) > 1000
+    assert len(core.save_state(log.state, 3000)) < 8192
 
 
 def test_a_state_waits_for_the_losses_below_it() -> None:
@@ -522,6 +546,36 @@ def test_requests_for_values_out_of_range(fields: dict[str, int]) -> None:
     assert [violation.field for violation in caught.value.violations] == list(fields)
 
 
+# Snapshots.
+
+
+def test_a_snapshot_holds_every_attribute() -> None:
+    log = Log(policies=[PLATEAU, {**PLATEAU, "mode": "advise"}])
+    log.write(core.attach_run(log.state, log.spec, revise=True, request_id="attach"))
+    log.open(key="k")
+    log.report(0, [1.0, float("nan"), 1.0, None, 1.0] + [1.0] * 9)
+    log.write(
+        core.report_losses(log.state, [core.Report(3, 2.0, 1.0, 4)], rank=0, incarnation="one")[0]
+    )
+    log.take(0)
+    log.write(core.waive(log.state, 40))
+    attach(log, "again", policies=[PLATEAU], total=2000)
+    state = saved(log, 6)
+    log.open(3, key="l")
+    log.report(3, [1.0, 1.0])
+    log.open(saved=state, digest_at_saved=state.digest)
+    restored = vars(core.restore_snapshot(log.state.snapshot()))
+    for name, value in vars(log.state).items():
+        got = restored.pop(name)
+        if name == "plan":
+            assert (got.revisions, got.adjustments) == (value.revisions, value.adjustments)
+        elif name == "records":
+            assert list(got) == list(value)
+        elif name not in ("loss_values", "late"):
+            assert got == value, name
+    assert restored == {}
+
+
 # Events.
 
 
@@ -546,5 +600,5 @@ def test_every_event_is_read_back_to_the_bit() -> None:
 
 
 def test_an_event_of_a_later_release_is_refused_by_its_name() -> None:
-    with pytest.raises(ValueError, match="'rolled-back'; this release knows created, finished"):
+    with pytest.raises(ValueError, match="'rolled-back'; this release knows attached, created"):
         core.decode(b'{"kind":"rolled-back"}')

@@ -106,14 +106,12 @@ def a_replica_that_lags_hands_out_less_and_nothing_else(world: World) -> None:
 
 @case()
 def the_loser_of_a_race_evaluates_the_whole_request_again(world: World) -> None:
-    """An operator's change lands at the horizon of the log, not at one that lags."""
+    """A loss that another replica took meanwhile is a repeat, and no loss that comes late."""
     world.open(0)
     world.ask(0, replica=1)
-    stall(world, 0, 8)
-    world.ask_through(8, 12, replica=0)
-    world.revise(make_spec(4, peak=0.2), replica=1)
-    stall(world, 8, 2)
-    world.ask_through(8, 14)
+    stall(world, 0, 4)
+    world.report((3, 1.0, 4), (4, 1.0, 5), replica=1)
+    promise(world.check_log().late == {}, "a repeat came late")
 
 
 @case()

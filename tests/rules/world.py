@@ -320,7 +320,9 @@ class World:
             run=RUN, spec_document=json.dumps(spec), request_id=self.next_id()
         )
         answer = self._until_done(lambda one: one.people.revise_run(request), replica, fault)
-        effective = self.reference.revise(spec)
+        is_new = spec != self.reference.versions[-1].spec
+        effective = self.reference.revise(spec) if is_new else self.reference.horizon
+        promise(answer.unchanged != is_new, f"unchanged: {answer.unchanged}")
         promise(answer.effective == effective, f"lands at {answer.effective}, not at {effective}")
         return effective
 

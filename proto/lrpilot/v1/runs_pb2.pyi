@@ -425,8 +425,11 @@ class ReviseRunResponse(google.protobuf.message.Message):
 
     EFFECTIVE_FIELD_NUMBER: builtins.int
     RUN_FIELD_NUMBER: builtins.int
+    UNCHANGED_FIELD_NUMBER: builtins.int
     effective: builtins.int
     """First progress at which the new spec shows."""
+    unchanged: builtins.bool
+    """True when the run has that spec already, so that nothing was done."""
     @property
     def run(self) -> global___Run:
         """The run."""
@@ -436,9 +439,10 @@ class ReviseRunResponse(google.protobuf.message.Message):
         *,
         effective: builtins.int = ...,
         run: global___Run | None = ...,
+        unchanged: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["run", b"run"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["effective", b"effective", "run", b"run"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["effective", b"effective", "run", b"run", "unchanged", b"unchanged"]) -> None: ...
 
 global___ReviseRunResponse = ReviseRunResponse
 
@@ -462,8 +466,8 @@ class Event(google.protobuf.message.Message):
     digest: builtins.str
     """Digest of the log up to and including it, lowercase hexadecimal."""
     kind: builtins.str
-    """"created", "opened", "joined", "reported", "recorded", "waived", "revised" or
-    "finished".
+    """"created", "attached", "opened", "joined", "reported", "recorded", "waived",
+    "revised" or "finished".
     """
     attempt: builtins.int
     """Attempt it belongs to, 0: none."""

@@ -403,7 +403,7 @@ class LossReport(google.protobuf.message.Message):
     loss: builtins.float
     """The reduced loss; NaN and infinities are data. Absent: there is none."""
     weight: builtins.float
-    """Weight of the loss, > 0; 0 reads as 1."""
+    """Weight of the loss, > 0; 0 reads as 1. Recorded; nothing reads it yet."""
     moves_to: builtins.int
     """Progress that the reporter moves to, > progress: what lies between is final as
     absent.

@@ -37,6 +37,7 @@ from lrpilot.core._errors import (
     Violation,
 )
 from lrpilot.core._events import (
+    Attached,
     Created,
     Event,
     Finished,
@@ -89,6 +90,7 @@ __all__ = [
     "MAX_PROGRESS",
     "PRESETS",
     "Adjustment",
+    "Attached",
     "AttemptSuperseded",
     "BeforeAttempt",
     "BelowResumePoint",

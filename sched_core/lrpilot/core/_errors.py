@@ -20,7 +20,8 @@ class Violation:
     """What is allowed, as one phrase."""
 
     def __str__(self) -> str:
-        return f"{self.field}: got {self.got}; allowed: {self.allowed}"
+        place = f"{self.field}: " if self.field else ""
+        return f"{place}got {self.got}; allowed: {self.allowed}"
 
 
 class LrpilotError(Exception):

@@ -41,6 +41,15 @@ class Created:
 
 
 @dataclass(frozen=True, slots=True)
+class Attached:
+    """A trainer gave the spec that the run has, the first one to give any."""
+
+    kind: ClassVar[str] = "attached"
+    may_revise: bool
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """A new attempt; the one before it is superseded."""
 
@@ -131,12 +140,15 @@ class Finished:
     request_id: str
 
 
-Event: TypeAlias = Created | Opened | Joined | Reported | Recorded | Waived | Revised | Finished
+Event: TypeAlias = (
+    Created | Attached | Opened | Joined | Reported | Recorded | Waived | Revised | Finished
+)
 
 _KINDS: dict[str, type[Any]] = {
     cls.kind: cls
     for cls in (
         Created,
+        Attached,
         Opened,
         Joined,
         Reported,

@@ -230,11 +230,6 @@ class Plan:
             for group in range(len(revision.spec.group_names))
         )
 
-    def stage_name(self, progress: int) -> str:
-        """Return the name of the stage at `progress`."""
-        revision = self._revision_at(progress)
-        return revision.stages[bisect_right(revision.stage_begins, progress) - 1].name
-
     def preview(
         self, change: Multiply, progress: int
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -39,6 +39,7 @@ from lrpilot.core._errors import (
     Violation,
 )
 from lrpilot.core._events import (
+    Attached,
     Created,
     Event,
     Finished,
@@ -50,6 +51,7 @@ from lrpilot.core._events import (
     Revised,
     Waived,
 )
+from lrpilot.core._fields import LARGEST_PROGRESS
 from lrpilot.core._records import Block
 from lrpilot.core._spec import RunSpec, spec_difference
 from lrpilot.core._state import RunState, last_given
@@ -60,8 +62,8 @@ MAX_BLOCK_STEPS = 128
 MAX_BLOCK_VALUES = 32_768
 """Most learning rates in one block, over all its steps: it must fit into one message."""
 
-MAX_PROGRESS = 2**53
-"""Greatest progress: every integer up to it is a float64."""
+MAX_PROGRESS = LARGEST_PROGRESS
+"""Greatest progress."""
 
 MAX_STATE_BYTES = 64 * 1024 * 1024
 """Most bytes of an unpacked state: a damaged one cannot fill the memory."""
@@ -107,7 +109,8 @@ def attach_run(
         return []
     known = state.trainer_spec or state.spec
     if known == spec:
-        return []
+        # The first one that a trainer gives counts from now on, whatever operators change.
+        return [] if state.trainer_spec else [Attached(revise, request_id)]
     if not revise:
         raise _spec_changed(state, known, spec)
     _refuse_finished(state)
@@ -129,7 +132,7 @@ def _spec_changed(state: RunState, known: RunSpec, spec: RunSpec) -> SpecChanged
 
 
 def revise_run(state: RunState, spec: RunSpec, request_id: str) -> list[Event]:
-    """Replace the spec from the horizon on.
+    """Replace the spec from the horizon on; nothing is to be done where it is that one already.
 
     Raises RevisionRefused for what only a new attempt may change, RunFinished, InvalidSpec.
     """
@@ -137,6 +140,8 @@ def revise_run(state: RunState, spec: RunSpec, request_id: str) -> list[Event]:
     if request_id in state.answers:
         return []
     _refuse_finished(state)
+    if spec == state.spec:
+        return []
     locked = _locked(state, spec)
     if locked and state.attempt:
         raise RevisionRefused(
@@ -157,7 +162,7 @@ def finish_run(state: RunState, request_id: str) -> list[Event]:
 
 def run_not_found(name: str, names: Sequence[str]) -> RunNotFound:
     """Return the error for an unknown run, with the names that look like it."""
-    near = get_close_matches(name, names, n=3, cutoff=0.6)
+    near = get_close_matches(name, names, n=3, cutoff=0.5)
     hint = f"; did you mean {', '.join(near)}?" if near else ""
     return RunNotFound(f"no run is named {name!r}{hint}", run=name, near=", ".join(near))
 
@@ -255,6 +260,7 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
             raise _superseded(state, done[1])
         return []
     _refuse_finished(state)
+    _check_ranks(request)
     progress = _resume_point(request)
     if request.key and request.key in state.keys:
         if request.key != state.key:
@@ -330,6 +336,16 @@ def check_attempt(state: RunState, attempt: int, token: str) -> None:
     # A run that no attempt has opened yet is at attempt 0, without a token.
     if not token or (attempt, token) != (state.attempt, state.token):
         raise _superseded(state, attempt)
+
+
+def _check_ranks(request: OpenRequest) -> None:
+    violations = [
+        Violation(field, str(rank), "0 or above")
+        for field, rank in (("rank", request.rank), ("reporter", request.reporter))
+        if rank < 0
+    ]
+    if violations:
+        raise InvalidRequest("the request to open an attempt is invalid", violations)
 
 
 def _resume_point(request: OpenRequest) -> int | None:
@@ -643,7 +659,7 @@ def save_state(state: RunState, progress: int) -> bytes:
     )
     check = _canonical.chain("", content)
     head = f"lrpilot-state {STATE_VERSION} {check}\n".encode("ascii")
-    return head + base64.b85encode(zlib.compress(content, 9))
+    return head + base64.b85encode(zlib.compress(content))
 
 
 def read_state(data: bytes, run: str) -> SavedState:
@@ -658,7 +674,10 @@ def read_state(data: bytes, run: str) -> SavedState:
             version=words[1],
         )
     try:
-        content = zlib.decompressobj().decompress(base64.b85decode(body), MAX_STATE_BYTES)
+        unpacker = zlib.decompressobj()
+        content = unpacker.decompress(base64.b85decode(body), MAX_STATE_BYTES)
+        if not unpacker.eof or unpacker.unused_data:
+            content = b""
     except (ValueError, zlib.error, binascii.Error):
         content = b""
     if _canonical.chain("", content) != words[2]:

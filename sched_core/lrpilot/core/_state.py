@@ -13,6 +13,7 @@ from typing import Any
 
 from lrpilot.core import _canonical
 from lrpilot.core._events import (
+    Attached,
     Created,
     Event,
     Finished,
@@ -33,6 +34,9 @@ from lrpilot.core._spec import RunSpec, parse_spec
 
 MARK_EVERY = 1024
 """Losses between two kept observer states, from which a rewind replays."""
+
+MAX_SAVED_ADVICE = 100
+"""Most pieces of advice in a saved state, the newest: no value comes of them."""
 
 MAX_SAVED_VALUES = 16_384
 """Most recorded learning rates in a saved state: it must fit into one message. Those behind them
@@ -195,6 +199,10 @@ class RunState:
                 self.trainer_spec = spec if event.by_trainer else None
                 self.may_revise = event.may_revise
                 self.answers[event.request_id] = (event.kind, 0)
+            case Attached():
+                self.trainer_spec = self.spec
+                self.may_revise = event.may_revise
+                self.answers[event.request_id] = (event.kind, 0)
             case Finished():
                 self.finished = True
                 self.answers[event.request_id] = (event.kind, 0)
@@ -324,7 +332,9 @@ class RunState:
             "pending_spec": _spec_to_mapping(self.pending_spec),
             "revisions": [item.to_mapping() for item in plan.revisions],
             "adjustments": [item.to_mapping() for item in plan.adjustments],
-            "advice": [item.to_mapping() for item in self.advice if item.decided_at < progress],
+            "advice": [item.to_mapping() for item in self.advice if item.decided_at < progress][
+                -MAX_SAVED_ADVICE:
+            ],
             "observers": observers.to_mapping(),
             "records": [_block_to_mapping(block) for block in self._unused_records(progress)],
         }

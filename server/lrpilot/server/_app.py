@@ -158,8 +158,10 @@ async def _serve(
     with _http(config.http, metrics) as http_address:
         await server.start()
         print(f"lrpilot ready grpc={grpc_address} http={http_address}", flush=True)  # noqa: T201
+        warming = asyncio.create_task(server.ledger.warm_up())
         await stop.wait()
         logger.info("draining: calls under way have %g s to end", DRAIN_S)
+        warming.cancel()
         await server.drain()
 
 

@@ -29,6 +29,10 @@ ABANDONED_S = 6 * 3600.0
 """A run from whose ranks nothing came for so long is no longer shown among the live ones."""
 
 
+WARM_NS = 24 * 3600 * 10**9
+"""A run with an event within this time is read when the server starts."""
+
+
 class CorruptLog(Exception):
     """The log in the store does not match its own digests."""
 
@@ -195,22 +199,43 @@ class Ledger:
         run = self._runs.get(name)
         if run is not None and run.state.exists:
             return run
-        run = self._runs.setdefault(name, LiveRun(name))
-        try:
-            # Whoever comes meanwhile waits here too: that it is empty says nothing yet.
-            async with run.lock:
-                if not run.state.exists:
-                    await self._read(run)
-        finally:
-            if not run.state.exists and self._runs.get(name) is run:
-                del self._runs[name]
-        # Should a reader that was cancelled have dropped it: who waits must be found and woken.
-        return self._runs.setdefault(name, run) if run.state.exists else run
+        # Goes on when its caller gives up: a long log would otherwise never be read to its end.
+        return await self._finish(self._find(self._runs.setdefault(name, LiveRun(name))))
+
+    async def _find(self, run: LiveRun) -> LiveRun:
+        name = run.state.name
+        # Whoever comes meanwhile waits here too: that it is empty says nothing yet.
+        async with run.lock:
+            if not run.state.exists:
+                await self._read(run)
+        if run.state.exists:
+            # Should another reader have dropped it: who waits must be found and woken.
+            return self._runs.setdefault(name, run)
+        if self._runs.get(name) is run:
+            del self._runs[name]
+        return run
 
     async def refresh(self, run: LiveRun) -> None:
         """Read what other replicas appended."""
+        await self._finish(self._refresh(run))
+
+    async def _refresh(self, run: LiveRun) -> None:
         async with run.lock:
             await self._read(run)
+
+    async def warm_up(self) -> None:
+        """Read the runs that ranks may be waiting for, one after the other: after a restart."""
+        since_ns = time.time_ns() - WARM_NS
+        for name in await self.names():
+            try:
+                head = await asyncio.to_thread(self._store.head, name)
+                rows = await self.history(name, head[0] - 1, 1) if head is not None else []
+                if not rows or rows[0].recorded_at_ns < since_ns:
+                    continue
+                if core.decode(rows[0].payload).kind != core.Finished.kind:
+                    await self.find(name)
+            except Exception:
+                logger.exception("run %s cannot be read", name)
 
     async def names(self, after: str = "", limit: int = 10_000) -> list[str]:
         """Return the names of runs in the store, in order."""

@@ -102,14 +102,18 @@ class RunService:
                 [core.Violation("name", repr(spec.name), repr(request.run))],
             )
         run = await self._ledger.run(request.run)
+        # That nothing is to be done holds only for the newest state.
+        await self._ledger.refresh(run)
 
-        def evaluate(state: core.RunState) -> tuple[list[core.Event], int]:
+        def evaluate(state: core.RunState) -> tuple[list[core.Event], tuple[int, bool]]:
             events = core.revise_run(state, spec, request.request_id)
-            known = state.answers.get(request.request_id, ("", state.horizon))
-            return events, known[1]
+            done = state.answers.get(request.request_id)
+            if done is not None:
+                return events, (done[1], False)
+            return events, (state.horizon, not events)
 
-        effective = await self._ledger.transact(run, evaluate)
-        return pb.ReviseRunResponse(effective=effective, run=run_message(run))
+        effective, unchanged = await self._ledger.transact(run, evaluate)
+        return pb.ReviseRunResponse(effective=effective, run=run_message(run), unchanged=unchanged)
 
     async def list_events(self, request: pb.ListEventsRequest) -> pb.ListEventsResponse:
         """See the proto file."""
@@ -247,6 +251,8 @@ def event_message(row: LogRow, late: Set[tuple[int, int]]) -> pb.Event:
     match event:
         case core.Created():
             message.summary = "created by a trainer" if event.by_trainer else "created"
+        case core.Attached():
+            message.summary = "a trainer gave the spec of the run"
         case core.Opened():
             message.progress = event.begin
             message.summary = f"attempt {event.attempt} opened at progress {event.begin}"

@@ -97,9 +97,10 @@ def curve(
         raise typer.BadParameter("--at and --every exclude each other")
     form = form or _format_of(output)
     picture = form in (Format.PNG, Format.SVG)
-    if picture and output is None:
+    if picture and output is None and _is_terminal():
         raise CommandError(
-            f"a picture needs a file: give one with -o, such as -o curve.{form.value}", INVALID
+            f"a picture is nothing for a terminal: give a file, such as -o curve.{form.value}",
+            INVALID,
         )
     spec = load_spec(source)
     groups = _groups(spec, group)
@@ -113,6 +114,10 @@ def curve(
         _write(output, [_draw(spec, groups, positions, form)])
     else:
         _write(output, _encoded(_table(spec, groups, positions or [])))
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
 
 
 def _format_of(output: str | None) -> Format:

@@ -1,6 +1,5 @@
 """`lrpilot preset …`: known configurations as specs."""
 
-import enum
 import json
 import textwrap
 from typing import Annotated
@@ -22,13 +21,6 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings=CONTEXT,
 )
-
-
-class Form(str, enum.Enum):
-    """How a spec is written."""
-
-    YAML = "yaml"
-    JSON = "json"
 
 
 def preset_names() -> tuple[str, ...]:
@@ -59,7 +51,7 @@ def list_presets(as_json: AsJson = False) -> None:
 @app.command(
     epilog=examples(
         "lrpilot preset show llama3-8b-fp8 > spec.yaml",
-        "lrpilot preset show llama3-8b-fp8 --format json",
+        "lrpilot preset show llama3-8b-fp8 --json",
     )
 )
 @command
@@ -70,13 +62,13 @@ def show(
             metavar="NAME", help="Name of the preset.", autocompletion=lambda: list(preset_names())
         ),
     ],
-    form: Annotated[Form, typer.Option("--format", help="How the spec is written.")] = Form.YAML,
+    as_json: AsJson = False,
 ) -> None:
     """Write a preset as a spec, every default filled in."""
-    if form is Form.YAML:
-        typer.echo(preset_document(name), nl=False)
-    else:
+    if as_json:
         typer.echo(json.dumps(_preset(name).spec.to_mapping(), indent=2))
+    else:
+        typer.echo(preset_document(name), nl=False)
 
 
 def _preset(name: str) -> Preset:

@@ -155,7 +155,15 @@ def revise(
     with connected(server, timeout_s) as runs:
         answer = runs.revise(name, document)
     if as_json:
-        write_json({"effective": answer.effective, "run": run_fields(answer.run)})
+        write_json(
+            {
+                "effective": answer.effective,
+                "unchanged": answer.unchanged,
+                "run": run_fields(answer.run),
+            }
+        )
+    elif answer.unchanged:
+        typer.echo(f"unchanged: {name} has that spec already")
     else:
         typer.echo(f"revised {name}: the new spec shows from progress {answer.effective:,} on")
 
