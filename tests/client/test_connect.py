@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import numpy as np
 import pytest
 
 import lrpilot.client as lrpilot
@@ -41,6 +42,17 @@ def test_forms_of_a_spec(trainer: FakeTrainer, connect: Connect, tmp_path: Path,
     else:
         assert request.spec_document == ("" if form == "none" else SPEC)
     assert (request.run, request.on_change) == ("small", pb.ON_CHANGE_REFUSE)
+
+
+def test_a_spec_as_json_in_one_line(trainer: FakeTrainer, connect: Connect) -> None:
+    connect(spec='{"name": "small", "total": 10}')
+    assert trainer.calls["AttachRun"][0].spec_document == '{"name": "small", "total": 10}'
+
+
+def test_a_spec_with_numbers_of_numpy(trainer: FakeTrainer, connect: Connect) -> None:
+    connect(spec={"total": np.int64(10), "learning_rate": {"peak": np.float32(0.5)}})
+    document = json.loads(trainer.calls["AttachRun"][0].spec_document)
+    assert document == {"total": 10, "learning_rate": {"peak": 0.5}}
 
 
 def test_on_change_is_sent(trainer: FakeTrainer, connect: Connect) -> None:

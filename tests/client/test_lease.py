@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     Refuse = Callable[..., Fault]
 
 
+ANOTHER_RANK: dict[str, Any] = {"rank": 1, "world_size": 2, "key": "this start"}
+"""One that does not report, and can only wait for who does."""
+
+
 def blocked(trainer: FakeTrainer) -> list[Any]:
     return [request for request in trainer.calls["GetValues"] if request.blocked]
 
@@ -173,7 +177,7 @@ def test_a_server_that_answers_not_yet_is_no_outage(
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead_s[0])
     for module in (_call, _lease):
         monkeypatch.setattr(module, "time", clock)
-    pilot = connect()
+    pilot = connect(**ANOTHER_RANK)
     thread, got = in_thread(lambda: pilot.values(8))
     trainer.wait(lambda: len(blocked(trainer)) >= 3)
     ahead_s[0] = 10_000.0
@@ -195,7 +199,7 @@ def test_values_that_are_never_fixed_end_the_wait(
 ) -> None:
     monkeypatch.setattr(_timing, "LONGEST_WAIT_S", 0.2)
     with pytest.raises(lrpilot.ValuesPending, match=r"progress 8 .*not fixed yet"):
-        connect().values(8)
+        connect(**ANOTHER_RANK).values(8)
 
 
 def test_a_draining_server_is_not_asked_without_pause(
@@ -430,7 +434,7 @@ def test_shed_load_is_asked_for_again(
 def test_a_delay_of_less_than_a_step_is_said_once(
     trainer: FakeTrainer, connect: Connect, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer.feedback, trainer.delay = False, 32
+    trainer.feedback, trainer.delay, trainer.unit = False, 32, "samples"
     pilot = connect()
     for progress in (0, 512, 1024, 1034, 2048):
         pilot.values(progress)
@@ -438,3 +442,40 @@ def test_a_delay_of_less_than_a_step_is_said_once(
     assert len(said) == 1
     assert "feedback.delay is 32, less than a step of 512" in said[0]
     assert "32 steps would be 16384" in said[0]
+
+
+def test_a_slip_is_no_increment(trainer: FakeTrainer, connect: Connect, refuse: Refuse) -> None:
+    """Far beyond the horizon the server refuses; an increment of that size would be waited for."""
+    pilot = connect()
+    pilot.values(0)
+    trainer.always["GetValues"] = refuse("BeyondHorizon", "far beyond", horizon="8")
+    with pytest.raises(lrpilot.BeyondHorizon):
+        pilot.values(50_000)
+    assert trainer.calls["GetValues"][-1].stride == 1
+    assert trainer.losses == {}
+    trainer.always.clear()
+    pilot.values(1)
+    pilot.values(2)
+    assert {request.stride for request in trainer.calls["GetValues"]} == {1}
+
+
+def test_the_increment_of_a_scheduler_is_no_slip(
+    trainer: FakeTrainer, connect: Connect, optimizer: FakeOptimizer
+) -> None:
+    trainer.feedback = False
+    scheduler = connect().scheduler(optimizer)
+    scheduler.step(50_000)
+    assert optimizer.param_groups[0]["lr"] == trainer.rate(50_000)
+    assert blocked(trainer)[-1].stride == 50_000
+
+
+def test_a_reporter_that_is_blocked_on_its_own_losses_moves_on(
+    trainer: FakeTrainer, connect: Connect
+) -> None:
+    """By hand, too, sparse reports and increments beyond the delay do not stall."""
+    pilot = connect()
+    for progress in range(0, 60, 20):
+        assert pilot.values(progress)[0][0] == trainer.rate(progress)
+        pilot.report(progress, 1.0)
+    trainer.wait(lambda: 40 in trainer.losses)
+    assert trainer.losses == {0: 1.0, 1: None, 20: 1.0, 21: None, 40: 1.0}

@@ -310,3 +310,21 @@ def test_a_wrong_loss_is_refused(connect: Connect, optimizer: FakeOptimizer, los
     with pytest.raises(lrpilot.InvalidArgument, match="loss: got"):
         scheduler.step(loss=loss)
     assert scheduler.progress == 0
+
+
+def test_a_later_scheduler_begins_where_the_others_stand(
+    trainer: FakeTrainer, connect: Connect, make_optimizer: type[FakeOptimizer]
+) -> None:
+    """As when layers are unfrozen, and the optimizer is made anew."""
+    pilot = connect()
+    first = pilot.scheduler(make_optimizer())
+    first.step(loss=1.0)
+    first.step(loss=2.0)
+    later = make_optimizer()
+    second = pilot.scheduler(later)
+    assert (second.progress, later.param_groups[0]["lr"]) == (2, trainer.rate(2))
+    # Both may report the one loss of the step.
+    first.step(loss=3.0)
+    second.step(loss=3.0)
+    pilot.close()
+    assert trainer.losses == {0: 1.0, 1: 2.0, 2: 3.0}

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, Union
 from lrpilot.client._errors import invalid_argument
 
 Spec: TypeAlias = Union[str, "os.PathLike[str]", Mapping[str, Any], None]
-"""A path, a YAML text of several lines, a mapping with the same fields, or none."""
+"""A path, a text (YAML of several lines, or JSON), a mapping with the same fields, or none."""
 
 
 def integer(name: str, got: Any, least: int, most: int, hint: str = "") -> int:
@@ -56,11 +56,11 @@ def spec_reader(spec: Spec) -> Callable[[], str]:
         # JSON is YAML, and needs no package here.
         document = _json(spec)
         return lambda: document
-    if isinstance(spec, str) and "\n" in spec:
+    if isinstance(spec, str) and ("\n" in spec or spec.lstrip().startswith("{")):
         return lambda: spec
     if isinstance(spec, (str, os.PathLike)) and os.fspath(spec):
         return lambda: _read(os.fspath(spec))
-    raise invalid_argument("spec", spec, "a path, a YAML text of several lines, or a mapping")
+    raise invalid_argument("spec", spec, "a path, a text of YAML or JSON, or a mapping")
 
 
 def _json(spec: Mapping[str, Any]) -> str:
@@ -73,6 +73,11 @@ def _json(spec: Mapping[str, Any]) -> str:
 def _plain(item: object) -> object:
     if isinstance(item, Mapping):
         return dict(item)
+    # Numbers of other packages, such as NumPy's.
+    if hasattr(item, "__index__"):
+        return operator.index(item)
+    if hasattr(item, "__float__"):
+        return float(item)
     raise TypeError(f"{item!r} is a {type(item).__name__}")
 
 

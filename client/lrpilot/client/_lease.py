@@ -20,10 +20,13 @@ from lrpilot.client._errors import (
     ClientFailed,
     LrpilotError,
     PilotClosed,
+    RunFinished,
+    RunNotFound,
     ServerError,
     ValuesDiffer,
     ValuesPending,
 )
+from lrpilot.client._reporter import Reporter
 from lrpilot.v1 import trainer_pb2 as pb
 
 logger = logging.getLogger("lrpilot.client")
@@ -35,11 +38,18 @@ Values: TypeAlias = tuple[tuple[float, float | None], ...]
 class Lease:
     """The values of one attempt."""
 
-    def __init__(self, link: Link, opened: pb.OpenAttemptResponse, reporter: int) -> None:
+    def __init__(
+        self,
+        link: Link,
+        opened: pb.OpenAttemptResponse,
+        reporter_rank: int,
+        reporter: Reporter | None,
+    ) -> None:
         self._link = link
         self._attempt = opened.attempt
         self._begin = opened.begin
         self._delay = opened.delay
+        self._reporter_rank = reporter_rank
         self._reporter = reporter
         self._groups = len(opened.groups)
         self._has_weight_decay = opened.has_weight_decay
@@ -57,19 +67,27 @@ class Lease:
         self._thread = threading.Thread(target=self._run, name="lrpilot-lease", daemon=True)
         self._thread.start()
 
-    def values(self, progress: int) -> Values:
+    def values(self, progress: int, stride: int = 0) -> Values:
         """Return the values at `progress`, which becomes the one in use. Call from one thread.
 
-        Raises BeforeAttempt, BeyondHorizon, ServerUnavailable, AttemptSuperseded, ….
+        `stride` is the increment by which the caller goes on; 0: it is told from the steps, save
+        that a step of more than a block is taken for a slip. Raises BeforeAttempt,
+        BeyondHorizon, ServerUnavailable, AttemptSuperseded, ….
         """
-        step = progress - self._in_use
-        if step:
-            if step > 0 and step != self._stride:
-                self._take_stride(step)
-            self._in_use = progress
+        before, step = self._in_use, progress - self._in_use
+        if step > 0:
+            if not stride and (not self._stride or step <= _timing.MAX_STEPS * self._stride):
+                stride = step
+            if stride and stride != self._stride:
+                self._take_stride(stride)
+        self._in_use = progress
         found = self._known.get(progress)
         if found is None:
-            found = self._fetch(progress)
+            try:
+                found = self._fetch(progress)
+            except BeyondHorizon:
+                self._in_use = before
+                raise
         if progress >= self._renew_at:
             self._renew_at = math.inf
             self._wake.set()
@@ -108,7 +126,7 @@ class Lease:
         self._waiting = True
         try:
             return self._wait(progress)
-        except AttemptSuperseded as error:
+        except (AttemptSuperseded, RunFinished, RunNotFound) as error:
             # Final: values that an answer under way still brings must not be used any more.
             self._link.fail(error)
             self._link.failure_raised = True
@@ -127,8 +145,11 @@ class Lease:
             count=_timing.MAX_STEPS if self._stride else 1,
             in_use=progress,
             blocked=True,
-            wait_ms=int(_timing.BLOCKED_WAIT_S * 1000),
         )
+        reporter = self._reporter
+        is_behind = reporter is not None and reporter.until < progress
+        if not is_behind:
+            request.wait_ms = int(_timing.BLOCKED_WAIT_S * 1000)
         start_s = said_s = time.monotonic()
         backoff = Backoff()
         while True:
@@ -150,6 +171,12 @@ class Lease:
             found = self._known.get(progress)
             if found is not None:
                 return found
+            if is_behind and reporter is not None and not reason:
+                # Blocked on losses that are its own to report, it has none: it moves on.
+                is_behind = False
+                reporter.move_to(progress)
+                request.wait_ms = int(_timing.BLOCKED_WAIT_S * 1000)
+                continue
             now_s = time.monotonic()
             if reason:
                 # Time in which the server answered "not yet" is no outage.
@@ -206,7 +233,7 @@ class Lease:
                 "%s: no loss is final from progress %d on, and rank %d is the one to report",
                 self._waits(progress, seconds),
                 link.frontier,
-                self._reporter,
+                self._reporter_rank,
             )
 
     # On the background thread.

@@ -51,10 +51,18 @@ def take(loss: Loss) -> Number:
         if loss.device.type != "cpu":
             return PendingLoss(loss)
         loss = loss.detach().item()
-    if isinstance(loss, bool) or not (hasattr(loss, "__float__") or hasattr(loss, "__index__")):
+    return _number(loss)
+
+
+def _number(loss: Loss) -> float:
+    number = loss
+    if getattr(loss, "size", None) == 1 and hasattr(loss, "item"):
+        number = loss.item()  # An array of NumPy with one element.
+    is_number = hasattr(number, "__float__") or hasattr(number, "__index__")
+    if isinstance(number, bool) or not is_number:
         raise invalid_argument("loss", loss, ALLOWED)
     try:
-        return float(loss)
+        return float(number)
     except (TypeError, ValueError, OverflowError):
         raise invalid_argument("loss", loss, ALLOWED) from None
 

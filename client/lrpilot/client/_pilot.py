@@ -64,9 +64,9 @@ def connect(
     Args:
         address: HOST:PORT of the server.
         run: name of the run.
-        spec: the run spec: path of a YAML file, a YAML text of several lines, or a mapping with
-            the same fields. It creates the run; on a known run it is compared with the last one
-            that a trainer gave. None: the run must exist.
+        spec: the run spec: path of a YAML file, its text (YAML of several lines, or JSON), or a
+            mapping with the same fields. It creates the run; on a known run it is compared with
+            the last one that a trainer gave. None: the run must exist.
         on_change: what to do where the spec differs: "refuse" it with the difference, or
             "revise" the run, which holds from where the attempt opens.
         reporter: global rank whose loss counts.
@@ -153,8 +153,9 @@ class Pilot:
         """Open the attempt, or join it, and return a scheduler that has written LR and WD.
 
         Args:
-            optimizer: anything with `param_groups`. They are matched with the groups of the spec
-                by their "name", and by position where none has one.
+            optimizer: anything with `param_groups`, which are matched with the groups of the spec
+                by their "name", and by position where none has one. A run may have several
+                optimizers, each with a scheduler of its own that begins where the others stand.
             state: what `Scheduler.state_dict` returned, to resume from. None: at `resume_at`.
             defer: open it later, at `load_state_dict`, `apply` or right before the optimizer's
                 first step, whichever comes first: for frameworks that load their state after
@@ -169,8 +170,11 @@ class Pilot:
         """Return `(learning_rate, weight_decay)` at progress `n` of each group of the spec.
 
         Weight decay is None where the run sets none. Opens the attempt where it is not open;
-        with a process group every rank then calls it. Raises InvalidArgument, BeforeAttempt,
-        BeyondHorizon, ServerUnavailable, AttemptSuperseded, ….
+        with a process group every rank then calls it. Where the values wait for losses that this
+        rank is to report, asking says that it has none below `n`: report first, then ask.
+
+        Raises InvalidArgument, BeforeAttempt, BeyondHorizon, ServerUnavailable,
+        AttemptSuperseded, ….
         """
         n = integer("n", n, 0, _timing.MAX_PROGRESS)
         if self._session.opened is None:
@@ -181,8 +185,10 @@ class Pilot:
         """Report the loss at progress `n`; delivered in the background, ignored off the reporter.
 
         Says that the reporter moves on to n + 1. The same loss again is harmless. `weight`, above
-        0, is that of the loss in averages. Raises InvalidArgument, AttemptNotOpen,
-        BelowResumePoint, LossConflict, and what a background thread met.
+        0, is recorded with the loss; no average uses it yet.
+
+        Raises InvalidArgument, AttemptNotOpen, BelowResumePoint, LossConflict, and what a
+        background thread met.
         """
         n = integer("n", n, 0, _timing.MAX_PROGRESS - 1)
         weight = positive("weight", weight)

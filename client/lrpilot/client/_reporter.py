@@ -47,7 +47,7 @@ class Reporter:
         self._begin = opened.begin
         self._rank = rank
         self._incarnation = incarnation
-        self._until = opened.begin
+        self.until = opened.begin
         """Progress that this rank has said it moves to."""
         self._given: dict[int, Number] = {}
         """Losses given for each progress, the newest of them."""
@@ -89,6 +89,12 @@ class Reporter:
             self._move(moves_to)
             self._changed.notify_all()
 
+    def move_to(self, progress: int) -> None:
+        """Say that this rank goes on at `progress`: what it passed without a loss has none."""
+        with self._changed:
+            self._move(progress)
+            self._changed.notify_all()
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until every queued report is delivered; return False where that took too long."""
         if threading.current_thread() is self._thread:
@@ -123,12 +129,12 @@ class Reporter:
         if len(self._given) > 2 * _timing.KEPT_LOSSES:
             self._given = dict(islice(self._given.items(), _timing.KEPT_LOSSES, None))
         self._queue.append(_Entry(progress, loss, weight, moves_to))
-        self._until = max(self._until, moves_to)
+        self.until = max(self.until, moves_to)
 
     def _move(self, to: int) -> None:
-        if to > self._until:
-            self._queue.append(_Entry(self._until, None, 1.0, to))
-            self._until = to
+        if to > self.until:
+            self._queue.append(_Entry(self.until, None, 1.0, to))
+            self.until = to
 
     def _compare(self, progress: int, first: float, loss: float) -> None:
         if not same_bits(first, loss):

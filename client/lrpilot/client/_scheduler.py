@@ -30,6 +30,7 @@ class Scheduler:
         self._session = session
         self._groups = Groups(optimizer)
         self._progress: int | None = None
+        self._increment = 0
         self._hook: Any = None
         if not defer:
             self._open(state)
@@ -65,9 +66,10 @@ class Scheduler:
         ServerUnavailable the step is made and reported, and `apply()` tries again for its values.
         """
         here = self.progress
-        there = here + integer("increment", increment, 1, _timing.MAX_PROGRESS - here, _BY_NAME)
+        increment = integer("increment", increment, 1, _timing.MAX_PROGRESS - here, _BY_NAME)
+        there = here + increment
         self._session.report(here, loss, 1.0, there)
-        self._progress = there
+        self._progress, self._increment = there, increment
         self._write()
 
     def apply(self) -> None:
@@ -111,7 +113,7 @@ class Scheduler:
     def _open(self, state: Mapping[str, Any] | None) -> None:
         opened = self._session.open(state)
         self._groups.bind(self._session.link.run, opened)
-        self._progress = opened.begin
+        self._progress = self._session.progress
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -122,7 +124,7 @@ class Scheduler:
             self._open(None)
 
     def _write(self) -> None:
-        self._groups.write(self._session.values(self.progress))
+        self._groups.write(self._session.values(self.progress, self._increment))
 
 
 _BY_NAME = "; the loss goes by name: step(loss=loss)"

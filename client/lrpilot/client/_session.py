@@ -42,6 +42,8 @@ class Session:
         self.place = place
         self.opened: pb.OpenAttemptResponse | None = None
         """The server's answer that opened the attempt; None: it has not opened yet."""
+        self.progress = 0
+        """Progress whose values were asked for last; at first that of the opening."""
         self._reporter_rank = reporter
         self._resume_at = resume_at
         self._key = key
@@ -94,7 +96,7 @@ class Session:
         self.link.check()
         if self.opened is not None:
             if state is not None:
-                self.refuse_other(decode(self.link.run, state), self.opened.begin)
+                self.refuse_other(decode(self.link.run, state), self.progress)
             return self.opened
         saved, problem = SavedState(None, b""), None
         try:
@@ -114,12 +116,13 @@ class Session:
             self._once(lambda: self._open(progress, saved.blob))
         )
         self.link.heard(opened.begin, opened.horizon)
-        self._lease = Lease(self.link, opened, self._reporter_rank)
         if self.place.rank == self._reporter_rank:
             self._reporter = Reporter(
                 self.link, opened, rank=self.place.rank, incarnation=self._incarnation
             )
+        self._lease = Lease(self.link, opened, self._reporter_rank, self._reporter)
         self.opened = opened
+        self.progress = opened.begin
         logger.info(
             "run %s: rank %d is in attempt %d, which began at progress %d%s",
             self.link.run,
@@ -179,8 +182,10 @@ class Session:
 
     # The steps.
 
-    def values(self, progress: int) -> Values:
+    def values(self, progress: int, stride: int = 0) -> Values:
         """Return learning rate and weight decay of each group; they are now in use.
+
+        `stride` is the increment by which the caller goes on; 0: not known.
 
         Raises what a background thread met, AttemptNotOpen, BeforeAttempt, BeyondHorizon,
         ServerUnavailable, AttemptSuperseded, ….
@@ -188,7 +193,9 @@ class Session:
         self.link.check()
         if self._lease is None:
             raise self._not_open()
-        return self._lease.values(progress)
+        values = self._lease.values(progress, stride)
+        self.progress = progress
+        return values
 
     def report(self, progress: int, loss: Loss, weight: float, moves_to: int) -> None:
         """Queue the loss at `progress` and the move to `moves_to`; nothing on other ranks.
