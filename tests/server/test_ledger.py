@@ -510,6 +510,53 @@ class TestFinding:
             run = await second
             assert await ledger.run("a") is run
 
+    async def test_a_long_log_is_read_to_its_end_whoever_gives_up(
+        self, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Calls have deadlines; were the reading theirs, a long log would never be read."""
+        async with opened_ledger(store) as ledger:
+            await create(ledger, "a")
+        fold, gate, begun = LiveRun.folded, threading.Event(), []
+
+        def slow(name: str, rows: list[LogRow]) -> LiveRun:
+            begun.append(name)
+            assert gate.wait(60)
+            return fold(name, rows)
+
+        monkeypatch.setattr(LiveRun, "folded", slow)
+        async with opened_ledger(store) as ledger:
+            for _ in range(3):
+                caller = asyncio.create_task(ledger.run("a"))
+                while not begun:
+                    await asyncio.sleep(0)
+                caller.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await caller
+            gate.set()
+            assert (await ledger.run("a")).state.exists
+            assert begun == ["a"]
+
+    async def test_a_start_reads_the_runs_that_ranks_may_wait_for(
+        self, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        clock: Any = SimpleNamespace(now_ns=10**18, time_ns=lambda: clock.now_ns)
+        monkeypatch.setattr(_ledger, "time", clock)
+        clock.monotonic = lambda: 0.0
+        async with opened_ledger(store) as ledger:
+            await create(ledger, "long ago")
+            clock.now_ns += _ledger.WARM_NS + 1
+            for name in ("broken", "over", "running"):
+                await create(ledger, name)
+            over = await ledger.run("over")
+            await ledger.transact(over, lambda state: (core.finish_run(state, "f"), None))
+        (row,) = store.read("broken")
+        store.delete("broken")
+        damaged = LogRow(1, row.payload, "0" * 64, row.recorded_at_ns)
+        store.append([Append("broken", (damaged,), create=True)])
+        async with opened_ledger(store) as ledger:
+            await ledger.warm_up()
+            assert [name for name, run in ledger._runs.items() if run.state.exists] == ["running"]
+
     async def test_names_come_in_order(self, store: FaultyStore) -> None:
         async with opened_ledger(store) as ledger:
             for name in ("b", "a", "c"):

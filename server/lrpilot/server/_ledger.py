@@ -52,6 +52,8 @@ class LiveRun:
         """When a rank last asked for something, on the monotonic clock; None: not yet."""
         self.blocks: dict[tuple[int, int, int, int], bytes] = {}
         """Serialized blocks of the current attempt."""
+        self.saved: tuple[tuple[str, int], bytes] | None = None
+        """The state saved last, by digest of the log and progress."""
         self.late: set[tuple[int, int]] = set()
         """(seq, progress) of each loss that came after its step was final."""
         self._blocked = 0
