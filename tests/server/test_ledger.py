@@ -516,10 +516,12 @@ class TestFinding:
         """Calls have deadlines; were the reading theirs, a long log would never be read."""
         async with opened_ledger(store) as ledger:
             await create(ledger, "a")
-        fold, gate, begun = LiveRun.folded, threading.Event(), []
+        fold, gate, begun = LiveRun.folded, threading.Event(), threading.Event()
+        folds = []
 
         def slow(name: str, rows: list[LogRow]) -> LiveRun:
-            begun.append(name)
+            folds.append(name)
+            begun.set()
             assert gate.wait(60)
             return fold(name, rows)
 
@@ -527,14 +529,13 @@ class TestFinding:
         async with opened_ledger(store) as ledger:
             for _ in range(3):
                 caller = asyncio.create_task(ledger.run("a"))
-                while not begun:
-                    await asyncio.sleep(0)
+                assert await asyncio.to_thread(begun.wait, 60)
                 caller.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await caller
             gate.set()
             assert (await ledger.run("a")).state.exists
-            assert begun == ["a"]
+            assert folds == ["a"]
 
     async def test_a_start_reads_the_runs_that_ranks_may_wait_for(
         self, store: FaultyStore, monkeypatch: pytest.MonkeyPatch
