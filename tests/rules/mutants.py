@@ -415,7 +415,7 @@ def a_checkpoint_is_taken_unread(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("a_checkpoint_brings_its_own_past")
 def a_checkpoint_takes_the_past_of_the_log(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(RunState, "went_elsewhere", lambda *_: False)
+    patch.setattr(RunState, "history_differs", lambda *_: False)
 
 
 @mutant("a_state_of_another_log_is_refused")

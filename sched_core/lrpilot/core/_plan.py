@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from lrpilot.core._schedules import StageSchedule, stage_schedules
+from lrpilot.core._schedules import StageSchedule, stage_at, stage_schedules
 from lrpilot.core._spec import RunSpec, parse_spec
 from lrpilot.core.policies import Multiply
 
@@ -98,11 +98,6 @@ class Revision:
     def stages(self) -> tuple[StageSchedule, ...]:
         """The base schedule of each stage."""
         return stage_schedules(self.spec)
-
-    @cached_property
-    def stage_begins(self) -> tuple[int, ...]:
-        """First progress of each stage."""
-        return tuple(stage.begin for stage in self.stages)
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the revision as plain data."""
@@ -212,7 +207,7 @@ class Plan:
         The weight decays are None when the run sets none.
         """
         revision = self._revision_at(progress)
-        index = bisect_right(revision.stage_begins, progress) - 1
+        index = stage_at(revision.stages, progress)
         stage = revision.stages[index]
         groups = range(len(revision.spec.group_names))
         lrs = tuple(self._learning_rate(revision, index, group, progress) for group in groups)
@@ -224,7 +219,7 @@ class Plan:
     def base(self, progress: int) -> tuple[float, ...]:
         """Return the learning rates at `progress` without adjustments, one per group."""
         revision = self._revision_at(progress)
-        index = bisect_right(revision.stage_begins, progress) - 1
+        index = stage_at(revision.stages, progress)
         return tuple(
             self._base(revision, index, group, progress, adjusted=False)
             for group in range(len(revision.spec.group_names))

@@ -54,7 +54,7 @@ from lrpilot.core._events import (
 from lrpilot.core._fields import LARGEST_PROGRESS
 from lrpilot.core._records import Block
 from lrpilot.core._spec import RunSpec, spec_difference
-from lrpilot.core._state import RunState, last_given
+from lrpilot.core._state import RunState, last_trainer_spec
 
 MAX_BLOCK_STEPS = 128
 """Most steps in one block: a lease of that length costs about as much as one of a single step."""
@@ -275,7 +275,7 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
         is_continued = (saved.seq, saved.digest) == (state.lost_seq, state.lost_digest)
         if not is_continued:
             _refuse_mismatch(state, saved, request.digest_at_saved)
-        if state.went_elsewhere(0 if is_continued else saved.seq, saved.progress):
+        if state.history_differs(0 if is_continued else saved.seq, saved.progress):
             fold = saved.fold
     elif progress is None and state.has_losses:
         raise ResumePointRequired(
@@ -301,7 +301,7 @@ def _restore(state: RunState, request: OpenRequest, saved: SavedState) -> list[E
 
     The run is not known here, or it was created anew on the way to this very opening.
     """
-    known = last_given(saved.fold)
+    known = last_trainer_spec(saved.fold)
     events: list[Event] = []
     if not state.exists:
         by_trainer = saved.fold["trainer_spec"] is not None

@@ -151,7 +151,7 @@ class RunState:
         """Number of losses kept."""
         return self.observers.count
 
-    def went_elsewhere(self, seq: int, progress: int) -> bool:
+    def history_differs(self, seq: int, progress: int) -> bool:
         """Return whether the losses below `progress` are others now than they were at `seq`."""
         return progress < self.origin or any(
             opened > seq and begin < progress for opened, begin in self.openings
@@ -253,12 +253,12 @@ class RunState:
 
     def _open(self, event: Opened) -> None:
         if event.lost_seq and event.fold is not None:
-            self._continue(event.fold)
+            self._restore_specs(event.fold)
             self.lost_seq, self.lost_digest = event.lost_seq, event.lost_digest
         if event.fold is None:
             self._rewind(event.begin)
         else:
-            self._take_over(event.fold)
+            self._replace_history(event.fold)
         self.plan.reopen(event.begin)
         records = self.records
         self.records = Records()
@@ -350,10 +350,10 @@ class RunState:
             room -= part.steps * part.groups
         return kept
 
-    def _continue(self, fold: Mapping[str, Any]) -> None:
+    def _restore_specs(self, fold: Mapping[str, Any]) -> None:
         """Take over the specs of a lost log; the one that was given here since comes after them."""
         given = self.trainer_spec or self.spec
-        known = last_given(fold)
+        known = last_trainer_spec(fold)
         self.plan = Plan([Revision.from_mapping(item) for item in fold["revisions"]], [])
         self.pending_spec = _spec_from_mapping(fold["pending_spec"])
         if given != known:
@@ -361,7 +361,7 @@ class RunState:
         if self.trainer_spec is None:
             self.trainer_spec = _spec_from_mapping(fold["trainer_spec"])
 
-    def _take_over(self, fold: Mapping[str, Any]) -> None:
+    def _replace_history(self, fold: Mapping[str, Any]) -> None:
         """Let a saved state take the place of the losses and of what was decided on them."""
         adjustments = [Adjustment.from_mapping(item) for item in fold["adjustments"]]
         advice = [Adjustment.from_mapping(item) for item in fold["advice"]]
@@ -428,7 +428,7 @@ def restore_snapshot(data: bytes) -> RunState:
     return state
 
 
-def last_given(fold: Mapping[str, Any]) -> RunSpec:
+def last_trainer_spec(fold: Mapping[str, Any]) -> RunSpec:
     """Return the last spec that a trainer gave by the time of a saved fold, or the newest."""
     given = _spec_from_mapping(fold["trainer_spec"])
     return given or Revision.from_mapping(fold["revisions"][-1]).spec
