@@ -328,3 +328,29 @@ def test_a_later_scheduler_begins_where_the_others_stand(
     second.step(loss=3.0)
     pilot.close()
     assert trainer.losses == {0: 1.0, 1: 2.0, 2: 3.0}
+
+
+def test_deferred_schedulers_begin_together(
+    trainer: FakeTrainer, connect: Connect, make_optimizer: type[FakeOptimizer]
+) -> None:
+    """In whichever order two optimizers step, as those of a GAN do."""
+    pilot = connect()
+    first = pilot.scheduler(make_optimizer(), defer=True)
+    second = pilot.scheduler(make_optimizer(), defer=True)
+    first.apply()
+    for at in range(5):
+        first.step(loss=1.0)
+        second.apply()
+        second.step()
+        assert (first.progress, second.progress) == (at + 1, at + 1)
+    pilot.close()
+    assert trainer.losses == dict.fromkeys(range(5), 1.0)
+
+
+def test_values_asked_for_by_hand_move_no_scheduler(
+    trainer: FakeTrainer, connect: Connect, make_optimizer: type[FakeOptimizer]
+) -> None:
+    trainer.feedback = False
+    pilot = connect()
+    pilot.values(5)
+    assert pilot.scheduler(make_optimizer()).progress == 0

@@ -173,3 +173,17 @@ def test_a_damaged_state_is_refused_before_anything_opens(
     assert optimizer.rates == [1.0]
     # The good one is still taken.
     assert pilot.scheduler(optimizer, GOOD).progress == 3
+
+
+def test_a_run_that_is_over_is_still_saved(
+    trainer: FakeTrainer, connect: Connect, optimizer: FakeOptimizer, refuse: Refuse
+) -> None:
+    """As after `finish --force`, when the training writes its last checkpoint."""
+    scheduler = connect().scheduler(optimizer)
+    trainer.always["ReportLosses"] = refuse("RunFinished")
+    scheduler.step(loss=1.0)
+    assert scheduler._session._reporter is not None
+    scheduler._session._reporter.flush(20.0)
+    with pytest.raises(lrpilot.RunFinished):
+        scheduler.step(loss=1.0)
+    assert scheduler.state_dict()["state"] != ""

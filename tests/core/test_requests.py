@@ -260,7 +260,9 @@ def test_a_changed_spec_is_refused_with_its_difference() -> None:
 
 def test_trainers_are_compared_with_what_trainers_gave_last() -> None:
     log = Log(policies=[PLATEAU])
+    log.open()
     attach(log, policies=[PLATEAU], learning_rate={"peak": 2.0})
+    log.open(0)
     log.write(core.revise_run(log.state, spec(policies=[PLATEAU]), "operator"))
     given = spec(policies=[PLATEAU], learning_rate={"peak": 2.0})
     assert core.attach_run(log.state, given, revise=False, request_id="x") == []
@@ -426,6 +428,12 @@ def test_a_state_with_another_spec_is_refused_unless_the_trainer_revises() -> No
         if not revise:
             with pytest.raises(core.SpecChanged, match=r"learning_rate\.peak: 1\.0 -> 3\.0"):
                 core.open_attempt(state, request)
+            # What the error tells to do is possible.
+            again = core.attach_run(state, other, revise=True, request_id="again")
+            assert len(again) == 1
+            state.apply(again[0])
+            assert core.open_attempt(state, request)
+            assert core.attach_run(state, other, revise=False, request_id="after") != []
             continue
         for event in core.open_attempt(state, request):
             state.apply(event)
@@ -441,6 +449,88 @@ def test_a_revision_that_waited_when_the_log_was_lost_still_holds() -> None:
     attach(log, policies=[PLATEAU], learning_rate={"peak": 3.0})
     after = lost(log, 3)
     assert after.rates(3, 9) == [3.0] * 6
+
+
+def test_what_was_decided_in_a_lost_log_is_numbered_in_this_one() -> None:
+    log = Log(policies=[PLATEAU])
+    log.open()
+    for at in range(40):
+        log.report(at, [1.0])
+    assert len(log.state.plan.adjustments) > 3
+    after = lost(log, 40)
+    assert after.state.seq == 2
+    assert {item.seq for item in after.state.plan.adjustments} == {2}
+    after.report(40, [1.0])
+    assert after.state.decided_since(2) == []
+
+
+def test_a_checkpoint_from_before_a_trainers_revision_brings_no_records() -> None:
+    log = Log(policies=[PLATEAU], groups=[{"name": "a"}, {"name": "b"}], weight_decay=0.1)
+    log.open()
+    log.report(0, [1.0] * 30)
+    log.take(20, count=14)
+    early, late = saved(log, 10), saved(log, 25)
+    attach(log, policies=[PLATEAU], learning_rate={"peak": 3.0})
+    log.open(saved=early, digest_at_saved=early.digest)
+    log.open(saved=late, digest_at_saved=late.digest)
+    assert len(log.state.plan.adjustments) > 0
+    block = log.take(25, count=4)
+    assert (block.groups, block.weight_decays) == (1, None)
+    scale = 0.5 ** sum(item.effective <= 25 for item in log.state.plan.adjustments)
+    assert block.learning_rates[0] == 3.0 * scale
+
+
+def test_a_state_stays_small_with_many_groups_and_adjustments() -> None:
+    groups = [{"name": f"group {index}", "peak": 1.0 + index / 7} for index in range(1000)]
+    log = Log(policies=[{**PLATEAU, "factor": 0.99}], groups=groups, feedback={"delay": 1})
+    log.open()
+    log.report(0, [1.0] * 200)
+    assert len(log.state.plan.adjustments) > 100
+    data = core.save_state(log.state, 200)
+    assert len(data) < 512 * 1024
+    after = Log.__new__(Log)
+    after.state, after.rows = core.RunState("run"), []
+    after.open(saved=core.read_state(data, "run"))
+    assert after.state.values(200) == log.state.values(200)
+
+
+def test_what_a_state_shortened_is_whole_again_where_the_log_has_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_state, "MAX_SHOWN_VALUES", 4)
+    log = Log(policies=[PLATEAU])
+    log.open()
+    log.report(0, [1.0] * 30)
+    before = log.state.plan.forget(25).adjustments
+    assert len(before) > 2
+    state = saved(log, 25)
+    assert [len(item["before"]) for item in state.fold["adjustments"]][-3:] == [0, 1, 1]
+    log.open(3)
+    log.open(saved=state, digest_at_saved=state.digest)
+    assert log.state.plan.adjustments == before
+    assert not set(log.state.forgotten) & set(before)
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_run_may_start_over_whatever_it_was_taken_over_from(is_lost: bool) -> None:
+    log = Log(policies=[PLATEAU])
+    log.open()
+    log.report(0, [1.0] * 20)
+    state = saved(log, 20)
+    if is_lost:
+        log = lost(log, 20)
+    else:
+        log.open(3)
+        log.report(3, [1.0] * 3)
+        log.open(saved=state, digest_at_saved=state.digest)
+    log.report(20, [1.0] * 5)
+    with pytest.raises(core.StateMismatch):
+        log.open(5)
+    log.open(0)
+    assert log.rates(0, 4) == [1.0] * 4
+    log.report(0, [1.0, 1.0])
+    assert [item.effective for item in log.state.plan.adjustments] == [5]
+    assert core.fold("run", log.rows).snapshot() == log.state.snapshot()
 
 
 def test_a_lost_run_takes_its_state_again_and_no_other_of_that_log() -> None:

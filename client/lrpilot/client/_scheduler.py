@@ -31,6 +31,8 @@ class Scheduler:
         self._groups = Groups(optimizer)
         self._progress: int | None = None
         self._increment = 0
+        self._is_late = session.opened is not None
+        """Whether the attempt was open already: others may have made steps."""
         self._hook: Any = None
         if not defer:
             self._open(state)
@@ -70,6 +72,7 @@ class Scheduler:
         there = here + increment
         self._session.report(here, loss, 1.0, there)
         self._progress, self._increment = there, increment
+        self._session.progress = max(self._session.progress, there)
         self._write()
 
     def apply(self) -> None:
@@ -113,7 +116,7 @@ class Scheduler:
     def _open(self, state: Mapping[str, Any] | None) -> None:
         opened = self._session.open(state)
         self._groups.bind(self._session.link.run, opened)
-        self._progress = self._session.progress
+        self._progress = self._session.progress if self._is_late else opened.begin
         if self._hook is not None:
             self._hook.remove()
             self._hook = None

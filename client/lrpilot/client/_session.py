@@ -20,6 +20,8 @@ from lrpilot.client._errors import (
     JoinRefused,
     LossesPending,
     LrpilotError,
+    RunFinished,
+    ServerError,
     ServerUnavailable,
 )
 from lrpilot.client._launch import Group, Place
@@ -43,7 +45,7 @@ class Session:
         self.opened: pb.OpenAttemptResponse | None = None
         """The server's answer that opened the attempt; None: it has not opened yet."""
         self.progress = 0
-        """Progress whose values were asked for last; at first that of the opening."""
+        """Where the scheduler that is furthest stands; at first where the attempt opened."""
         self._reporter_rank = reporter
         self._resume_at = resume_at
         self._key = key
@@ -193,9 +195,7 @@ class Session:
         self.link.check()
         if self._lease is None:
             raise self._not_open()
-        values = self._lease.values(progress, stride)
-        self.progress = progress
-        return values
+        return self._lease.values(progress, stride)
 
     def report(self, progress: int, loss: Loss, weight: float, moves_to: int) -> None:
         """Queue the loss at `progress` and the move to `moves_to`; nothing on other ranks.
@@ -218,13 +218,16 @@ class Session:
         it alone. Raises what a background thread met, AttemptSuperseded, ….
         """
         link = self.link
-        link.check()
+        if not isinstance(link.failure, RunFinished):
+            # What a run that is over has recorded can still be saved.
+            link.check()
         if self.opened is None:
             raise self._not_open()
         end_s = time.monotonic() + min(_timing.SAVE_PATIENCE_S, link.outage_timeout_s)
         if self._reporter is not None:
             self._reporter.flush(end_s - time.monotonic())
-            link.check()
+            if not isinstance(link.failure, RunFinished):
+                link.check()
         backoff = Backoff()
         while True:
             left_s = max(end_s - time.monotonic(), 0.0)
@@ -243,7 +246,7 @@ class Session:
                     patience_s=left_s,
                     doing=f"saves the state at progress {progress}",
                 )
-            except (ServerUnavailable, LossesPending) as error:
+            except (ServerUnavailable, LossesPending, ServerError) as error:
                 if isinstance(error, LossesPending) and time.monotonic() < end_s:
                     link.pause(min(backoff.next_s(), end_s - time.monotonic()))
                     continue

@@ -41,6 +41,11 @@ class Adjustment:
         """What adjustments apply in order of."""
         return (self.effective, self.order, self.seq)
 
+    @property
+    def decision(self) -> tuple[int, int, int]:
+        """What tells it from all others of its log."""
+        return (self.seq, self.decided_at, self.order)
+
     def to_mapping(self) -> dict[str, Any]:
         """Return the adjustment as plain data."""
         return {

@@ -109,10 +109,18 @@ def attach_run(
         return []
     known = state.trainer_spec or state.spec
     if known == spec:
-        # The first one that a trainer gives counts from now on, whatever operators change.
-        return [] if state.trainer_spec else [Attached(revise, request_id)]
+        # The first one that a trainer gives counts from now on, whatever operators change. Before
+        # the first attempt the trainer's own wish to revise counts, should it restore a lost run.
+        is_known = state.trainer_spec and (state.attempt or state.may_revise == revise)
+        return [] if is_known else [Attached(revise, request_id)]
     if not revise:
-        raise _spec_changed(state, known, spec)
+        raise _spec_changed(
+            state,
+            "differs from the last one that a trainer gave",
+            known,
+            spec,
+            'give that spec, or connect with on_change="revise"',
+        )
     _refuse_finished(state)
     _refuse_past(state, spec)
     # A trainer revises on its way to a new attempt, from whose first step its spec must hold.
@@ -120,12 +128,13 @@ def attach_run(
     return [Revised(spec.to_mapping(), start, start, True, request_id)]
 
 
-def _spec_changed(state: RunState, known: RunSpec, spec: RunSpec) -> SpecChanged:
+def _spec_changed(
+    state: RunState, how: str, known: RunSpec, spec: RunSpec, remedy: str
+) -> SpecChanged:
     difference = spec_difference(known, spec)
     lines = "".join(f"\n  {field}: {old} -> {new}" for field, old, new in difference)
     return SpecChanged(
-        f"the spec of run {state.name!r} differs from the last one that a trainer gave:{lines}"
-        '\ngive that spec, or connect with on_change="revise"',
+        f"the spec of run {state.name!r} {how}:{lines}\n{remedy}",
         run=state.name,
         fields=", ".join(field for field, _, _ in difference),
     )
@@ -284,7 +293,7 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
             run=state.name,
             frontier=state.frontier,
         )
-    if progress is not None and progress < state.origin and fold is None:
+    if progress is not None and 0 < progress < state.origin and fold is None:
         raise StateMismatch(
             f"run {state.name!r} was taken over from a state at progress {state.origin}: what came "
             f"before is not known, so that it cannot resume at {progress} without the state "
@@ -310,7 +319,13 @@ def _restore(state: RunState, request: OpenRequest, saved: SavedState) -> list[E
     else:
         given = state.trainer_spec or state.spec
         if given != known and not state.may_revise:
-            raise _spec_changed(state, known, given)
+            raise _spec_changed(
+                state,
+                "differs from the one that the state was saved under",
+                known,
+                given,
+                'connect with on_change="revise" and the spec that is to hold from here on',
+            )
     opened = _opened(request, saved.fold["attempt"] + 1, saved.progress, fold=saved.fold)
     return [*events, replace(opened, lost_seq=saved.seq, lost_digest=saved.digest)]
 
@@ -413,6 +428,14 @@ def _superseded(state: RunState, attempt: int) -> AttemptSuperseded:
     if attempt == state.attempt:
         return AttemptSuperseded(
             f"the token is not that of attempt {attempt} of run {state.name!r}",
+            run=state.name,
+            attempt=attempt,
+            current=state.attempt,
+        )
+    if attempt > state.attempt:
+        return AttemptSuperseded(
+            f"attempt {attempt} is not known to run {state.name!r}, which is at attempt "
+            f"{state.attempt}: the run was deleted, made anew or restored since",
             run=state.name,
             attempt=attempt,
             current=state.attempt,

@@ -9,6 +9,7 @@ A snapshot is a shortcut to a fold and nothing more.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from lrpilot.core import _canonical
@@ -37,6 +38,10 @@ MARK_EVERY = 1024
 
 MAX_SAVED_ADVICE = 100
 """Most pieces of advice in a saved state, the newest: no value comes of them."""
+
+MAX_SHOWN_VALUES = 2048
+"""Most learning rates before and after an adjustment that a saved state holds: they are for
+people, and many groups and adjustments would make it too large."""
 
 MAX_SAVED_VALUES = 16_384
 """Most recorded learning rates in a saved state: it must fit into one message. Those behind them
@@ -255,10 +260,12 @@ class RunState:
         if event.lost_seq and event.fold is not None:
             self._restore_specs(event.fold)
             self.lost_seq, self.lost_digest = event.lost_seq, event.lost_digest
-        if event.fold is None:
-            self._rewind(event.begin)
+        if event.fold is not None:
+            self._replace_history(event.fold, self.seq if event.lost_seq else None)
+        elif event.begin < self.origin:
+            self._forget_history()
         else:
-            self._replace_history(event.fold)
+            self._rewind(event.begin)
         self.plan.reopen(event.begin)
         records = self.records
         self.records = Records()
@@ -331,10 +338,10 @@ class RunState:
             "trainer_spec": _spec_to_mapping(self.trainer_spec),
             "pending_spec": _spec_to_mapping(self.pending_spec),
             "revisions": [item.to_mapping() for item in plan.revisions],
-            "adjustments": [item.to_mapping() for item in plan.adjustments],
-            "advice": [item.to_mapping() for item in self.advice if item.decided_at < progress][
-                -MAX_SAVED_ADVICE:
-            ],
+            "adjustments": _shortened(plan.adjustments),
+            "advice": _shortened(
+                [item for item in self.advice if item.decided_at < progress][-MAX_SAVED_ADVICE:]
+            ),
             "observers": observers.to_mapping(),
             "records": [_block_to_mapping(block) for block in self._unused_records(progress)],
         }
@@ -361,12 +368,32 @@ class RunState:
         if self.trainer_spec is None:
             self.trainer_spec = _spec_from_mapping(fold["trainer_spec"])
 
-    def _replace_history(self, fold: Mapping[str, Any]) -> None:
-        """Let a saved state take the place of the losses and of what was decided on them."""
+    def _forget_history(self) -> None:
+        """Begin at 0 again, though what came before a saved state is not known."""
+        self.forgotten += [*self.plan.adjustments, *self.advice]
+        self.plan, self.advice = self.plan.forget(0), []
+        self.observers = self.origin_observers = Observers()
+        self.origin = 0
+        self.loss_progress, self.loss_values, self.marks = [], [], []
+        self.late = {}
+
+    def _replace_history(self, fold: Mapping[str, Any], seq: int | None) -> None:
+        """Let a saved state take the place of the losses and of what was decided on them.
+
+        `seq`: that of the event which brings it, where the numbers in it are of another log.
+        """
+        known = (*self.forgotten, *self.plan.adjustments, *self.advice)
         adjustments = [Adjustment.from_mapping(item) for item in fold["adjustments"]]
         advice = [Adjustment.from_mapping(item) for item in fold["advice"]]
+        if seq is None:
+            # The log has them whole; the state may have shortened them.
+            whole = {item.decision: item for item in known}
+            adjustments = [whole.get(item.decision, item) for item in adjustments]
+            advice = [whole.get(item.decision, item) for item in advice]
+        else:
+            adjustments = [replace(item, seq=seq) for item in adjustments]
+            advice = [replace(item, seq=seq) for item in advice]
         kept = {*adjustments, *advice}
-        known = (*self.forgotten, *self.plan.adjustments, *self.advice)
         self.forgotten = [item for item in known if item not in kept]
         self.plan = Plan(self.plan.revisions, adjustments)
         self.advice = advice
@@ -375,8 +402,11 @@ class RunState:
         self.loss_progress, self.loss_values, self.marks = [], [], []
         self.late = {}
         self.records = Records()
-        for item in fold["records"]:
-            self.records.add(_block_from_mapping(item))
+        given = [item["spec"] for item in fold["revisions"] if item["by_trainer"]]
+        if given == [item.spec.to_mapping() for item in self.plan.revisions if item.by_trainer]:
+            # Trainers who have given another spec since asked for other values.
+            for item in fold["records"]:
+                self.records.add(_block_from_mapping(item))
 
     # Snapshots.
 
@@ -451,6 +481,16 @@ def fold(name: str, payloads: Iterable[bytes]) -> RunState:
     for payload in payloads:
         state.apply(decode(payload), payload)
     return state
+
+
+def _shortened(adjustments: Sequence[Adjustment]) -> list[dict[str, Any]]:
+    """Return adjustments as plain data, the older ones without what they did to each group."""
+    room = MAX_SHOWN_VALUES
+    kept = []
+    for item in reversed(adjustments):
+        room -= len(item.before) + len(item.after)
+        kept.append((item if room >= 0 else replace(item, before=(), after=())).to_mapping())
+    return kept[::-1]
 
 
 def _spec_to_mapping(spec: RunSpec | None) -> dict[str, Any] | None:
