@@ -123,6 +123,17 @@ def a_refusal_counts_once_the_log_was_read(world: World) -> None:
     world.ask(0, replica=1)
 
 
+@case()
+def nothing_to_do_counts_once_the_log_was_read(world: World) -> None:
+    """A replica that lags must not take a change for the state that it knows."""
+    world.open(0)
+    world.ask(0, replica=1)
+    world.revise(make_spec(4, peak=0.2), replica=0)
+    world.revise(make_spec(4), replica=1)
+    stall(world, 0, 4)
+    world.ask_through(0, 8)
+
+
 # Exactly n + D.
 
 

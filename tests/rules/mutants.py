@@ -121,6 +121,17 @@ def a_refusal_counts_at_once(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Ledger, "look", look)
 
 
+@mutant("nothing_to_do_counts_once_the_log_was_read")
+def nothing_to_do_counts_at_once(patch: pytest.MonkeyPatch) -> None:
+    transact = Ledger._transact
+
+    async def hasty(self: Ledger, run: LiveRun, evaluate: Any) -> Any:
+        events, answer = evaluate(run.state)
+        return await transact(self, run, evaluate) if events else answer
+
+    patch.setattr(Ledger, "_transact", hasty)
+
+
 # Exactly n + D.
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from lrpilot.core._plan import Adjustment, Plan, PlanView, decide, numbered
+from lrpilot.core._plan import Adjustment, Plan, PlanView, decide
 from lrpilot.core._spec import RunSpec, parse_policy
 from lrpilot.core.policies import Observation, Policy, PolicySpec, build_policy
 
@@ -59,17 +59,15 @@ class Observers:
                 watch.state, Observation(progress, loss), PlanView(plan, at)
             )
             for change in changes:
-                adjustment = numbered(
-                    decide(
-                        plan,
-                        change,
-                        order=order,
-                        kind=watch.spec.kind,
-                        mode=watch.spec.mode,
-                        loss_at=progress,
-                        at=at,
-                    ),
-                    seq,
+                adjustment = decide(
+                    plan,
+                    change,
+                    order=order,
+                    kind=watch.spec.kind,
+                    mode=watch.spec.mode,
+                    loss_at=progress,
+                    at=at,
+                    seq=seq,
                 )
                 decided.append(adjustment)
                 if adjustment.mode == "act":

@@ -43,7 +43,7 @@ class Adjustment:
 
     @property
     def decision(self) -> tuple[int, int, int]:
-        """What tells it from all others of its log."""
+        """What tells it from all others of its log, and what people see them in order of."""
         return (self.seq, self.decided_at, self.order)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -302,9 +302,17 @@ class PlanView:
 
 
 def decide(
-    plan: Plan, change: Multiply, *, order: int, kind: str, mode: str, loss_at: int, at: int
+    plan: Plan,
+    change: Multiply,
+    *,
+    order: int,
+    kind: str,
+    mode: str,
+    loss_at: int,
+    at: int,
+    seq: int,
 ) -> Adjustment:
-    """Return the adjustment that a policy's proposal becomes; its `seq` is still to be set."""
+    """Return the adjustment that a policy's proposal becomes."""
     before, after = plan.preview(change, at)
     return Adjustment(
         effective=at,
@@ -315,13 +323,8 @@ def decide(
         multiply=change,
         before=before,
         after=after,
-        seq=0,
+        seq=seq,
     )
-
-
-def numbered(adjustment: Adjustment, seq: int) -> Adjustment:
-    """Return the adjustment with the sequence number of the event that decided it."""
-    return replace(adjustment, seq=seq)
 
 
 def _bounds(spec: RunSpec) -> tuple[float, float]:

@@ -107,7 +107,7 @@ def attach_run(
         return create_run(state, spec, request_id, by_trainer=True, may_revise=revise)
     if spec is None or request_id in state.answers:
         return []
-    known = state.trainer_spec or state.spec
+    known = state.given_spec
     if known == spec:
         # The first one that a trainer gives counts from now on, whatever operators change. Before
         # the first attempt the trainer's own wish to revise counts, should it restore a lost run.
@@ -316,16 +316,14 @@ def _restore(state: RunState, request: OpenRequest, saved: SavedState) -> list[E
         by_trainer = saved.fold["trainer_spec"] is not None
         request_id = f"{request.request_id}/create"
         events.append(Created(known.to_mapping(), by_trainer, False, request_id))
-    else:
-        given = state.trainer_spec or state.spec
-        if given != known and not state.may_revise:
-            raise _spec_changed(
-                state,
-                "differs from the one that the state was saved under",
-                known,
-                given,
-                'connect with on_change="revise" and the spec that is to hold from here on',
-            )
+    elif state.given_spec != known and not state.may_revise:
+        raise _spec_changed(
+            state,
+            "differs from the one that the state was saved under",
+            known,
+            state.given_spec,
+            'connect with on_change="revise" and the spec that is to hold from here on',
+        )
     opened = _opened(request, saved.fold["attempt"] + 1, saved.progress, fold=saved.fold)
     return [*events, replace(opened, lost_seq=saved.seq, lost_digest=saved.digest)]
 
@@ -518,15 +516,12 @@ def waive(state: RunState, wanted: int) -> list[Event]:
 
 
 def _check_values_request(request: ValuesRequest) -> None:
-    violations = []
-    if not 0 <= request.begin <= MAX_PROGRESS:
-        violations.append(Violation("begin", str(request.begin), f"0 to {MAX_PROGRESS}"))
-    if not 1 <= request.stride <= MAX_PROGRESS:
-        violations.append(Violation("stride", str(request.stride), f"1 to {MAX_PROGRESS}"))
-    if not 1 <= request.count <= MAX_BLOCK_STEPS:
-        violations.append(Violation("count", str(request.count), f"1 to {MAX_BLOCK_STEPS}"))
-    if not 0 <= request.in_use <= MAX_PROGRESS:
-        violations.append(Violation("in_use", str(request.in_use), f"0 to {MAX_PROGRESS}"))
+    violations = [
+        *_outside("begin", request.begin, 0, MAX_PROGRESS),
+        *_outside("stride", request.stride, 1, MAX_PROGRESS),
+        *_outside("count", request.count, 1, MAX_BLOCK_STEPS),
+        *_outside("in_use", request.in_use, 0, MAX_PROGRESS),
+    ]
     if violations:
         raise InvalidRequest("the request for values is invalid", violations)
 
@@ -632,10 +627,7 @@ def _check_reports(reports: Sequence[Report]) -> None:
     violations = []
     for index, report in enumerate(reports):
         path = f"reports.{index}"
-        if not 0 <= report.progress < MAX_PROGRESS:
-            violations.append(
-                Violation(f"{path}.progress", str(report.progress), f"0 to {MAX_PROGRESS - 1}")
-            )
+        violations += _outside(f"{path}.progress", report.progress, 0, MAX_PROGRESS - 1)
         if not report.progress < report.moves_to <= MAX_PROGRESS:
             violations.append(
                 Violation(
@@ -721,7 +713,10 @@ def read_state(data: bytes, run: str) -> SavedState:
 
 
 def _check_progress(field: str, progress: int) -> None:
-    if not 0 <= progress <= MAX_PROGRESS:
-        raise InvalidRequest(
-            "the progress is invalid", [Violation(field, str(progress), f"0 to {MAX_PROGRESS}")]
-        )
+    if violations := _outside(field, progress, 0, MAX_PROGRESS):
+        raise InvalidRequest("the progress is invalid", violations)
+
+
+def _outside(field: str, got: int, least: int, most: int) -> list[Violation]:
+    """Return the violation of a field whose value lies outside a range, or none."""
+    return [] if least <= got <= most else [Violation(field, str(got), f"{least} to {most}")]

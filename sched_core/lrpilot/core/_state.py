@@ -128,6 +128,11 @@ class RunState:
         return self.plan.spec
 
     @property
+    def given_spec(self) -> RunSpec:
+        """The last spec that a trainer gave, or the newest where none gave any."""
+        return self.trainer_spec or self.spec
+
+    @property
     def delay(self) -> int:
         """Delay D, in the unit."""
         return self.spec.delay
@@ -176,7 +181,7 @@ class RunState:
     def decided_since(self, seq: int) -> list[Adjustment]:
         """Return the adjustments and advice that events after `seq` decided, in order."""
         decided = [item for item in (*self.plan.adjustments, *self.advice) if item.seq > seq]
-        return sorted(decided, key=lambda item: (item.seq, item.decided_at, item.order))
+        return sorted(decided, key=lambda item: item.decision)
 
     # The fold.
 
@@ -262,8 +267,6 @@ class RunState:
             self.lost_seq, self.lost_digest = event.lost_seq, event.lost_digest
         if event.fold is not None:
             self._replace_history(event.fold, self.seq if event.lost_seq else None)
-        elif event.begin < self.origin:
-            self._forget_history()
         else:
             self._rewind(event.begin)
         self.plan.reopen(event.begin)
@@ -296,6 +299,8 @@ class RunState:
             item for item in (*self.plan.adjustments, *self.advice) if item.decided_at >= progress
         ]
         self.plan, self.observers = self._as_of(progress)
+        if progress < self.origin:
+            self.origin, self.origin_observers = progress, self.observers
         self.advice = [item for item in self.advice if item.decided_at < progress]
         kept = bisect_left(self.loss_progress, progress)
         del self.loss_progress[kept:], self.loss_values[kept:]
@@ -306,7 +311,10 @@ class RunState:
         """Return the plan and the observers as they were before the loss at `progress`.
 
         Replays the losses since the last mark below it: they decide again what they decided.
+        Below `origin` only the state at 0 is known.
         """
+        if progress < self.origin:
+            return self.plan.forget(progress), Observers()
         kept = bisect_left(self.loss_progress, progress)
         if kept == len(self.loss_progress):
             return self.plan, self.observers
@@ -359,7 +367,7 @@ class RunState:
 
     def _restore_specs(self, fold: Mapping[str, Any]) -> None:
         """Take over the specs of a lost log; the one that was given here since comes after them."""
-        given = self.trainer_spec or self.spec
+        given = self.given_spec
         known = last_trainer_spec(fold)
         self.plan = Plan([Revision.from_mapping(item) for item in fold["revisions"]], [])
         self.pending_spec = _spec_from_mapping(fold["pending_spec"])
@@ -367,15 +375,6 @@ class RunState:
             self.pending_spec = given
         if self.trainer_spec is None:
             self.trainer_spec = _spec_from_mapping(fold["trainer_spec"])
-
-    def _forget_history(self) -> None:
-        """Begin at 0 again, though what came before a saved state is not known."""
-        self.forgotten += [*self.plan.adjustments, *self.advice]
-        self.plan, self.advice = self.plan.forget(0), []
-        self.observers = self.origin_observers = Observers()
-        self.origin = 0
-        self.loss_progress, self.loss_values, self.marks = [], [], []
-        self.late = {}
 
     def _replace_history(self, fold: Mapping[str, Any], seq: int | None) -> None:
         """Let a saved state take the place of the losses and of what was decided on them.

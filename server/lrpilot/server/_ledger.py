@@ -28,7 +28,6 @@ logger = logging.getLogger("lrpilot.server")
 ABANDONED_S = 6 * 3600.0
 """A run from whose ranks nothing came for so long is no longer shown among the live ones."""
 
-
 WARM_NS = 24 * 3600 * 10**9
 """A run with an event within this time is read when the server starts."""
 
@@ -249,7 +248,7 @@ class Ledger:
 
     async def digest_at(self, name: str, seq: int) -> str | None:
         """Return the digest of a run's log at `seq`, or None where it has none."""
-        rows = await asyncio.to_thread(self._store.read, name, seq - 1, 1)
+        rows = await self.history(name, seq - 1, 1)
         return rows[0].digest if rows and rows[0].seq == seq else None
 
     async def transact(self, run: LiveRun, evaluate: Evaluate[T]) -> T:
@@ -299,6 +298,9 @@ class Ledger:
                         continue
                     raise
                 if not events:
+                    # So does that nothing is to be done.
+                    if await self._read(run):
+                        continue
                     return answer
                 now_ns = time.time_ns()
                 rows = [

@@ -5,7 +5,7 @@ finished or deleted, so that its series end by themselves. No series has a label
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 
@@ -133,15 +133,13 @@ class RunCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """Return every family of the live runs."""
-        yield from _families(self._on_loop(self._read))
-
-    def _on_loop(self, read: Callable[[], Awaitable[list[RunSample]]]) -> list[RunSample]:
-        future = asyncio.run_coroutine_threadsafe(_awaited(read), self._loop)
+        future = asyncio.run_coroutine_threadsafe(self._read(), self._loop)
         try:
-            return future.result(SNAPSHOT_TIMEOUT_S)
+            runs = future.result(SNAPSHOT_TIMEOUT_S)
         except FutureTimeoutError:
             future.cancel()
             raise
+        yield from _families(runs)
 
     async def _read(self) -> list[RunSample]:
         samples = []
@@ -171,10 +169,6 @@ class RunCollector(Collector):
                 )
             )
         return samples
-
-
-async def _awaited(read: Callable[[], Awaitable[list[RunSample]]]) -> list[RunSample]:
-    return await read()
 
 
 def _by_source(state: core.RunState) -> dict[str, int]:

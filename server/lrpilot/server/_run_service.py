@@ -102,8 +102,6 @@ class RunService:
                 [core.Violation("name", repr(spec.name), repr(request.run))],
             )
         run = await self._ledger.run(request.run)
-        # That nothing is to be done holds only for the newest state.
-        await self._ledger.refresh(run)
 
         def evaluate(state: core.RunState) -> tuple[list[core.Event], tuple[int, bool]]:
             events = core.revise_run(state, spec, request.request_id)
@@ -208,7 +206,7 @@ def adjustment_messages(state: core.RunState) -> list[pb.Adjustment]:
     """Return every adjustment and advice of a run in order of decision."""
     kept = [(item, False) for item in (*state.plan.adjustments, *state.advice)]
     gone = [(item, True) for item in state.forgotten]
-    ordered = sorted(kept + gone, key=lambda pair: (pair[0].seq, pair[0].decided_at, pair[0].order))
+    ordered = sorted(kept + gone, key=lambda pair: pair[0].decision)
     return [
         pb.Adjustment(
             effective=item.effective,

@@ -78,8 +78,6 @@ class TrainerService:
                 [core.Violation("name", repr(spec.name), f"the run's name, {request.run!r}")],
             )
         run = await (self._ledger.run if spec is None else self._ledger.find)(request.run)
-        # That the spec is the one known holds only for the newest state.
-        await self._ledger.refresh(run)
         revise = request.on_change == pb.ON_CHANGE_REVISE
 
         def evaluate(state: core.RunState) -> tuple[list[core.Event], tuple[bool, bool]]:
