@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import pytest
 import lrpilot.client as lrpilot
 from lrpilot.client import _call, _lease, _timing
 from lrpilot.v1 import trainer_pb2 as pb
+from tests.side_by_side import finish, in_thread
 
 if TYPE_CHECKING:
     from tests.client.conftest import FakeOptimizer, FakeTrainer, Fault
@@ -29,26 +29,6 @@ ANOTHER_RANK: dict[str, Any] = {"rank": 1, "world_size": 2, "key": "this start"}
 
 def blocked(trainer: FakeTrainer) -> list[Any]:
     return [request for request in trainer.calls["GetValues"] if request.blocked]
-
-
-def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
-    """Run a call that waits; return its thread, and what it returned or raised."""
-    got: list[object] = []
-
-    def run() -> None:
-        try:
-            got.append(call())
-        except lrpilot.LrpilotError as error:
-            got.append(error)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    return thread, got
-
-
-def finish(thread: threading.Thread) -> None:
-    thread.join(20)
-    assert not thread.is_alive()
 
 
 def test_the_training_thread_asks_once_while_the_lease_reaches(

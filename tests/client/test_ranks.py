@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +10,7 @@ import grpc
 import pytest
 
 import lrpilot.client as lrpilot
+from tests.side_by_side import said_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,26 +28,9 @@ def ranks(trainer: FakeTrainer, refuse: Refuse, tmp_path: Path) -> list[dict[str
     trainer.fail("AttachRun", refuse("RunNotFound", "no such", grpc.StatusCode.NOT_FOUND))
     trainer.fail("OpenAttempt", refuse("ResumePointRequired", "give a state"))
     rendezvous = (tmp_path / "rendezvous").as_uri()
-    running = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(rank), rendezvous, trainer.address],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = []
-    try:
-        for process in running:
-            out, err = process.communicate(timeout=120)
-            assert process.returncode == 0, err
-            said.append(json.loads(out))
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
-    return said
+    return said_by(
+        [[sys.executable, str(PROGRAM), str(n), rendezvous, trainer.address] for n in range(2)]
+    )
 
 
 def test_two_ranks(trainer: FakeTrainer, ranks: list[dict[str, Any]]) -> None:

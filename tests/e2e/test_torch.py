@@ -19,6 +19,7 @@ from tests.e2e.harness import DEADLINE_S, ROOT, Expected, Runs, Spec, make_spec
 from tests.e2e.training import loss_at
 from tests.rules.reference import Hex
 from tests.server.conftest import Program
+from tests.side_by_side import said_by
 
 Connect = Callable[..., lrpilot.Pilot]
 
@@ -270,30 +271,10 @@ class TestTwoRanks:
             "checkpoint": str(tmp_path / "checkpoint.pt"),
             "rendezvous": (tmp_path / f"rendezvous-{plan['resumes']}").as_uri(),
         }
-        running = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    ROOT / "tests/e2e/torch_program.py",
-                    json.dumps(plan | {"rank": rank}),
-                ],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(2)
-        ]
-        said = []
-        try:
-            for process in running:
-                out, err = process.communicate(timeout=DEADLINE_S)
-                assert process.returncode == 0, err
-                said.append(json.loads(out))
-        finally:
-            for process in running:
-                process.kill()
-                process.communicate()
-        return said
+        program = str(ROOT / "tests/e2e/torch_program.py")
+        return said_by(
+            [[sys.executable, program, json.dumps(plan | {"rank": rank})] for rank in range(2)]
+        )
 
     def test_they_use_the_same_bits(self, shared: Program, tmp_path: Path) -> None:
         spec = make_spec(

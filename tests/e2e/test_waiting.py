@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 import signal
-import threading
 import time
 from collections.abc import Callable
 
@@ -13,10 +12,11 @@ import pytest
 
 import lrpilot.client as lrpilot
 from lrpilot.client import _timing
-from tests.e2e.harness import DEADLINE_S, Expected, Runs, make_spec, wait_until
+from tests.e2e.harness import Expected, Runs, make_spec, wait_until
 from tests.e2e.training import Optimizer, loss_at
 from tests.rules.reference import Hex
 from tests.server.conftest import Program
+from tests.side_by_side import finish, in_thread
 
 Connect = Callable[..., lrpilot.Pilot]
 
@@ -56,26 +56,6 @@ class Trainer:
         """Train to a progress."""
         while self.scheduler.progress < end:
             self.step(increment)
-
-
-def in_thread(call: Callable[[], object]) -> tuple[threading.Thread, list[object]]:
-    """Run a call that waits; return its thread, and what it returned or raised."""
-    got: list[object] = []
-
-    def run() -> None:
-        try:
-            got.append(call())
-        except lrpilot.LrpilotError as error:
-            got.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread, got
-
-
-def finish(thread: threading.Thread) -> None:
-    thread.join(DEADLINE_S)
-    assert not thread.is_alive()
 
 
 def job(
