@@ -12,6 +12,7 @@ import grpc.aio
 import pytest
 
 from lrpilot import core
+from lrpilot.client._errors import error_class
 from lrpilot.server import _errors, _rpc
 from lrpilot.server._store import StoreUnavailable
 from lrpilot.v1 import errors_pb2, runs_pb2, runs_pb2_grpc
@@ -44,6 +45,11 @@ def unpacked(packed: bytes) -> tuple[errors_pb2.Status, errors_pb2.ErrorInfo, di
 def test_every_error_that_a_request_can_meet_has_a_code() -> None:
     assert set(_errors.CATALOGUE) == leaves(core.LrpilotError)
     assert len(_errors.CATALOGUE) > 15
+
+
+def test_the_client_has_a_class_of_each_name() -> None:
+    """It may not import the core, and raises errors by the names that come over the wire."""
+    assert [cls.__name__ for cls in _errors.CATALOGUE if error_class(cls.__name__) is None] == []
 
 
 @pytest.mark.parametrize("cls", list(_errors.CATALOGUE))
