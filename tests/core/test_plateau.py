@@ -10,13 +10,13 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lrpilot.core import _canonical
+from lrpilot.core._changes import Multiply
 from lrpilot.core._errors import InvalidSpec, InvalidState
 from lrpilot.core._observers import Observers
 from lrpilot.core._plan import Adjustment, Plan, Revision
 from lrpilot.core._spec import RunSpec, parse_policy, parse_spec
 from lrpilot.core.policies import (
     POLICIES,
-    Multiply,
     Observation,
     Plateau,
     PlateauSpec,

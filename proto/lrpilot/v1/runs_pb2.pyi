@@ -65,24 +65,48 @@ class Adjustment(google.protobuf.message.Message):
     MODE_FIELD_NUMBER: builtins.int
     SEQ_FIELD_NUMBER: builtins.int
     FORGOTTEN_FIELD_NUMBER: builtins.int
+    ID_FIELD_NUMBER: builtins.int
+    SUMMARY_FIELD_NUMBER: builtins.int
+    WEIGHT_DECAY_BEFORE_FIELD_NUMBER: builtins.int
+    WEIGHT_DECAY_AFTER_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    EXPIRES_FIELD_NUMBER: builtins.int
+    STATUS_FIELD_NUMBER: builtins.int
     effective: builtins.int
     """First progress at which it shows."""
     decided_at: builtins.int
     """Progress of the loss that decided it."""
     source: builtins.str
-    """Who: "policies.0 (plateau)"."""
+    """Who: "policies.0 (plateau)", "stages.1 (when)", "operator" or "rollback"."""
     action: builtins.str
-    """What: "multiply"."""
+    """What: "multiply", "divide", "set", "curve", "hold", "decay", "stretch warmup",
+    "next stage", "scale weight decay", "undo", "directive" or "note".
+    """
     factor: builtins.float
-    """Factor of a multiply."""
+    """Factor of a multiply, of a scale of weight decay and of a rollback; else 0."""
     reason: builtins.str
     """One sentence with the numbers that led to it."""
     mode: builtins.str
-    """"act": applied; "advise": recorded only."""
+    """"act": applied; "advise": recorded only; "held back": not applied, as the
+    minimum interval between adjustments was not over.
+    """
     seq: builtins.int
     """Sequence number of the event whose fold decided it."""
     forgotten: builtins.bool
     """True: forgotten by a later attempt that opened before its loss."""
+    id: builtins.str
+    """Name within the run, for `undo` and `approve`."""
+    summary: builtins.str
+    """What it does, as one phrase."""
+    author: builtins.str
+    """Who made it, of an operator; else empty."""
+    expires: builtins.int
+    """Advice: progress of the horizon from which on it can no longer be approved."""
+    status: builtins.str
+    """Where it stands: "planned", "in force", "ended", "undone", "advice", "approved",
+    "expired", "held back", "forgotten"; of a directive also "done", "failed" and
+    "unhandled".
+    """
     @property
     def before(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Learning rate at `effective` per group, before."""
@@ -90,6 +114,14 @@ class Adjustment(google.protobuf.message.Message):
     @property
     def after(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """Learning rate at `effective` per group, after."""
+
+    @property
+    def weight_decay_before(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Weight decay at `effective` per group, before; empty: the run sets none."""
+
+    @property
+    def weight_decay_after(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Likewise, after."""
 
     def __init__(
         self,
@@ -105,8 +137,15 @@ class Adjustment(google.protobuf.message.Message):
         mode: builtins.str = ...,
         seq: builtins.int = ...,
         forgotten: builtins.bool = ...,
+        id: builtins.str = ...,
+        summary: builtins.str = ...,
+        weight_decay_before: collections.abc.Iterable[builtins.float] | None = ...,
+        weight_decay_after: collections.abc.Iterable[builtins.float] | None = ...,
+        author: builtins.str = ...,
+        expires: builtins.int = ...,
+        status: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["action", b"action", "after", b"after", "before", b"before", "decided_at", b"decided_at", "effective", b"effective", "factor", b"factor", "forgotten", b"forgotten", "mode", b"mode", "reason", b"reason", "seq", b"seq", "source", b"source"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["action", b"action", "after", b"after", "author", b"author", "before", b"before", "decided_at", b"decided_at", "effective", b"effective", "expires", b"expires", "factor", b"factor", "forgotten", b"forgotten", "id", b"id", "mode", b"mode", "reason", b"reason", "seq", b"seq", "source", b"source", "status", b"status", "summary", b"summary", "weight_decay_after", b"weight_decay_after", "weight_decay_before", b"weight_decay_before"]) -> None: ...
 
 global___Adjustment = Adjustment
 
@@ -144,6 +183,22 @@ class Run(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class ValidationLossesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     NAME_FIELD_NUMBER: builtins.int
     STATE_FIELD_NUMBER: builtins.int
     SPEC_DOCUMENT_FIELD_NUMBER: builtins.int
@@ -167,6 +222,12 @@ class Run(google.protobuf.message.Message):
     DIGEST_FIELD_NUMBER: builtins.int
     CREATED_AT_FIELD_NUMBER: builtins.int
     UPDATED_AT_FIELD_NUMBER: builtins.int
+    STAGE_FIELD_NUMBER: builtins.int
+    HELD_FIELD_NUMBER: builtins.int
+    VALIDATION_LOSSES_FIELD_NUMBER: builtins.int
+    SKIPPED_FIELD_NUMBER: builtins.int
+    ROLLBACKS_FIELD_NUMBER: builtins.int
+    ETAG_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name."""
     state: global___RunState.ValueType
@@ -207,6 +268,16 @@ class Run(google.protobuf.message.Message):
     """Sequence number of the last event."""
     digest: builtins.str
     """Digest of the log at `seq`, lowercase hexadecimal."""
+    stage: builtins.str
+    """Name of the stage at `progress`; empty for a run without stages."""
+    held: builtins.bool
+    """True: LR and WD are held at `progress`."""
+    skipped: builtins.int
+    """Number of skipped updates kept."""
+    rollbacks: builtins.int
+    """Number of rollbacks."""
+    etag: builtins.str
+    """Changes whenever the plan does; give it back to change the plan that was seen."""
     @property
     def values(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GroupValues]:
         """Values at `progress`, one per group."""
@@ -224,6 +295,10 @@ class Run(google.protobuf.message.Message):
     @property
     def updated_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When the last event was recorded."""
+
+    @property
+    def validation_losses(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """Newest validation losses by name."""
 
     def __init__(
         self,
@@ -251,9 +326,15 @@ class Run(google.protobuf.message.Message):
         digest: builtins.str = ...,
         created_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
         updated_at: google.protobuf.timestamp_pb2.Timestamp | None = ...,
+        stage: builtins.str = ...,
+        held: builtins.bool = ...,
+        validation_losses: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        skipped: builtins.int = ...,
+        rollbacks: builtins.int = ...,
+        etag: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "created_at", b"created_at", "loss", b"loss", "smoothed_loss", b"smoothed_loss", "updated_at", b"updated_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "adjustments", b"adjustments", "attempt", b"attempt", "begin", b"begin", "created_at", b"created_at", "delay", b"delay", "digest", b"digest", "frontier", b"frontier", "horizon", b"horizon", "late_losses", b"late_losses", "loss", b"loss", "losses", b"losses", "name", b"name", "nonfinite_losses", b"nonfinite_losses", "progress", b"progress", "seq", b"seq", "smoothed_loss", b"smoothed_loss", "spec_document", b"spec_document", "state", b"state", "total", b"total", "unit", b"unit", "updated_at", b"updated_at", "values", b"values", "waivers", b"waivers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "adjustments", b"adjustments", "attempt", b"attempt", "begin", b"begin", "created_at", b"created_at", "delay", b"delay", "digest", b"digest", "etag", b"etag", "frontier", b"frontier", "held", b"held", "horizon", b"horizon", "late_losses", b"late_losses", "loss", b"loss", "losses", b"losses", "name", b"name", "nonfinite_losses", b"nonfinite_losses", "progress", b"progress", "rollbacks", b"rollbacks", "seq", b"seq", "skipped", b"skipped", "smoothed_loss", b"smoothed_loss", "spec_document", b"spec_document", "stage", b"stage", "state", b"state", "total", b"total", "unit", b"unit", "updated_at", b"updated_at", "validation_losses", b"validation_losses", "values", b"values", "waivers", b"waivers"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_loss", b"_loss"]) -> typing.Literal["loss"] | None: ...
     @typing.overload
@@ -400,22 +481,368 @@ class ReviseRunRequest(google.protobuf.message.Message):
     RUN_FIELD_NUMBER: builtins.int
     SPEC_DOCUMENT_FIELD_NUMBER: builtins.int
     REQUEST_ID_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    ETAG_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run; the name in the spec must equal it."""
     spec_document: builtins.str
     """The whole new spec: one YAML document."""
     request_id: builtins.str
-    """Required. Random, one per call; a repeat gets the first answer."""
+    """Required unless `dry_run`. Random, one per call; a repeat gets the first answer."""
+    dry_run: builtins.bool
+    """Show what it would do, and do nothing."""
+    reason: builtins.str
+    """Why, for people."""
+    author: builtins.str
+    """Who, for people."""
+    etag: builtins.str
+    """The `etag` of the plan that the caller saw; empty: whatever it is now."""
     def __init__(
         self,
         *,
         run: builtins.str = ...,
         spec_document: builtins.str = ...,
         request_id: builtins.str = ...,
+        dry_run: builtins.bool = ...,
+        reason: builtins.str = ...,
+        author: builtins.str = ...,
+        etag: builtins.str = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["request_id", b"request_id", "run", b"run", "spec_document", b"spec_document"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["author", b"author", "dry_run", b"dry_run", "etag", b"etag", "reason", b"reason", "request_id", b"request_id", "run", b"run", "spec_document", b"spec_document"]) -> None: ...
 
 global___ReviseRunRequest = ReviseRunRequest
+
+@typing.final
+class PreviewPoint(google.protobuf.message.Message):
+    """Values of one progress in a preview, one of each list per group."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: builtins.int
+    BEFORE_FIELD_NUMBER: builtins.int
+    AFTER_FIELD_NUMBER: builtins.int
+    WEIGHT_DECAY_BEFORE_FIELD_NUMBER: builtins.int
+    WEIGHT_DECAY_AFTER_FIELD_NUMBER: builtins.int
+    progress: builtins.int
+    """Progress, in the unit."""
+    @property
+    def before(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Learning rates without the change."""
+
+    @property
+    def after(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Learning rates with it."""
+
+    @property
+    def weight_decay_before(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Weight decays without it; empty: the run sets none."""
+
+    @property
+    def weight_decay_after(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Likewise, with it."""
+
+    def __init__(
+        self,
+        *,
+        progress: builtins.int = ...,
+        before: collections.abc.Iterable[builtins.float] | None = ...,
+        after: collections.abc.Iterable[builtins.float] | None = ...,
+        weight_decay_before: collections.abc.Iterable[builtins.float] | None = ...,
+        weight_decay_after: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "before", b"before", "progress", b"progress", "weight_decay_after", b"weight_decay_after", "weight_decay_before", b"weight_decay_before"]) -> None: ...
+
+global___PreviewPoint = PreviewPoint
+
+@typing.final
+class SpecChange(google.protobuf.message.Message):
+    """A changed field of the spec."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    FIELD_FIELD_NUMBER: builtins.int
+    BEFORE_FIELD_NUMBER: builtins.int
+    AFTER_FIELD_NUMBER: builtins.int
+    field: builtins.str
+    """Path of the field, such as "learning_rate.peak"."""
+    before: builtins.str
+    """Value before, as text; "absent": none."""
+    after: builtins.str
+    """Value after, likewise."""
+    def __init__(
+        self,
+        *,
+        field: builtins.str = ...,
+        before: builtins.str = ...,
+        after: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "before", b"before", "field", b"field"]) -> None: ...
+
+global___SpecChange = SpecChange
+
+@typing.final
+class AdjustRunRequest(google.protobuf.message.Message):
+    """Request of AdjustRun."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    SCALE_LR_FIELD_NUMBER: builtins.int
+    SET_LR_FIELD_NUMBER: builtins.int
+    SCALE_WEIGHT_DECAY_FIELD_NUMBER: builtins.int
+    BEGIN_DECAY_FIELD_NUMBER: builtins.int
+    NEXT_STAGE_FIELD_NUMBER: builtins.int
+    TOTAL_FIELD_NUMBER: builtins.int
+    HOLD_FIELD_NUMBER: builtins.int
+    RELEASE_FIELD_NUMBER: builtins.int
+    UNDO_FIELD_NUMBER: builtins.int
+    DIRECTIVE_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    ETAG_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """Name of the run."""
+    scale_lr: builtins.float
+    """Multiply the learning rate of every group, > 0."""
+    set_lr: builtins.float
+    """Set the learning rate of the first group and scale the others alike, > 0."""
+    scale_weight_decay: builtins.float
+    """Multiply the weight decay of every group, >= 0."""
+    next_stage: builtins.bool
+    """Go on to the next stage."""
+    total: builtins.int
+    """Planned length of the run: extend or shorten it."""
+    hold: builtins.bool
+    """Freeze the values."""
+    release: builtins.bool
+    """End every hold."""
+    undo: builtins.str
+    """Id of the adjustment to take back."""
+    dry_run: builtins.bool
+    """Show what it would do, and do nothing."""
+    reason: builtins.str
+    """Required. Why, for people."""
+    author: builtins.str
+    """Required. Who, for people."""
+    etag: builtins.str
+    """The `etag` of the plan that the caller saw; empty: whatever it is now."""
+    request_id: builtins.str
+    """Required unless `dry_run`. Random, one per call; a repeat gets the first answer."""
+    @property
+    def begin_decay(self) -> global___BeginDecay:
+        """Begin the anneal now."""
+
+    @property
+    def directive(self) -> global___DirectiveRequest:
+        """Ask the trainers for something."""
+
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        scale_lr: builtins.float = ...,
+        set_lr: builtins.float = ...,
+        scale_weight_decay: builtins.float = ...,
+        begin_decay: global___BeginDecay | None = ...,
+        next_stage: builtins.bool = ...,
+        total: builtins.int = ...,
+        hold: builtins.bool = ...,
+        release: builtins.bool = ...,
+        undo: builtins.str = ...,
+        directive: global___DirectiveRequest | None = ...,
+        dry_run: builtins.bool = ...,
+        reason: builtins.str = ...,
+        author: builtins.str = ...,
+        etag: builtins.str = ...,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["action", b"action", "begin_decay", b"begin_decay", "directive", b"directive", "hold", b"hold", "next_stage", b"next_stage", "release", b"release", "scale_lr", b"scale_lr", "scale_weight_decay", b"scale_weight_decay", "set_lr", b"set_lr", "total", b"total", "undo", b"undo"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["action", b"action", "author", b"author", "begin_decay", b"begin_decay", "directive", b"directive", "dry_run", b"dry_run", "etag", b"etag", "hold", b"hold", "next_stage", b"next_stage", "reason", b"reason", "release", b"release", "request_id", b"request_id", "run", b"run", "scale_lr", b"scale_lr", "scale_weight_decay", b"scale_weight_decay", "set_lr", b"set_lr", "total", b"total", "undo", b"undo"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["action", b"action"]) -> typing.Literal["scale_lr", "set_lr", "scale_weight_decay", "begin_decay", "next_stage", "total", "hold", "release", "undo", "directive"] | None: ...
+
+global___AdjustRunRequest = AdjustRunRequest
+
+@typing.final
+class BeginDecay(google.protobuf.message.Message):
+    """How to anneal."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LENGTH_FIELD_NUMBER: builtins.int
+    STYLE_FIELD_NUMBER: builtins.int
+    length: builtins.str
+    """Length in the unit, or a share of the progress so far, such as "10%"."""
+    style: builtins.str
+    """"exponential", "linear", "cosine" or "minus_sqrt"; empty: minus_sqrt."""
+    def __init__(
+        self,
+        *,
+        length: builtins.str = ...,
+        style: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["length", b"length", "style", b"style"]) -> None: ...
+
+global___BeginDecay = BeginDecay
+
+@typing.final
+class DirectiveRequest(google.protobuf.message.Message):
+    """What to ask of the trainers."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    KIND_FIELD_NUMBER: builtins.int
+    BEFORE_FIELD_NUMBER: builtins.int
+    FACTOR_FIELD_NUMBER: builtins.int
+    UNTIL_FIELD_NUMBER: builtins.int
+    kind: builtins.str
+    """"rollback", "skip", "evaluate" or "stop"."""
+    before: builtins.int
+    """rollback: progress at which the damage began."""
+    factor: builtins.float
+    """rollback: what the learning rate is multiplied by, > 0 and at most 1; 0: 0.5."""
+    until: builtins.int
+    """rollback, skip: progress up to which the data is suspect."""
+    def __init__(
+        self,
+        *,
+        kind: builtins.str = ...,
+        before: builtins.int = ...,
+        factor: builtins.float = ...,
+        until: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["before", b"before", "factor", b"factor", "kind", b"kind", "until", b"until"]) -> None: ...
+
+global___DirectiveRequest = DirectiveRequest
+
+@typing.final
+class ApproveAdviceRequest(google.protobuf.message.Message):
+    """Request of ApproveAdvice."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    ADVICE_FIELD_NUMBER: builtins.int
+    DRY_RUN_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    ETAG_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """Name of the run."""
+    advice: builtins.str
+    """Id of the advice."""
+    dry_run: builtins.bool
+    """Show what it would do, and do nothing."""
+    reason: builtins.str
+    """Why, for people; empty: the reason of the advice alone."""
+    author: builtins.str
+    """Required. Who, for people."""
+    etag: builtins.str
+    """The `etag` of the plan that the caller saw; empty: whatever it is now."""
+    request_id: builtins.str
+    """Required unless `dry_run`. Random, one per call; a repeat gets the first answer."""
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        advice: builtins.str = ...,
+        dry_run: builtins.bool = ...,
+        reason: builtins.str = ...,
+        author: builtins.str = ...,
+        etag: builtins.str = ...,
+        request_id: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["advice", b"advice", "author", b"author", "dry_run", b"dry_run", "etag", b"etag", "reason", b"reason", "request_id", b"request_id", "run", b"run"]) -> None: ...
+
+global___ApproveAdviceRequest = ApproveAdviceRequest
+
+@typing.final
+class AdjustRunResponse(google.protobuf.message.Message):
+    """Answer of AdjustRun."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EFFECTIVE_FIELD_NUMBER: builtins.int
+    ADJUSTMENT_FIELD_NUMBER: builtins.int
+    RUN_FIELD_NUMBER: builtins.int
+    PREVIEW_FIELD_NUMBER: builtins.int
+    CHANGES_FIELD_NUMBER: builtins.int
+    UNCHANGED_FIELD_NUMBER: builtins.int
+    effective: builtins.int
+    """First progress at which it shows."""
+    unchanged: builtins.bool
+    """True when nothing was to be done."""
+    @property
+    def adjustment(self) -> global___Adjustment:
+        """The adjustment; absent where the spec changed instead."""
+
+    @property
+    def run(self) -> global___Run:
+        """The run."""
+
+    @property
+    def preview(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PreviewPoint]:
+        """What the values become, from the attempt's begin to the end of the run."""
+
+    @property
+    def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SpecChange]:
+        """Changed fields of the spec."""
+
+    def __init__(
+        self,
+        *,
+        effective: builtins.int = ...,
+        adjustment: global___Adjustment | None = ...,
+        run: global___Run | None = ...,
+        preview: collections.abc.Iterable[global___PreviewPoint] | None = ...,
+        changes: collections.abc.Iterable[global___SpecChange] | None = ...,
+        unchanged: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["adjustment", b"adjustment", "run", b"run"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adjustment", b"adjustment", "changes", b"changes", "effective", b"effective", "preview", b"preview", "run", b"run", "unchanged", b"unchanged"]) -> None: ...
+
+global___AdjustRunResponse = AdjustRunResponse
+
+@typing.final
+class ApproveAdviceResponse(google.protobuf.message.Message):
+    """Answer of ApproveAdvice."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    EFFECTIVE_FIELD_NUMBER: builtins.int
+    ADJUSTMENT_FIELD_NUMBER: builtins.int
+    RUN_FIELD_NUMBER: builtins.int
+    PREVIEW_FIELD_NUMBER: builtins.int
+    effective: builtins.int
+    """First progress at which it shows."""
+    @property
+    def adjustment(self) -> global___Adjustment:
+        """The adjustment that came of it."""
+
+    @property
+    def run(self) -> global___Run:
+        """The run."""
+
+    @property
+    def preview(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PreviewPoint]:
+        """What the values become, from the attempt's begin to the end of the run."""
+
+    def __init__(
+        self,
+        *,
+        effective: builtins.int = ...,
+        adjustment: global___Adjustment | None = ...,
+        run: global___Run | None = ...,
+        preview: collections.abc.Iterable[global___PreviewPoint] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["adjustment", b"adjustment", "run", b"run"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["adjustment", b"adjustment", "effective", b"effective", "preview", b"preview", "run", b"run"]) -> None: ...
+
+global___ApproveAdviceResponse = ApproveAdviceResponse
 
 @typing.final
 class ReviseRunResponse(google.protobuf.message.Message):
@@ -426,6 +853,8 @@ class ReviseRunResponse(google.protobuf.message.Message):
     EFFECTIVE_FIELD_NUMBER: builtins.int
     RUN_FIELD_NUMBER: builtins.int
     UNCHANGED_FIELD_NUMBER: builtins.int
+    PREVIEW_FIELD_NUMBER: builtins.int
+    CHANGES_FIELD_NUMBER: builtins.int
     effective: builtins.int
     """First progress at which the new spec shows."""
     unchanged: builtins.bool
@@ -434,15 +863,25 @@ class ReviseRunResponse(google.protobuf.message.Message):
     def run(self) -> global___Run:
         """The run."""
 
+    @property
+    def preview(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___PreviewPoint]:
+        """What the values become, from the attempt's begin to the end of the run."""
+
+    @property
+    def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SpecChange]:
+        """Changed fields of the spec."""
+
     def __init__(
         self,
         *,
         effective: builtins.int = ...,
         run: global___Run | None = ...,
         unchanged: builtins.bool = ...,
+        preview: collections.abc.Iterable[global___PreviewPoint] | None = ...,
+        changes: collections.abc.Iterable[global___SpecChange] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["run", b"run"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["effective", b"effective", "run", b"run", "unchanged", b"unchanged"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["changes", b"changes", "effective", b"effective", "preview", b"preview", "run", b"run", "unchanged", b"unchanged"]) -> None: ...
 
 global___ReviseRunResponse = ReviseRunResponse
 
@@ -461,13 +900,15 @@ class Event(google.protobuf.message.Message):
     LOSSES_FIELD_NUMBER: builtins.int
     ADJUSTMENTS_FIELD_NUMBER: builtins.int
     SUMMARY_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
     seq: builtins.int
     """Dense sequence number, 1 for the first."""
     digest: builtins.str
     """Digest of the log up to and including it, lowercase hexadecimal."""
     kind: builtins.str
     """"created", "attached", "opened", "joined", "reported", "recorded", "waived",
-    "revised" or "finished".
+    "revised", "adjusted", "acknowledged" or "finished".
     """
     attempt: builtins.int
     """Attempt it belongs to, 0: none."""
@@ -475,6 +916,10 @@ class Event(google.protobuf.message.Message):
     """Progress it is about, in the unit."""
     summary: builtins.str
     """One line for people."""
+    author: builtins.str
+    """Who made it and why, of what an operator did; else empty."""
+    reason: builtins.str
+    """See `author`."""
     @property
     def recorded_at(self) -> google.protobuf.timestamp_pb2.Timestamp:
         """When the server recorded it; no value depends on it."""
@@ -499,9 +944,11 @@ class Event(google.protobuf.message.Message):
         losses: collections.abc.Iterable[global___LossRecord] | None = ...,
         adjustments: collections.abc.Iterable[global___Adjustment] | None = ...,
         summary: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["recorded_at", b"recorded_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adjustments", b"adjustments", "attempt", b"attempt", "digest", b"digest", "kind", b"kind", "losses", b"losses", "progress", b"progress", "recorded_at", b"recorded_at", "seq", b"seq", "summary", b"summary"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adjustments", b"adjustments", "attempt", b"attempt", "author", b"author", "digest", b"digest", "kind", b"kind", "losses", b"losses", "progress", b"progress", "reason", b"reason", "recorded_at", b"recorded_at", "seq", b"seq", "summary", b"summary"]) -> None: ...
 
 global___Event = Event
 
@@ -511,10 +958,31 @@ class LossRecord(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class ValidationLossesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     PROGRESS_FIELD_NUMBER: builtins.int
     LOSS_FIELD_NUMBER: builtins.int
     WEIGHT_FIELD_NUMBER: builtins.int
     LATE_FIELD_NUMBER: builtins.int
+    SKIPPED_FIELD_NUMBER: builtins.int
+    VALIDATION_LOSSES_FIELD_NUMBER: builtins.int
+    GRADIENT_NORM_FIELD_NUMBER: builtins.int
+    BATCH_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
     progress: builtins.int
     """Progress of the forward pass."""
     loss: builtins.float
@@ -523,6 +991,18 @@ class LossRecord(google.protobuf.message.Message):
     """Weight of the loss."""
     late: builtins.bool
     """True: it came after its step was final."""
+    skipped: builtins.bool
+    """True: the optimizer refused the update."""
+    gradient_norm: builtins.float
+    """Norm of the gradient; absent: not known."""
+    batch: builtins.int
+    """Global batch size in samples; 0: not known."""
+    rank: builtins.int
+    """Global rank of the reporter, where there are several."""
+    @property
+    def validation_losses(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """Validation losses by name."""
+
     def __init__(
         self,
         *,
@@ -530,9 +1010,17 @@ class LossRecord(google.protobuf.message.Message):
         loss: builtins.float | None = ...,
         weight: builtins.float = ...,
         late: builtins.bool = ...,
+        skipped: builtins.bool = ...,
+        validation_losses: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        gradient_norm: builtins.float | None = ...,
+        batch: builtins.int = ...,
+        rank: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_loss", b"_loss", "loss", b"loss"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_loss", b"_loss", "late", b"late", "loss", b"loss", "progress", b"progress", "weight", b"weight"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_gradient_norm", b"_gradient_norm", "_loss", b"_loss", "gradient_norm", b"gradient_norm", "loss", b"loss"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_gradient_norm", b"_gradient_norm", "_loss", b"_loss", "batch", b"batch", "gradient_norm", b"gradient_norm", "late", b"late", "loss", b"loss", "progress", b"progress", "rank", b"rank", "skipped", b"skipped", "validation_losses", b"validation_losses", "weight", b"weight"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_gradient_norm", b"_gradient_norm"]) -> typing.Literal["gradient_norm"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_loss", b"_loss"]) -> typing.Literal["loss"] | None: ...
 
 global___LossRecord = LossRecord

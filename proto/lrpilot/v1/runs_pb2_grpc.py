@@ -35,6 +35,16 @@ class RunServiceStub(object):
                 request_serializer=lrpilot_dot_v1_dot_runs__pb2.ReviseRunRequest.SerializeToString,
                 response_deserializer=lrpilot_dot_v1_dot_runs__pb2.ReviseRunResponse.FromString,
                 )
+        self.AdjustRun = channel.unary_unary(
+                '/lrpilot.v1.RunService/AdjustRun',
+                request_serializer=lrpilot_dot_v1_dot_runs__pb2.AdjustRunRequest.SerializeToString,
+                response_deserializer=lrpilot_dot_v1_dot_runs__pb2.AdjustRunResponse.FromString,
+                )
+        self.ApproveAdvice = channel.unary_unary(
+                '/lrpilot.v1.RunService/ApproveAdvice',
+                request_serializer=lrpilot_dot_v1_dot_runs__pb2.ApproveAdviceRequest.SerializeToString,
+                response_deserializer=lrpilot_dot_v1_dot_runs__pb2.ApproveAdviceResponse.FromString,
+                )
         self.ListEvents = channel.unary_unary(
                 '/lrpilot.v1.RunService/ListEvents',
                 request_serializer=lrpilot_dot_v1_dot_runs__pb2.ListEventsRequest.SerializeToString,
@@ -85,6 +95,23 @@ class RunServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AdjustRun(self, request, context):
+        """Changes the plan from the horizon on, as an operator. Errors: INVALID_ARGUMENT
+        (InvalidRequest), FAILED_PRECONDITION (AdjustmentRefused, RunFinished), ABORTED
+        (PlanChanged), NOT_FOUND (AdjustmentNotFound).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ApproveAdvice(self, request, context):
+        """Turns an advice into an adjustment at the horizon. Errors: as AdjustRun, and
+        FAILED_PRECONDITION (AdviceExpired).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListEvents(self, request, context):
         """Lists the events of a run's log in order, in pages.
         """
@@ -128,6 +155,16 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.ReviseRun,
                     request_deserializer=lrpilot_dot_v1_dot_runs__pb2.ReviseRunRequest.FromString,
                     response_serializer=lrpilot_dot_v1_dot_runs__pb2.ReviseRunResponse.SerializeToString,
+            ),
+            'AdjustRun': grpc.unary_unary_rpc_method_handler(
+                    servicer.AdjustRun,
+                    request_deserializer=lrpilot_dot_v1_dot_runs__pb2.AdjustRunRequest.FromString,
+                    response_serializer=lrpilot_dot_v1_dot_runs__pb2.AdjustRunResponse.SerializeToString,
+            ),
+            'ApproveAdvice': grpc.unary_unary_rpc_method_handler(
+                    servicer.ApproveAdvice,
+                    request_deserializer=lrpilot_dot_v1_dot_runs__pb2.ApproveAdviceRequest.FromString,
+                    response_serializer=lrpilot_dot_v1_dot_runs__pb2.ApproveAdviceResponse.SerializeToString,
             ),
             'ListEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.ListEvents,
@@ -220,6 +257,40 @@ class RunService(object):
         return grpc.experimental.unary_unary(request, target, '/lrpilot.v1.RunService/ReviseRun',
             lrpilot_dot_v1_dot_runs__pb2.ReviseRunRequest.SerializeToString,
             lrpilot_dot_v1_dot_runs__pb2.ReviseRunResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def AdjustRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/lrpilot.v1.RunService/AdjustRun',
+            lrpilot_dot_v1_dot_runs__pb2.AdjustRunRequest.SerializeToString,
+            lrpilot_dot_v1_dot_runs__pb2.AdjustRunResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ApproveAdvice(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/lrpilot.v1.RunService/ApproveAdvice',
+            lrpilot_dot_v1_dot_runs__pb2.ApproveAdviceRequest.SerializeToString,
+            lrpilot_dot_v1_dot_runs__pb2.ApproveAdviceResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

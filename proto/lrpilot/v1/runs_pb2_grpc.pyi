@@ -47,6 +47,23 @@ class RunServiceStub:
     FAILED_PRECONDITION (RevisionRefused, RunFinished).
     """
 
+    AdjustRun: grpc.UnaryUnaryMultiCallable[
+        lrpilot.v1.runs_pb2.AdjustRunRequest,
+        lrpilot.v1.runs_pb2.AdjustRunResponse,
+    ]
+    """Changes the plan from the horizon on, as an operator. Errors: INVALID_ARGUMENT
+    (InvalidRequest), FAILED_PRECONDITION (AdjustmentRefused, RunFinished), ABORTED
+    (PlanChanged), NOT_FOUND (AdjustmentNotFound).
+    """
+
+    ApproveAdvice: grpc.UnaryUnaryMultiCallable[
+        lrpilot.v1.runs_pb2.ApproveAdviceRequest,
+        lrpilot.v1.runs_pb2.ApproveAdviceResponse,
+    ]
+    """Turns an advice into an adjustment at the horizon. Errors: as AdjustRun, and
+    FAILED_PRECONDITION (AdviceExpired).
+    """
+
     ListEvents: grpc.UnaryUnaryMultiCallable[
         lrpilot.v1.runs_pb2.ListEventsRequest,
         lrpilot.v1.runs_pb2.ListEventsResponse,
@@ -92,6 +109,23 @@ class RunServiceAsyncStub:
     ]
     """Replaces the spec from the horizon on. Errors: INVALID_ARGUMENT (InvalidSpec),
     FAILED_PRECONDITION (RevisionRefused, RunFinished).
+    """
+
+    AdjustRun: grpc.aio.UnaryUnaryMultiCallable[
+        lrpilot.v1.runs_pb2.AdjustRunRequest,
+        lrpilot.v1.runs_pb2.AdjustRunResponse,
+    ]
+    """Changes the plan from the horizon on, as an operator. Errors: INVALID_ARGUMENT
+    (InvalidRequest), FAILED_PRECONDITION (AdjustmentRefused, RunFinished), ABORTED
+    (PlanChanged), NOT_FOUND (AdjustmentNotFound).
+    """
+
+    ApproveAdvice: grpc.aio.UnaryUnaryMultiCallable[
+        lrpilot.v1.runs_pb2.ApproveAdviceRequest,
+        lrpilot.v1.runs_pb2.ApproveAdviceResponse,
+    ]
+    """Turns an advice into an adjustment at the horizon. Errors: as AdjustRun, and
+    FAILED_PRECONDITION (AdviceExpired).
     """
 
     ListEvents: grpc.aio.UnaryUnaryMultiCallable[
@@ -147,6 +181,27 @@ class RunServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[lrpilot.v1.runs_pb2.ReviseRunResponse, collections.abc.Awaitable[lrpilot.v1.runs_pb2.ReviseRunResponse]]:
         """Replaces the spec from the horizon on. Errors: INVALID_ARGUMENT (InvalidSpec),
         FAILED_PRECONDITION (RevisionRefused, RunFinished).
+        """
+
+    @abc.abstractmethod
+    def AdjustRun(
+        self,
+        request: lrpilot.v1.runs_pb2.AdjustRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lrpilot.v1.runs_pb2.AdjustRunResponse, collections.abc.Awaitable[lrpilot.v1.runs_pb2.AdjustRunResponse]]:
+        """Changes the plan from the horizon on, as an operator. Errors: INVALID_ARGUMENT
+        (InvalidRequest), FAILED_PRECONDITION (AdjustmentRefused, RunFinished), ABORTED
+        (PlanChanged), NOT_FOUND (AdjustmentNotFound).
+        """
+
+    @abc.abstractmethod
+    def ApproveAdvice(
+        self,
+        request: lrpilot.v1.runs_pb2.ApproveAdviceRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lrpilot.v1.runs_pb2.ApproveAdviceResponse, collections.abc.Awaitable[lrpilot.v1.runs_pb2.ApproveAdviceResponse]]:
+        """Turns an advice into an adjustment at the horizon. Errors: as AdjustRun, and
+        FAILED_PRECONDITION (AdviceExpired).
         """
 
     @abc.abstractmethod

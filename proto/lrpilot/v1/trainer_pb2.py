@@ -13,43 +13,57 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lrpilot/v1/trainer.proto\x12\nlrpilot.v1\"s\n\x10\x41ttachRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x15\n\rspec_document\x18\x02 \x01(\t\x12\'\n\ton_change\x18\x03 \x01(\x0e\x32\x14.lrpilot.v1.OnChange\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"V\n\x11\x41ttachRunResponse\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12\x0f\n\x07revised\x18\x03 \x01(\x08\x12\x12\n\nhas_losses\x18\x04 \x01(\x08\"\xaa\x01\n\x12OpenAttemptRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x15\n\x08progress\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\r\n\x05state\x18\x05 \x01(\x0c\x12\x0c\n\x04rank\x18\x06 \x01(\x05\x12\x10\n\x08reporter\x18\x07 \x01(\x05\x12\x13\n\x0bincarnation\x18\x08 \x01(\tB\x0b\n\t_progress\"(\n\x07\x41ttempt\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\r\n\x05token\x18\x02 \x01(\x0c\"\xd6\x01\n\x13OpenAttemptResponse\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.lrpilot.v1.Attempt\x12\r\n\x05\x62\x65gin\x18\x02 \x01(\x03\x12\r\n\x05\x64\x65lay\x18\x03 \x01(\x03\x12\x0f\n\x07horizon\x18\x04 \x01(\x03\x12\x0c\n\x04unit\x18\x05 \x01(\t\x12\x0e\n\x06groups\x18\x06 \x03(\t\x12\x18\n\x10has_weight_decay\x18\x07 \x01(\x08\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x08 \x01(\x08\x12\x0e\n\x06joined\x18\t \x01(\x08\x12\x10\n\x08restored\x18\n \x01(\x08\"\xa5\x01\n\x10GetValuesRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12$\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x13.lrpilot.v1.Attempt\x12\r\n\x05\x62\x65gin\x18\x03 \x01(\x03\x12\x0e\n\x06stride\x18\x04 \x01(\x03\x12\r\n\x05\x63ount\x18\x05 \x01(\x05\x12\x0e\n\x06in_use\x18\x06 \x01(\x03\x12\x0f\n\x07\x62locked\x18\x07 \x01(\x08\x12\x0f\n\x07wait_ms\x18\x08 \x01(\r\"U\n\x05\x42lock\x12\r\n\x05\x62\x65gin\x18\x01 \x01(\x03\x12\x0e\n\x06stride\x18\x02 \x01(\x03\x12\x16\n\x0elearning_rates\x18\x03 \x03(\x01\x12\x15\n\rweight_decays\x18\x04 \x03(\x01\"X\n\x11GetValuesResponse\x12 \n\x05\x62lock\x18\x01 \x01(\x0b\x32\x11.lrpilot.v1.Block\x12\x0f\n\x07horizon\x18\x02 \x01(\x03\x12\x10\n\x08\x66rontier\x18\x03 \x01(\x03\"\\\n\nLossReport\x12\x10\n\x08progress\x18\x01 \x01(\x03\x12\x11\n\x04loss\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x10\n\x08moves_to\x18\x04 \x01(\x03\x42\x07\n\x05_loss\"\x94\x01\n\x13ReportLossesRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12$\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x13.lrpilot.v1.Attempt\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\'\n\x07reports\x18\x05 \x03(\x0b\x32\x16.lrpilot.v1.LossReport\"f\n\x14ReportLossesResponse\x12+\n\x08outcomes\x18\x01 \x03(\x0e\x32\x19.lrpilot.v1.ReportOutcome\x12\x10\n\x08\x66rontier\x18\x02 \x01(\x03\x12\x0f\n\x07horizon\x18\x03 \x01(\x03\"h\n\x10SaveStateRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12$\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x13.lrpilot.v1.Attempt\x12\x10\n\x08progress\x18\x03 \x01(\x03\x12\x0f\n\x07wait_ms\x18\x04 \x01(\r\"\"\n\x11SaveStateResponse\x12\r\n\x05state\x18\x01 \x01(\x0c*Q\n\x08OnChange\x12\x19\n\x15ON_CHANGE_UNSPECIFIED\x10\x00\x12\x14\n\x10ON_CHANGE_REFUSE\x10\x01\x12\x14\n\x10ON_CHANGE_REVISE\x10\x02*\x82\x01\n\rReportOutcome\x12\x1e\n\x1aREPORT_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17REPORT_OUTCOME_RECORDED\x10\x01\x12\x1b\n\x17REPORT_OUTCOME_REPEATED\x10\x02\x12\x17\n\x13REPORT_OUTCOME_LATE\x10\x03\x32\x91\x03\n\x0eTrainerService\x12H\n\tAttachRun\x12\x1c.lrpilot.v1.AttachRunRequest\x1a\x1d.lrpilot.v1.AttachRunResponse\x12N\n\x0bOpenAttempt\x12\x1e.lrpilot.v1.OpenAttemptRequest\x1a\x1f.lrpilot.v1.OpenAttemptResponse\x12H\n\tGetValues\x12\x1c.lrpilot.v1.GetValuesRequest\x1a\x1d.lrpilot.v1.GetValuesResponse\x12Q\n\x0cReportLosses\x12\x1f.lrpilot.v1.ReportLossesRequest\x1a .lrpilot.v1.ReportLossesResponse\x12H\n\tSaveState\x12\x1c.lrpilot.v1.SaveStateRequest\x1a\x1d.lrpilot.v1.SaveStateResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18lrpilot/v1/trainer.proto\x12\nlrpilot.v1\"s\n\x10\x41ttachRunRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x15\n\rspec_document\x18\x02 \x01(\t\x12\'\n\ton_change\x18\x03 \x01(\x0e\x32\x14.lrpilot.v1.OnChange\x12\x12\n\nrequest_id\x18\x04 \x01(\t\"V\n\x11\x41ttachRunResponse\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x0f\n\x07\x63reated\x18\x02 \x01(\x08\x12\x0f\n\x07revised\x18\x03 \x01(\x08\x12\x12\n\nhas_losses\x18\x04 \x01(\x08\"\xd0\x01\n\x12OpenAttemptRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x12\n\nrequest_id\x18\x02 \x01(\t\x12\x0b\n\x03key\x18\x03 \x01(\t\x12\x15\n\x08progress\x18\x04 \x01(\x03H\x00\x88\x01\x01\x12\r\n\x05state\x18\x05 \x01(\x0c\x12\x0c\n\x04rank\x18\x06 \x01(\x05\x12\x10\n\x08reporter\x18\x07 \x01(\x05\x12\x13\n\x0bincarnation\x18\x08 \x01(\t\x12\x11\n\treporters\x18\t \x03(\x05\x12\x11\n\tdirective\x18\n \x01(\tB\x0b\n\t_progress\"(\n\x07\x41ttempt\x12\x0e\n\x06number\x18\x01 \x01(\x03\x12\r\n\x05token\x18\x02 \x01(\x0c\"\xd6\x01\n\x13OpenAttemptResponse\x12$\n\x07\x61ttempt\x18\x01 \x01(\x0b\x32\x13.lrpilot.v1.Attempt\x12\r\n\x05\x62\x65gin\x18\x02 \x01(\x03\x12\r\n\x05\x64\x65lay\x18\x03 \x01(\x03\x12\x0f\n\x07horizon\x18\x04 \x01(\x03\x12\x0c\n\x04unit\x18\x05 \x01(\t\x12\x0e\n\x06groups\x18\x06 \x03(\t\x12\x18\n\x10has_weight_decay\x18\x07 \x01(\x08\x12\x10\n\x08\x66\x65\x65\x64\x62\x61\x63k\x18\x08 \x01(\x08\x12\x0e\n\x06joined\x18\t \x01(\x08\x12\x10\n\x08restored\x18\n \x01(\x08\"\xa5\x01\n\x10GetValuesRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12$\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x13.lrpilot.v1.Attempt\x12\r\n\x05\x62\x65gin\x18\x03 \x01(\x03\x12\x0e\n\x06stride\x18\x04 \x01(\x03\x12\r\n\x05\x63ount\x18\x05 \x01(\x05\x12\x0e\n\x06in_use\x18\x06 \x01(\x03\x12\x0f\n\x07\x62locked\x18\x07 \x01(\x08\x12\x0f\n\x07wait_ms\x18\x08 \x01(\r\"U\n\x05\x42lock\x12\r\n\x05\x62\x65gin\x18\x01 \x01(\x03\x12\x0e\n\x06stride\x18\x02 \x01(\x03\x12\x16\n\x0elearning_rates\x18\x03 \x03(\x01\x12\x15\n\rweight_decays\x18\x04 \x03(\x01\"\x83\x01\n\x11GetValuesResponse\x12 \n\x05\x62lock\x18\x01 \x01(\x0b\x32\x11.lrpilot.v1.Block\x12\x0f\n\x07horizon\x18\x02 \x01(\x03\x12\x10\n\x08\x66rontier\x18\x03 \x01(\x03\x12)\n\ndirectives\x18\x04 \x03(\x0b\x32\x15.lrpilot.v1.Directive\"\x91\x01\n\tDirective\x12\n\n\x02id\x18\x01 \x01(\t\x12\'\n\x04kind\x18\x02 \x01(\x0e\x32\x19.lrpilot.v1.DirectiveKind\x12\x10\n\x08progress\x18\x03 \x01(\x03\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x05 \x01(\x03\x12\r\n\x05until\x18\x06 \x01(\x03\x12\x0e\n\x06\x66\x61\x63tor\x18\x07 \x01(\x01\"\xb9\x02\n\nLossReport\x12\x10\n\x08progress\x18\x01 \x01(\x03\x12\x11\n\x04loss\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x10\n\x08moves_to\x18\x04 \x01(\x03\x12\x0f\n\x07skipped\x18\x05 \x01(\x08\x12\x0b\n\x03try\x18\x06 \x01(\x05\x12G\n\x11validation_losses\x18\x07 \x03(\x0b\x32,.lrpilot.v1.LossReport.ValidationLossesEntry\x12\x1a\n\rgradient_norm\x18\x08 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05\x62\x61tch\x18\t \x01(\x03\x1a\x37\n\x15ValidationLossesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x42\x07\n\x05_lossB\x10\n\x0e_gradient_norm\"\x94\x01\n\x13ReportLossesRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12$\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x13.lrpilot.v1.Attempt\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x13\n\x0bincarnation\x18\x04 \x01(\t\x12\'\n\x07reports\x18\x05 \x03(\x0b\x32\x16.lrpilot.v1.LossReport\"f\n\x14ReportLossesResponse\x12+\n\x08outcomes\x18\x01 \x03(\x0e\x32\x19.lrpilot.v1.ReportOutcome\x12\x10\n\x08\x66rontier\x18\x02 \x01(\x03\x12\x0f\n\x07horizon\x18\x03 \x01(\x03\"h\n\x10SaveStateRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12$\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x13.lrpilot.v1.Attempt\x12\x10\n\x08progress\x18\x03 \x01(\x03\x12\x0f\n\x07wait_ms\x18\x04 \x01(\r\"\"\n\x11SaveStateResponse\x12\r\n\x05state\x18\x01 \x01(\x0c\"\xc2\x01\n\x1b\x41\x63knowledgeDirectiveRequest\x12\x0b\n\x03run\x18\x01 \x01(\t\x12$\n\x07\x61ttempt\x18\x02 \x01(\x0b\x32\x13.lrpilot.v1.Attempt\x12\x0c\n\x04rank\x18\x03 \x01(\x05\x12\x11\n\tdirective\x18\x04 \x01(\t\x12-\n\x07outcome\x18\x05 \x01(\x0e\x32\x1c.lrpilot.v1.DirectiveOutcome\x12\x10\n\x08progress\x18\x06 \x01(\x03\x12\x0e\n\x06\x64\x65tail\x18\x07 \x01(\t\"\x1e\n\x1c\x41\x63knowledgeDirectiveResponse*Q\n\x08OnChange\x12\x19\n\x15ON_CHANGE_UNSPECIFIED\x10\x00\x12\x14\n\x10ON_CHANGE_REFUSE\x10\x01\x12\x14\n\x10ON_CHANGE_REVISE\x10\x02*\x9b\x01\n\rDirectiveKind\x12\x1e\n\x1a\x44IRECTIVE_KIND_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x44IRECTIVE_KIND_ROLLBACK\x10\x01\x12\x17\n\x13\x44IRECTIVE_KIND_SKIP\x10\x02\x12\x1b\n\x17\x44IRECTIVE_KIND_EVALUATE\x10\x03\x12\x17\n\x13\x44IRECTIVE_KIND_STOP\x10\x04*\x82\x01\n\rReportOutcome\x12\x1e\n\x1aREPORT_OUTCOME_UNSPECIFIED\x10\x00\x12\x1b\n\x17REPORT_OUTCOME_RECORDED\x10\x01\x12\x1b\n\x17REPORT_OUTCOME_REPEATED\x10\x02\x12\x17\n\x13REPORT_OUTCOME_LATE\x10\x03*\x90\x01\n\x10\x44irectiveOutcome\x12!\n\x1d\x44IRECTIVE_OUTCOME_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x44IRECTIVE_OUTCOME_DONE\x10\x01\x12\x1c\n\x18\x44IRECTIVE_OUTCOME_FAILED\x10\x02\x12\x1f\n\x1b\x44IRECTIVE_OUTCOME_UNHANDLED\x10\x03\x32\xfc\x03\n\x0eTrainerService\x12H\n\tAttachRun\x12\x1c.lrpilot.v1.AttachRunRequest\x1a\x1d.lrpilot.v1.AttachRunResponse\x12N\n\x0bOpenAttempt\x12\x1e.lrpilot.v1.OpenAttemptRequest\x1a\x1f.lrpilot.v1.OpenAttemptResponse\x12H\n\tGetValues\x12\x1c.lrpilot.v1.GetValuesRequest\x1a\x1d.lrpilot.v1.GetValuesResponse\x12Q\n\x0cReportLosses\x12\x1f.lrpilot.v1.ReportLossesRequest\x1a .lrpilot.v1.ReportLossesResponse\x12H\n\tSaveState\x12\x1c.lrpilot.v1.SaveStateRequest\x1a\x1d.lrpilot.v1.SaveStateResponse\x12i\n\x14\x41\x63knowledgeDirective\x12\'.lrpilot.v1.AcknowledgeDirectiveRequest\x1a(.lrpilot.v1.AcknowledgeDirectiveResponseb\x06proto3')
 
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, globals())
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'lrpilot.v1.trainer_pb2', globals())
 if _descriptor._USE_C_DESCRIPTORS == False:
 
   DESCRIPTOR._options = None
-  _ONCHANGE._serialized_start=1513
-  _ONCHANGE._serialized_end=1594
-  _REPORTOUTCOME._serialized_start=1597
-  _REPORTOUTCOME._serialized_end=1727
+  _LOSSREPORT_VALIDATIONLOSSESENTRY._options = None
+  _LOSSREPORT_VALIDATIONLOSSESENTRY._serialized_options = b'8\001'
+  _ONCHANGE._serialized_start=2194
+  _ONCHANGE._serialized_end=2275
+  _DIRECTIVEKIND._serialized_start=2278
+  _DIRECTIVEKIND._serialized_end=2433
+  _REPORTOUTCOME._serialized_start=2436
+  _REPORTOUTCOME._serialized_end=2566
+  _DIRECTIVEOUTCOME._serialized_start=2569
+  _DIRECTIVEOUTCOME._serialized_end=2713
   _ATTACHRUNREQUEST._serialized_start=40
   _ATTACHRUNREQUEST._serialized_end=155
   _ATTACHRUNRESPONSE._serialized_start=157
   _ATTACHRUNRESPONSE._serialized_end=243
   _OPENATTEMPTREQUEST._serialized_start=246
-  _OPENATTEMPTREQUEST._serialized_end=416
-  _ATTEMPT._serialized_start=418
-  _ATTEMPT._serialized_end=458
-  _OPENATTEMPTRESPONSE._serialized_start=461
-  _OPENATTEMPTRESPONSE._serialized_end=675
-  _GETVALUESREQUEST._serialized_start=678
-  _GETVALUESREQUEST._serialized_end=843
-  _BLOCK._serialized_start=845
-  _BLOCK._serialized_end=930
-  _GETVALUESRESPONSE._serialized_start=932
-  _GETVALUESRESPONSE._serialized_end=1020
-  _LOSSREPORT._serialized_start=1022
-  _LOSSREPORT._serialized_end=1114
-  _REPORTLOSSESREQUEST._serialized_start=1117
-  _REPORTLOSSESREQUEST._serialized_end=1265
-  _REPORTLOSSESRESPONSE._serialized_start=1267
-  _REPORTLOSSESRESPONSE._serialized_end=1369
-  _SAVESTATEREQUEST._serialized_start=1371
-  _SAVESTATEREQUEST._serialized_end=1475
-  _SAVESTATERESPONSE._serialized_start=1477
-  _SAVESTATERESPONSE._serialized_end=1511
-  _TRAINERSERVICE._serialized_start=1730
-  _TRAINERSERVICE._serialized_end=2131
+  _OPENATTEMPTREQUEST._serialized_end=454
+  _ATTEMPT._serialized_start=456
+  _ATTEMPT._serialized_end=496
+  _OPENATTEMPTRESPONSE._serialized_start=499
+  _OPENATTEMPTRESPONSE._serialized_end=713
+  _GETVALUESREQUEST._serialized_start=716
+  _GETVALUESREQUEST._serialized_end=881
+  _BLOCK._serialized_start=883
+  _BLOCK._serialized_end=968
+  _GETVALUESRESPONSE._serialized_start=971
+  _GETVALUESRESPONSE._serialized_end=1102
+  _DIRECTIVE._serialized_start=1105
+  _DIRECTIVE._serialized_end=1250
+  _LOSSREPORT._serialized_start=1253
+  _LOSSREPORT._serialized_end=1566
+  _LOSSREPORT_VALIDATIONLOSSESENTRY._serialized_start=1484
+  _LOSSREPORT_VALIDATIONLOSSESENTRY._serialized_end=1539
+  _REPORTLOSSESREQUEST._serialized_start=1569
+  _REPORTLOSSESREQUEST._serialized_end=1717
+  _REPORTLOSSESRESPONSE._serialized_start=1719
+  _REPORTLOSSESRESPONSE._serialized_end=1821
+  _SAVESTATEREQUEST._serialized_start=1823
+  _SAVESTATEREQUEST._serialized_end=1927
+  _SAVESTATERESPONSE._serialized_start=1929
+  _SAVESTATERESPONSE._serialized_end=1963
+  _ACKNOWLEDGEDIRECTIVEREQUEST._serialized_start=1966
+  _ACKNOWLEDGEDIRECTIVEREQUEST._serialized_end=2160
+  _ACKNOWLEDGEDIRECTIVERESPONSE._serialized_start=2162
+  _ACKNOWLEDGEDIRECTIVERESPONSE._serialized_end=2192
+  _TRAINERSERVICE._serialized_start=2716
+  _TRAINERSERVICE._serialized_end=3224
 # @@protoc_insertion_point(module_scope)

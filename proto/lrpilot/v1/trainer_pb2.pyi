@@ -49,6 +49,38 @@ ON_CHANGE_REVISE: OnChange.ValueType  # 2
 """Take the new spec; it holds from where the next attempt opens."""
 global___OnChange = OnChange
 
+class _DirectiveKind:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DirectiveKindEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_DirectiveKind.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DIRECTIVE_KIND_UNSPECIFIED: _DirectiveKind.ValueType  # 0
+    """Never sent."""
+    DIRECTIVE_KIND_ROLLBACK: _DirectiveKind.ValueType  # 1
+    """Go back to a state from before `before` and open a new attempt there."""
+    DIRECTIVE_KIND_SKIP: _DirectiveKind.ValueType  # 2
+    """Pass over the data up to `until`."""
+    DIRECTIVE_KIND_EVALUATE: _DirectiveKind.ValueType  # 3
+    """Evaluate, and report the validation loss."""
+    DIRECTIVE_KIND_STOP: _DirectiveKind.ValueType  # 4
+    """Stop the training."""
+
+class DirectiveKind(_DirectiveKind, metaclass=_DirectiveKindEnumTypeWrapper):
+    """What is asked of the trainers."""
+
+DIRECTIVE_KIND_UNSPECIFIED: DirectiveKind.ValueType  # 0
+"""Never sent."""
+DIRECTIVE_KIND_ROLLBACK: DirectiveKind.ValueType  # 1
+"""Go back to a state from before `before` and open a new attempt there."""
+DIRECTIVE_KIND_SKIP: DirectiveKind.ValueType  # 2
+"""Pass over the data up to `until`."""
+DIRECTIVE_KIND_EVALUATE: DirectiveKind.ValueType  # 3
+"""Evaluate, and report the validation loss."""
+DIRECTIVE_KIND_STOP: DirectiveKind.ValueType  # 4
+"""Stop the training."""
+global___DirectiveKind = DirectiveKind
+
 class _ReportOutcome:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -76,6 +108,34 @@ REPORT_OUTCOME_REPEATED: ReportOutcome.ValueType  # 2
 REPORT_OUTCOME_LATE: ReportOutcome.ValueType  # 3
 """Came after its step was final as absent: durable, seen by no policy."""
 global___ReportOutcome = ReportOutcome
+
+class _DirectiveOutcome:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _DirectiveOutcomeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_DirectiveOutcome.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    DIRECTIVE_OUTCOME_UNSPECIFIED: _DirectiveOutcome.ValueType  # 0
+    """Never sent."""
+    DIRECTIVE_OUTCOME_DONE: _DirectiveOutcome.ValueType  # 1
+    """The handler did it."""
+    DIRECTIVE_OUTCOME_FAILED: _DirectiveOutcome.ValueType  # 2
+    """The handler could not do it."""
+    DIRECTIVE_OUTCOME_UNHANDLED: _DirectiveOutcome.ValueType  # 3
+    """No handler is registered: it stays an alert."""
+
+class DirectiveOutcome(_DirectiveOutcome, metaclass=_DirectiveOutcomeEnumTypeWrapper):
+    """What became of a directive."""
+
+DIRECTIVE_OUTCOME_UNSPECIFIED: DirectiveOutcome.ValueType  # 0
+"""Never sent."""
+DIRECTIVE_OUTCOME_DONE: DirectiveOutcome.ValueType  # 1
+"""The handler did it."""
+DIRECTIVE_OUTCOME_FAILED: DirectiveOutcome.ValueType  # 2
+"""The handler could not do it."""
+DIRECTIVE_OUTCOME_UNHANDLED: DirectiveOutcome.ValueType  # 3
+"""No handler is registered: it stays an alert."""
+global___DirectiveOutcome = DirectiveOutcome
 
 @typing.final
 class AttachRunRequest(google.protobuf.message.Message):
@@ -153,6 +213,8 @@ class OpenAttemptRequest(google.protobuf.message.Message):
     RANK_FIELD_NUMBER: builtins.int
     REPORTER_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
+    REPORTERS_FIELD_NUMBER: builtins.int
+    DIRECTIVE_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run."""
     request_id: builtins.str
@@ -170,9 +232,21 @@ class OpenAttemptRequest(google.protobuf.message.Message):
     rank: builtins.int
     """Global rank of the caller."""
     reporter: builtins.int
-    """Global rank of the declared reporter."""
+    """Global rank of the declared reporter; the first one of `reporters` where those
+    are given.
+    """
     incarnation: builtins.str
     """Random, one per client process: two incarnations of one reporter are told apart."""
+    directive: builtins.str
+    """Id of the rollback directive that this attempt carries out: then it opens with
+    the cut that the directive asks for. Empty: none.
+    """
+    @property
+    def reporters(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Global ranks of several reporters, in the order in which their losses are
+        summed. Empty: `reporter` alone.
+        """
+
     def __init__(
         self,
         *,
@@ -184,9 +258,11 @@ class OpenAttemptRequest(google.protobuf.message.Message):
         rank: builtins.int = ...,
         reporter: builtins.int = ...,
         incarnation: builtins.str = ...,
+        reporters: collections.abc.Iterable[builtins.int] | None = ...,
+        directive: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_progress", b"_progress", "progress", b"progress"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_progress", b"_progress", "incarnation", b"incarnation", "key", b"key", "progress", b"progress", "rank", b"rank", "reporter", b"reporter", "request_id", b"request_id", "run", b"run", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_progress", b"_progress", "directive", b"directive", "incarnation", b"incarnation", "key", b"key", "progress", b"progress", "rank", b"rank", "reporter", b"reporter", "reporters", b"reporters", "request_id", b"request_id", "run", b"run", "state", b"state"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_progress", b"_progress"]) -> typing.Literal["progress"] | None: ...
 
 global___OpenAttemptRequest = OpenAttemptRequest
@@ -368,6 +444,7 @@ class GetValuesResponse(google.protobuf.message.Message):
     BLOCK_FIELD_NUMBER: builtins.int
     HORIZON_FIELD_NUMBER: builtins.int
     FRONTIER_FIELD_NUMBER: builtins.int
+    DIRECTIVES_FIELD_NUMBER: builtins.int
     horizon: builtins.int
     """First progress whose values are not fixed yet."""
     frontier: builtins.int
@@ -376,17 +453,68 @@ class GetValuesResponse(google.protobuf.message.Message):
     def block(self) -> global___Block:
         """The values; absent: they were not fixed within `wait_ms`."""
 
+    @property
+    def directives(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Directive]:
+        """Directives of the attempt, those that the values of the block reach: each takes
+        effect at the first used progress from its own on, once.
+        """
+
     def __init__(
         self,
         *,
         block: global___Block | None = ...,
         horizon: builtins.int = ...,
         frontier: builtins.int = ...,
+        directives: collections.abc.Iterable[global___Directive] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["block", b"block"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block", b"block", "frontier", b"frontier", "horizon", b"horizon"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "directives", b"directives", "frontier", b"frontier", "horizon", b"horizon"]) -> None: ...
 
 global___GetValuesResponse = GetValuesResponse
+
+@typing.final
+class Directive(google.protobuf.message.Message):
+    """Something asked of the trainers at one step, the same one on every rank."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    KIND_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    BEFORE_FIELD_NUMBER: builtins.int
+    UNTIL_FIELD_NUMBER: builtins.int
+    FACTOR_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """Id of the adjustment."""
+    kind: global___DirectiveKind.ValueType
+    """What is asked."""
+    progress: builtins.int
+    """Progress from which on it is due."""
+    reason: builtins.str
+    """Why, as one phrase with the numbers."""
+    before: builtins.int
+    """ROLLBACK: progress at which the damage began."""
+    until: builtins.int
+    """ROLLBACK, SKIP: progress up to which the data is suspect; 0: not said."""
+    factor: builtins.float
+    """ROLLBACK: what the learning rate is multiplied by from where the new attempt
+    opens.
+    """
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        kind: global___DirectiveKind.ValueType = ...,
+        progress: builtins.int = ...,
+        reason: builtins.str = ...,
+        before: builtins.int = ...,
+        until: builtins.int = ...,
+        factor: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["before", b"before", "factor", b"factor", "id", b"id", "kind", b"kind", "progress", b"progress", "reason", b"reason", "until", b"until"]) -> None: ...
+
+global___Directive = Directive
 
 @typing.final
 class LossReport(google.protobuf.message.Message):
@@ -394,20 +522,53 @@ class LossReport(google.protobuf.message.Message):
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
+    @typing.final
+    class ValidationLossesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        value: builtins.float
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: builtins.float = ...,
+        ) -> None: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
     PROGRESS_FIELD_NUMBER: builtins.int
     LOSS_FIELD_NUMBER: builtins.int
     WEIGHT_FIELD_NUMBER: builtins.int
     MOVES_TO_FIELD_NUMBER: builtins.int
+    SKIPPED_FIELD_NUMBER: builtins.int
+    TRY_FIELD_NUMBER: builtins.int
+    VALIDATION_LOSSES_FIELD_NUMBER: builtins.int
+    GRADIENT_NORM_FIELD_NUMBER: builtins.int
+    BATCH_FIELD_NUMBER: builtins.int
     progress: builtins.int
     """Progress of the forward pass."""
     loss: builtins.float
     """The reduced loss; NaN and infinities are data. Absent: there is none."""
     weight: builtins.float
-    """Weight of the loss, > 0; 0 reads as 1. Recorded; nothing reads it yet."""
+    """Weight of the loss in the mean over several reporters, such as its number of
+    tokens, > 0; 0 reads as 1.
+    """
     moves_to: builtins.int
     """Progress that the reporter moves to, > progress: what lies between is final as
-    absent.
+    absent. Of a skipped update: `progress` itself.
     """
+    skipped: builtins.bool
+    """True: the optimizer refused the update, so that the same progress comes again."""
+    gradient_norm: builtins.float
+    """Norm of the gradient, >= 0; it may be NaN or infinite. Absent: not known."""
+    batch: builtins.int
+    """Global batch size in samples; 0: not known."""
+    @property
+    def validation_losses(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
+        """Validation losses by name, 1 to 64 of a-z A-Z 0-9 . _ / -."""
+
     def __init__(
         self,
         *,
@@ -415,9 +576,16 @@ class LossReport(google.protobuf.message.Message):
         loss: builtins.float | None = ...,
         weight: builtins.float = ...,
         moves_to: builtins.int = ...,
+        skipped: builtins.bool = ...,
+        validation_losses: collections.abc.Mapping[builtins.str, builtins.float] | None = ...,
+        gradient_norm: builtins.float | None = ...,
+        batch: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_loss", b"_loss", "loss", b"loss"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_loss", b"_loss", "loss", b"loss", "moves_to", b"moves_to", "progress", b"progress", "weight", b"weight"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_gradient_norm", b"_gradient_norm", "_loss", b"_loss", "gradient_norm", b"gradient_norm", "loss", b"loss"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_gradient_norm", b"_gradient_norm", "_loss", b"_loss", "batch", b"batch", "gradient_norm", b"gradient_norm", "loss", b"loss", "moves_to", b"moves_to", "progress", b"progress", "skipped", b"skipped", "try", b"try", "validation_losses", b"validation_losses", "weight", b"weight"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_gradient_norm", b"_gradient_norm"]) -> typing.Literal["gradient_norm"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_loss", b"_loss"]) -> typing.Literal["loss"] | None: ...
 
 global___LossReport = LossReport
@@ -436,7 +604,7 @@ class ReportLossesRequest(google.protobuf.message.Message):
     run: builtins.str
     """Name of the run."""
     rank: builtins.int
-    """Global rank of the caller, which must be the declared reporter."""
+    """Global rank of the caller, which must be a declared reporter."""
     incarnation: builtins.str
     """Incarnation of the caller, as in OpenAttempt."""
     @property
@@ -539,3 +707,60 @@ class SaveStateResponse(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["state", b"state"]) -> None: ...
 
 global___SaveStateResponse = SaveStateResponse
+
+@typing.final
+class AcknowledgeDirectiveRequest(google.protobuf.message.Message):
+    """Request of AcknowledgeDirective."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    RANK_FIELD_NUMBER: builtins.int
+    DIRECTIVE_FIELD_NUMBER: builtins.int
+    OUTCOME_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
+    DETAIL_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """Name of the run."""
+    rank: builtins.int
+    """Global rank of the caller, which must be a declared reporter."""
+    directive: builtins.str
+    """Id of the directive."""
+    outcome: global___DirectiveOutcome.ValueType
+    """What became of it."""
+    progress: builtins.int
+    """Progress at which it was met."""
+    detail: builtins.str
+    """One line for people; may be empty."""
+    @property
+    def attempt(self) -> global___Attempt:
+        """The attempt in which the directive was met."""
+
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        attempt: global___Attempt | None = ...,
+        rank: builtins.int = ...,
+        directive: builtins.str = ...,
+        outcome: global___DirectiveOutcome.ValueType = ...,
+        progress: builtins.int = ...,
+        detail: builtins.str = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["attempt", b"attempt"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "detail", b"detail", "directive", b"directive", "outcome", b"outcome", "progress", b"progress", "rank", b"rank", "run", b"run"]) -> None: ...
+
+global___AcknowledgeDirectiveRequest = AcknowledgeDirectiveRequest
+
+@typing.final
+class AcknowledgeDirectiveResponse(google.protobuf.message.Message):
+    """Answer of AcknowledgeDirective."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+
+global___AcknowledgeDirectiveResponse = AcknowledgeDirectiveResponse

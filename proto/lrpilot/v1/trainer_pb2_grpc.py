@@ -42,6 +42,11 @@ class TrainerServiceStub(object):
                 request_serializer=lrpilot_dot_v1_dot_trainer__pb2.SaveStateRequest.SerializeToString,
                 response_deserializer=lrpilot_dot_v1_dot_trainer__pb2.SaveStateResponse.FromString,
                 )
+        self.AcknowledgeDirective = channel.unary_unary(
+                '/lrpilot.v1.TrainerService/AcknowledgeDirective',
+                request_serializer=lrpilot_dot_v1_dot_trainer__pb2.AcknowledgeDirectiveRequest.SerializeToString,
+                response_deserializer=lrpilot_dot_v1_dot_trainer__pb2.AcknowledgeDirectiveResponse.FromString,
+                )
 
 
 class TrainerServiceServicer(object):
@@ -101,6 +106,15 @@ class TrainerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AcknowledgeDirective(self, request, context):
+        """Records what became of a directive. The reporter says it; repeating it is
+        harmless. Errors: NOT_FOUND (AdjustmentNotFound), FAILED_PRECONDITION
+        (AttemptSuperseded, NotReporter).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -128,6 +142,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.SaveState,
                     request_deserializer=lrpilot_dot_v1_dot_trainer__pb2.SaveStateRequest.FromString,
                     response_serializer=lrpilot_dot_v1_dot_trainer__pb2.SaveStateResponse.SerializeToString,
+            ),
+            'AcknowledgeDirective': grpc.unary_unary_rpc_method_handler(
+                    servicer.AcknowledgeDirective,
+                    request_deserializer=lrpilot_dot_v1_dot_trainer__pb2.AcknowledgeDirectiveRequest.FromString,
+                    response_serializer=lrpilot_dot_v1_dot_trainer__pb2.AcknowledgeDirectiveResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -224,5 +243,22 @@ class TrainerService(object):
         return grpc.experimental.unary_unary(request, target, '/lrpilot.v1.TrainerService/SaveState',
             lrpilot_dot_v1_dot_trainer__pb2.SaveStateRequest.SerializeToString,
             lrpilot_dot_v1_dot_trainer__pb2.SaveStateResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def AcknowledgeDirective(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/lrpilot.v1.TrainerService/AcknowledgeDirective',
+            lrpilot_dot_v1_dot_trainer__pb2.AcknowledgeDirectiveRequest.SerializeToString,
+            lrpilot_dot_v1_dot_trainer__pb2.AcknowledgeDirectiveResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

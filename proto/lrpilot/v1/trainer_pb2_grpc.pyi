@@ -81,6 +81,15 @@ class TrainerServiceStub:
     (BeforeAttempt).
     """
 
+    AcknowledgeDirective: grpc.UnaryUnaryMultiCallable[
+        lrpilot.v1.trainer_pb2.AcknowledgeDirectiveRequest,
+        lrpilot.v1.trainer_pb2.AcknowledgeDirectiveResponse,
+    ]
+    """Records what became of a directive. The reporter says it; repeating it is
+    harmless. Errors: NOT_FOUND (AdjustmentNotFound), FAILED_PRECONDITION
+    (AttemptSuperseded, NotReporter).
+    """
+
 class TrainerServiceAsyncStub:
     """For the ranks of a training job. Beside the errors named, every method answers
     NOT_FOUND (RunNotFound) for a run that is not there, and INVALID_ARGUMENT
@@ -136,6 +145,15 @@ class TrainerServiceAsyncStub:
     from which this or another server can resume there.
     Errors: FAILED_PRECONDITION (AttemptSuperseded, LossesPending), OUT_OF_RANGE
     (BeforeAttempt).
+    """
+
+    AcknowledgeDirective: grpc.aio.UnaryUnaryMultiCallable[
+        lrpilot.v1.trainer_pb2.AcknowledgeDirectiveRequest,
+        lrpilot.v1.trainer_pb2.AcknowledgeDirectiveResponse,
+    ]
+    """Records what became of a directive. The reporter says it; repeating it is
+    harmless. Errors: NOT_FOUND (AdjustmentNotFound), FAILED_PRECONDITION
+    (AttemptSuperseded, NotReporter).
     """
 
 class TrainerServiceServicer(metaclass=abc.ABCMeta):
@@ -203,6 +221,17 @@ class TrainerServiceServicer(metaclass=abc.ABCMeta):
         from which this or another server can resume there.
         Errors: FAILED_PRECONDITION (AttemptSuperseded, LossesPending), OUT_OF_RANGE
         (BeforeAttempt).
+        """
+
+    @abc.abstractmethod
+    def AcknowledgeDirective(
+        self,
+        request: lrpilot.v1.trainer_pb2.AcknowledgeDirectiveRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lrpilot.v1.trainer_pb2.AcknowledgeDirectiveResponse, collections.abc.Awaitable[lrpilot.v1.trainer_pb2.AcknowledgeDirectiveResponse]]:
+        """Records what became of a directive. The reporter says it; repeating it is
+        harmless. Errors: NOT_FOUND (AdjustmentNotFound), FAILED_PRECONDITION
+        (AttemptSuperseded, NotReporter).
         """
 
 def add_TrainerServiceServicer_to_server(servicer: TrainerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

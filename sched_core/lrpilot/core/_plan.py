@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from lrpilot.core._changes import Multiply
 from lrpilot.core._schedules import StageSchedule, stage_at, stage_schedules
 from lrpilot.core._spec import RunSpec, parse_spec
-from lrpilot.core.policies import Multiply
 
 INFINITY = float("inf")
 

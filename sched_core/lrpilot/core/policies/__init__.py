@@ -3,10 +3,12 @@
 from lrpilot.core.policies._interface import (
     Misfit,
     Mode,
-    Multiply,
     Observation,
+    Phase,
     Policy,
     PolicySpec,
+    Quiet,
+    Rollback,
     View,
 )
 from lrpilot.core.policies._plateau import Plateau, PlateauSpec, PlateauState
@@ -16,14 +18,16 @@ __all__ = [
     "POLICIES",
     "Misfit",
     "Mode",
-    "Multiply",
     "Observation",
+    "Phase",
     "Plateau",
     "PlateauSpec",
     "PlateauState",
     "Policy",
     "PolicySpec",
+    "Quiet",
     "Registered",
+    "Rollback",
     "View",
     "build_policy",
 ]

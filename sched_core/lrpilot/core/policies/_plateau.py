@@ -1,13 +1,14 @@
 """Cut the LR when the loss has stopped improving, as torch's ReduceLROnPlateau does."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from lrpilot.core._errors import InvalidState
+from lrpilot.core._changes import Change, Multiply
 from lrpilot.core._fields import Rule, count, number, one_of
-from lrpilot.core.policies._interface import Misfit, Multiply, Observation, PolicySpec, View
+from lrpilot.core.policies._interface import Misfit, Observation, PolicySpec, View
+from lrpilot.core.policies._state import Stateful
 
 _RATE = number()
 
@@ -79,7 +80,7 @@ class PlateauState:
     """Number of losses in the report under way."""
 
 
-class Plateau:
+class Plateau(Stateful[PlateauState]):
     """Multiplies every group's LR by `factor` once `patience` reports in a row brought nothing.
 
     More precisely, on a report `a` with state `best`, `bad`, `cool`:
@@ -111,6 +112,7 @@ class Plateau:
     """
 
     kind: ClassVar[str] = "plateau"
+    state_type = PlateauState
 
     def __init__(self, spec: PlateauSpec, groups: int) -> None:
         self._spec = spec
@@ -124,9 +126,11 @@ class Plateau:
 
     def observe(
         self, state: PlateauState, observation: Observation, view: View
-    ) -> tuple[PlateauState, tuple[Multiply, ...]]:
+    ) -> tuple[PlateauState, tuple[Change, ...]]:
         """Return the state after a final loss, and the cut if one is due."""
-        spec, loss = self._spec, observation.loss
+        spec, loss = self._spec, observation.metric(self._spec.metric)
+        if loss is None:
+            return state, ()
         total, seen = state.total, state.seen
         if not math.isfinite(loss):
             if spec.nonfinite == "skip":
@@ -147,34 +151,14 @@ class Plateau:
             bad += 1
         if cooldown > 0:
             cooldown, bad = cooldown - 1, 0
-        proposed: tuple[Multiply, ...] = ()
+        proposed: tuple[Change, ...] = ()
         if bad > spec.patience:
             if self._moves(view.adjusted):
                 reason = self._reason(report, best, bad)
-                proposed = (Multiply(spec.factor, self._min_lr, None, spec.eps, reason),)
+                cut = Multiply(spec.factor, reason, min_lr=self._min_lr, eps=spec.eps)
+                proposed = (cut,)
             cooldown, bad = spec.cooldown, 0
         return PlateauState(best, bad, cooldown, total, seen), proposed
-
-    def encode(self, state: PlateauState) -> dict[str, Any]:
-        """Return the state as a plain mapping."""
-        return {
-            "best": state.best,
-            "bad": state.bad,
-            "cooldown": state.cooldown,
-            "total": state.total,
-            "seen": state.seen,
-        }
-
-    def decode(self, data: Mapping[str, Any]) -> PlateauState:
-        """Return the state that `encode` wrote; raises InvalidState if it is none."""
-        try:
-            best, total = float(data["best"]), float(data["total"])
-            bad, cooldown, seen = counts = (data["bad"], data["cooldown"], data["seen"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise InvalidState(f"not the state of a plateau policy: {data!r}") from error
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise InvalidState(f"not the state of a plateau policy: {data!r}")
-        return PlateauState(best, bad, cooldown, total, seen)
 
     def _better(self, report: float, best: float) -> bool:
         threshold = self._spec.threshold

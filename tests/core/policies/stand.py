@@ -1,0 +1,61 @@
+"""A policy alone on a stand: losses in, proposals out, with a view that the test sets."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lrpilot.core._changes import Change, Note
+from lrpilot.core.policies import Observation, Phase, Policy, Rollback
+
+
+@dataclass(frozen=True)
+class StandView:
+    """A view of a plan of one group, at the constant LR of 1e-3 unless told otherwise."""
+
+    at: int = 0
+    base: tuple[float, ...] = (1e-3,)
+    adjusted: tuple[float, ...] = (1e-3,)
+    weight_decay: tuple[float, ...] | None = (0.1,)
+    peak: tuple[float, ...] = (1e-3,)
+    floor: tuple[float, ...] = (0.0,)
+    phase: Phase = Phase("", 0, "constant", 0, 0.0, 100_000.0, 100_000)
+    total: int = 100_000
+    rollbacks: tuple[Rollback, ...] = ()
+
+
+@dataclass
+class Stand:
+    """One policy, fed in order; after a proposal it sees nothing until that shows, as in a run."""
+
+    policy: Policy[Any]
+    delay: int = 1
+    view: Callable[[int], StandView] = lambda _n: StandView()
+    """The view at a progress; `at` is filled in."""
+    state: Any = None
+    proposed: list[tuple[int, Change]] = field(default_factory=list)
+    """(n, proposal) so far."""
+    _muted_until: int = 0
+
+    def __post_init__(self) -> None:
+        self.state = self.policy.initial()
+
+    def see(self, observation: Observation) -> tuple[Change, ...]:
+        """Let the policy observe, unless it waits for its own proposal; return what it proposes."""
+        n = observation.progress
+        if n < self._muted_until:
+            return ()
+        view = replace(self.view(n), at=n + self.delay)
+        self.state, changes = self.policy.observe(self.state, observation, view)
+        # Through its plain form and back, as a snapshot takes it.
+        assert self.policy.decode(self.policy.encode(self.state)) == self.state
+        if any(not isinstance(change, Note) for change in changes):
+            self._muted_until = n + self.delay
+        self.proposed += [(n, change) for change in changes]
+        return changes
+
+    def run(self, losses: Iterable[float | None], begin: int = 0) -> list[tuple[int, Change]]:
+        """Feed one loss a step from `begin` on; return the proposals of these steps."""
+        before = len(self.proposed)
+        for n, loss in enumerate(losses, begin):
+            self.see(Observation(n, loss))
+        return self.proposed[before:]
