@@ -8,6 +8,10 @@ from lrpilot.core._changes import Change, Note
 from lrpilot.core.policies import Observation, Phase, Policy, Rollback
 
 
+FLAT = Phase("", 0, "constant", 0, 0.0, 100_000.0, 100_000)
+"""A run without warmup whose LR never moves."""
+
+
 @dataclass(frozen=True)
 class StandView:
     """A view of a plan of one group, at the constant LR of 1e-3 unless told otherwise."""
@@ -18,7 +22,7 @@ class StandView:
     weight_decay: tuple[float, ...] | None = (0.1,)
     peak: tuple[float, ...] = (1e-3,)
     floor: tuple[float, ...] = (0.0,)
-    phase: Phase = Phase("", 0, "constant", 0, 0.0, 100_000.0, 100_000)
+    phase: Phase = FLAT
     total: int = 100_000
     rollbacks: tuple[Rollback, ...] = ()
 
