@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lrpilot.core import _canonical
-from lrpilot.core._changes import Multiply
+from lrpilot.core._changes import Change, Multiply
 from lrpilot.core._errors import InvalidSpec, InvalidState
 from lrpilot.core._observers import Observers
 from lrpilot.core._plan import Adjustment, Plan, Revision
@@ -23,6 +23,7 @@ from lrpilot.core.policies import (
     PlateauState,
     build_policy,
 )
+from tests.core.policies.stand import StandView
 
 Golden = Callable[[str], list[dict[str, Any]]]
 
@@ -198,25 +199,24 @@ def test_long_series_are_answered_as_by_the_real_class() -> None:
 # The policy by itself.
 
 
-class At:
-    """What a policy sees: one LR per group."""
-
-    at = 1
-
-    def __init__(self, *rates: float) -> None:
-        self.base = self.adjusted = rates
+def at(*rates: float) -> StandView:
+    """Return what a policy sees where these are the LRs of the groups."""
+    return StandView(at=1, base=rates, adjusted=rates)
 
 
-class Unseen:
-    """A view that must not be read."""
+class Unseen(StandView):
+    """A view whose LR must not be read."""
 
-    at = 1
+    def __getattribute__(self, name: str) -> Any:
+        if name in {"base", "adjusted"}:
+            raise AssertionError("read without a proposal")
+        return super().__getattribute__(name)
 
-    @property
-    def base(self) -> tuple[float, ...]:
-        raise AssertionError("read without a proposal")
 
-    adjusted = base
+def cuts(proposed: Sequence[Change]) -> list[Multiply]:
+    """Return the proposals, which are nothing but cuts."""
+    assert all(isinstance(change, Multiply) for change in proposed)
+    return [change for change in proposed if isinstance(change, Multiply)]
 
 
 def feed(
@@ -224,10 +224,10 @@ def feed(
 ) -> tuple[PlateauState, list[tuple[int, Multiply]]]:
     """Return the state after these losses, and what was proposed on which."""
     state = policy.initial() if state is None else state
-    proposed = []
+    proposed: list[tuple[int, Multiply]] = []
     for index, loss in enumerate(losses):
-        state, found = policy.observe(state, Observation(index, loss), At(*(rates or (1e-3,))))
-        proposed += [(index, item) for item in found]
+        state, found = policy.observe(state, Observation(index, loss), at(*(rates or (1e-3,))))
+        proposed += [(index, item) for item in cuts(found)]
     return state, proposed
 
 
@@ -292,16 +292,13 @@ def test_a_cut_that_moves_nothing_is_not_proposed_but_starts_the_counters_afresh
 
 
 def test_whether_a_cut_moves_is_asked_of_the_adjusted_lr() -> None:
-    class Adjusted(At):
-        base = (1.0,)
-
-        def __init__(self, rate: float) -> None:
-            self.adjusted = (rate,)
+    def adjusted(rate: float) -> StandView:
+        return StandView(at=1, base=(1.0,), adjusted=(rate,))
 
     policy = plateau(patience=0, min_lr=0.1)
     state, _ = feed(policy, [1.0])
-    assert policy.observe(state, Observation(1, 1.0), Adjusted(0.1))[1] == ()
-    assert len(policy.observe(state, Observation(1, 1.0), Adjusted(0.2))[1]) == 1
+    assert policy.observe(state, Observation(1, 1.0), adjusted(0.1))[1] == ()
+    assert len(policy.observe(state, Observation(1, 1.0), adjusted(0.2))[1]) == 1
 
 
 def test_a_cut_is_proposed_when_one_group_moves() -> None:
@@ -413,6 +410,33 @@ def test_a_policy_holds_no_state() -> None:
     assert feed(policy, losses[3:], middle)[0] == first[0]
 
 
+def test_a_named_validation_loss_is_read_and_the_loss_is_not() -> None:
+    policy = plateau(metric="val_loss", patience=0, window=2)
+    state = policy.initial()
+    found: list[Multiply] = []
+    for n, value in enumerate([2.0, None, 2.0, 2.0, None, 3.0]):
+        validation = {"other": 0.0} if value is None else {"val_loss": value}
+        observation = Observation(n, 1.0 / (n + 1), validation)
+        state, proposed = policy.observe(state, observation, at(1e-3))
+        found += cuts(proposed)
+    (cut,) = found
+    assert cut.reason == (
+        "mean of 2 val_loss 2.5: none below 2 * (1 - 0.0001) for 1 report (patience 0)"
+    )
+
+
+def test_a_step_without_a_loss_changes_nothing() -> None:
+    state, _ = feed(plateau(), [1.0])
+    observation = Observation(1, None, {"val_loss": 5.0})
+    assert plateau().observe(state, observation, at(1e-3)) == (state, ())
+
+
+def test_it_is_quiet_in_the_stable_phase_unless_told_otherwise() -> None:
+    always = {"hold", "dip", "stage change"}
+    assert parse_policy({"kind": "plateau"}).quiet == {*always, "stable phase"}
+    assert parse_policy({"kind": "plateau", "in_stable_phase": True}).quiet == always
+
+
 # ---------------------------------------------------------------------------------------------
 # State.
 
@@ -464,10 +488,10 @@ def test_a_run_goes_on_from_a_saved_state_as_if_it_had_not_stopped(
         if index == stop:
             saved = policy.decode(_canonical.from_bytes(_canonical.to_bytes(policy.encode(saved))))
         observation = Observation(index, loss)
-        state, proposed = policy.observe(state, observation, At(*rates))
-        found += proposed
-        saved, proposed = policy.observe(saved, observation, At(*rates))
-        found_saved += proposed
+        state, proposed = policy.observe(state, observation, at(*rates))
+        found += cuts(proposed)
+        saved, proposed = policy.observe(saved, observation, at(*rates))
+        found_saved += cuts(proposed)
     assert saved == state
     assert found_saved == found
 
@@ -510,7 +534,6 @@ def test_non_finite_numbers_come_back_from_their_names() -> None:
 
 
 def test_every_registered_policy_is_built_from_its_fields() -> None:
-    assert set(POLICIES) == {"plateau"}
     for kind, registered in POLICIES.items():
         spec = parse_policy({"kind": kind})
         assert type(spec) is registered.spec

@@ -99,6 +99,17 @@ def one_of(*options: str) -> Rule:
     return Rule(f"one of {', '.join(options)}", read, options[0], options)
 
 
+def flag() -> Rule:
+    """Return the rule of true or false; a number or a word is neither."""
+
+    def read(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ValueError("not a bool")  # noqa: TRY004 - pydantic collects ValueError alone.
+        return value
+
+    return Rule("true or false", read, False)
+
+
 def text(pattern: str, allowed: str, example: str) -> Rule:
     """Return the rule of a string that `pattern` matches as a whole."""
     compiled = re.compile(pattern)
@@ -109,6 +120,14 @@ def text(pattern: str, allowed: str, example: str) -> Rule:
         return value
 
     return Rule(allowed, read, example)
+
+
+METRIC = text(
+    r"[A-Za-z0-9._/-]{1,64}",
+    "loss, or the name of a validation loss: 1 to 64 of a-z A-Z 0-9 . _ / -",
+    "loss",
+)
+"""What a policy reads."""
 
 
 def _real(value: Any) -> float:

@@ -3,21 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from lrpilot.core._changes import Change, Multiply
-from lrpilot.core._fields import Rule, count, number, one_of
-from lrpilot.core.policies._interface import Misfit, Observation, PolicySpec, View
+from lrpilot.core._fields import METRIC, count, flag, number, one_of
+from lrpilot.core.policies._improvement import Improvement, counted, report_text
+from lrpilot.core.policies._interface import Misfit, Observation, PolicySpec, Quiet, View
+from lrpilot.core.policies._rates import RATES, Rates, misfits, spread
 from lrpilot.core.policies._state import Stateful
-
-_RATE = number()
-
-
-def _read_floor(value: Any) -> float | tuple[float, ...]:
-    if isinstance(value, (list, tuple)):
-        return tuple(_RATE.read(item) for item in value)
-    rate: float = _RATE.read(value)
-    return rate
 
 
 class PlateauSpec(PolicySpec):
@@ -35,34 +28,28 @@ class PlateauSpec(PolicySpec):
     threshold_mode: Annotated[Literal["rel", "abs"], one_of("rel", "abs")] = "rel"
     cooldown: Annotated[int, count()] = 0
     """Reports after a cut in which none counts as bad."""
-    min_lr: Annotated[
-        float | tuple[float, ...],
-        Rule(f"{_RATE.allowed}, or a list with one for each group", _read_floor, 0.0),
-    ] = 0.0
+    min_lr: Annotated[Rates, RATES] = 0.0
     """Floor of the LR: one for all groups, or one each."""
     eps: Annotated[float, number()] = 1e-8
     """A change of at most this is not made."""
     window: Annotated[int, count(1)] = 1
     """Losses in a report: 1 takes each as it is, k the mean of k."""
-    metric: Annotated[
-        Literal["loss"],
-        Rule(
-            "loss (named validation losses are not read yet)",
-            one_of("loss").read,
-            "loss",
-            ("loss",),
-        ),
-    ] = "loss"
-    """What is read."""
+    metric: Annotated[str, METRIC] = "loss"
+    """What is read: `loss`, or the validation loss of that name."""
     nonfinite: Annotated[Literal["skip", "count"], one_of("skip", "count")] = "skip"
     """`skip` does not observe NaN and infinities; `count` makes each a report, as torch does."""
+    in_stable_phase: Annotated[bool, flag()] = False
+    """Whether it also observes in the stable phase of `wsd`, whose LR is not to move."""
+
+    @property
+    def quiet(self) -> frozenset[Quiet]:
+        """A held or dipped LR says nothing of its own, and a new stage has another loss."""
+        quiet: frozenset[Quiet] = frozenset({"hold", "dip", "stage change"})
+        return quiet if self.in_stable_phase else quiet | {"stable phase"}
 
     def misfits(self, group_names: Sequence[str]) -> tuple[Misfit, ...]:
         """Refuse a list of floors of another length than the groups."""
-        if isinstance(self.min_lr, tuple) and len(self.min_lr) != len(group_names):
-            wanted = f"one number, or a list of {len(group_names)}: one for each group"
-            return (Misfit("min_lr", list(self.min_lr), wanted),)
-        return ()
+        return misfits("min_lr", self.min_lr, group_names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +103,12 @@ class Plateau(Stateful[PlateauState]):
 
     def __init__(self, spec: PlateauSpec, groups: int) -> None:
         self._spec = spec
-        floor = spec.min_lr
-        self._min_lr = floor if isinstance(floor, tuple) else (floor,) * groups
+        self._min_lr = spread(spec.min_lr, groups)
+        self._improvement = Improvement(spec.objective, spec.threshold, spec.threshold_mode)
 
     def initial(self) -> PlateauState:
         """Return the state before the first loss: anything is better than its best."""
-        worst = math.inf if self._spec.objective == "min" else -math.inf
-        return PlateauState(best=worst, bad=0, cooldown=0, total=0.0, seen=0)
+        return PlateauState(best=self._improvement.worst, bad=0, cooldown=0, total=0.0, seen=0)
 
     def observe(
         self, state: PlateauState, observation: Observation, view: View
@@ -145,7 +131,7 @@ class Plateau(Stateful[PlateauState]):
             report, total, seen = total / seen, 0.0, 0
 
         best, bad, cooldown = state.best, state.bad, state.cooldown
-        if self._better(report, best):
+        if self._improvement.is_better(report, best):
             best, bad = report, 0
         else:
             bad += 1
@@ -160,16 +146,6 @@ class Plateau(Stateful[PlateauState]):
             cooldown, bad = spec.cooldown, 0
         return PlateauState(best, bad, cooldown, total, seen), proposed
 
-    def _better(self, report: float, best: float) -> bool:
-        threshold = self._spec.threshold
-        if self._spec.objective == "min":
-            if self._spec.threshold_mode == "rel":
-                return report < best * (1.0 - threshold)
-            return report < best - threshold
-        if self._spec.threshold_mode == "rel":
-            return report > best * (threshold + 1.0)
-        return report > best + threshold
-
     def _moves(self, rates: Sequence[float]) -> bool:
         return any(
             x - max(x * self._spec.factor, floor) > self._spec.eps
@@ -178,11 +154,6 @@ class Plateau(Stateful[PlateauState]):
 
     def _reason(self, report: float, best: float, bad: int) -> str:
         spec = self._spec
-        what = "loss" if spec.window == 1 else f"mean of {spec.window} losses"
-        sign, side = ("-", "below") if spec.objective == "min" else ("+", "above")
-        if spec.threshold_mode == "rel":
-            bar = f"{best:.6g} * (1 {sign} {spec.threshold:g})"
-        else:
-            bar = f"{best:.6g} {sign} {spec.threshold:g}"
-        reports = "1 report" if bad == 1 else f"{bad} reports"
-        return f"{what} {report:.6g}: none {side} {bar} for {reports} (patience {spec.patience})"
+        what, bar = report_text(spec.metric, spec.window), self._improvement.bar(best)
+        reports = counted(bad, "report")
+        return f"{what} {report:.6g}: none {bar} for {reports} (patience {spec.patience})"
