@@ -1,10 +1,7 @@
 """`lrpilot curve`: the base schedule of a spec, offline."""
 
-import enum
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -13,8 +10,17 @@ from lrpilot.core._schedules import base_schedule
 from lrpilot.core._spec import RunSpec
 from lrpilot.server.cli._failures import INVALID, CommandError, command
 from lrpilot.server.cli._options import SpecArgument
-from lrpilot.server.cli._output import rate, table_lines
-from lrpilot.server.cli._specs import load_spec
+from lrpilot.server.cli._output import (
+    Format,
+    check_picture_target,
+    encoded,
+    format_of,
+    needs_matplotlib,
+    rate,
+    table_lines,
+    write_output,
+)
+from lrpilot.server.cli._specs import chosen_groups, load_spec
 
 LARGEST = 2**63 - 1
 """Progress is an int64 on the wire."""
@@ -24,15 +30,6 @@ ROWS = 50
 
 MAX_VALUES = 1_000_000
 """Most LRs that are held in memory, for a table or a picture."""
-
-
-class Format(str, enum.Enum):
-    """How the values are written."""
-
-    TABLE = "table"
-    JSONL = "jsonl"
-    PNG = "png"
-    SVG = "svg"
 
 
 def _read_positions(text: str | None) -> list[int] | None:
@@ -95,45 +92,21 @@ def curve(
     positions = _read_positions(at)
     if positions is not None and every is not None:
         raise typer.BadParameter("--at and --every exclude each other")
-    form = form or _format_of(output)
-    picture = form in (Format.PNG, Format.SVG)
-    if picture and output is None and _is_terminal():
-        raise CommandError(
-            f"a picture is nothing for a terminal: give a file, such as -o curve.{form.value}",
-            INVALID,
-        )
+    form = form or format_of(output)
+    if form.is_picture:
+        check_picture_target(form, output, "curve")
     spec = load_spec(source)
-    groups = _groups(spec, group)
+    groups = chosen_groups(spec, group)
     if form is Format.JSONL:
         one_by_one = _every(spec.total, every) if positions is None else positions
-        _write(output, _encoded(_jsonl(spec, groups[0], one_by_one)))
+        write_output(output, encoded(_jsonl(spec, groups[0], one_by_one)))
         return
-    if positions is None and (every is not None or not picture):
+    if positions is None and (every is not None or not form.is_picture):
         positions = _held(spec.total, every, len(groups))
-    if picture:
-        _write(output, [_draw(spec, groups, positions, form)])
+    if form.is_picture:
+        write_output(output, [_draw(spec, groups, positions, form)])
     else:
-        _write(output, _encoded(_table(spec, groups, positions or [])))
-
-
-def _is_terminal() -> bool:
-    return sys.stdout.isatty()
-
-
-def _format_of(output: str | None) -> Format:
-    suffix = Path(output or "").suffix.removeprefix(".").lower()
-    return Format(suffix) if suffix in {item.value for item in Format} else Format.TABLE
-
-
-def _groups(spec: RunSpec, name: str | None) -> list[int]:
-    names = spec.group_names
-    if name is None:
-        return list(range(len(names)))
-    if not spec.groups:
-        raise CommandError(f"no group {name!r}: the spec declares none", INVALID)
-    if name not in names:
-        raise CommandError(f"no group {name!r}; the groups are {', '.join(names)}", INVALID)
-    return [names.index(name)]
+        write_output(output, encoded(_table(spec, groups, positions or [])))
 
 
 def _every(total: int, step: int | None) -> Iterator[int]:
@@ -191,28 +164,7 @@ def _stage_name(spec: RunSpec) -> Callable[[int], str]:
 
 
 def _draw(spec: RunSpec, groups: Sequence[int], positions: list[int] | None, form: Format) -> bytes:
-    try:
+    with needs_matplotlib():
         # A second to import, and nothing else needs it.
         from lrpilot.server.cli._plot import draw_curve  # noqa: PLC0415
-    except ImportError as error:
-        raise CommandError(
-            f"pictures need matplotlib: {error}", INVALID, hint="pip install 'lrpilot[server]'"
-        ) from None
     return draw_curve(spec, groups, positions, form.value)
-
-
-def _encoded(lines: Iterable[str]) -> Iterator[bytes]:
-    return (line.encode() for line in lines)
-
-
-def _write(output: str | None, parts: Iterable[bytes]) -> None:
-    if output in (None, "-"):
-        sys.stdout.flush()
-        sys.stdout.buffer.writelines(parts)
-        sys.stdout.buffer.flush()
-        return
-    try:
-        with Path(str(output)).open("wb") as file:
-            file.writelines(parts)
-    except OSError as error:
-        raise CommandError(f"{output}: {error.strerror}", INVALID) from None

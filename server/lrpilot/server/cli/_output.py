@@ -1,16 +1,86 @@
-"""How commands write: tables of plain text, numbers, JSON."""
+"""How commands write: tables of plain text, numbers, JSON, pictures, files."""
 
+import enum
 import json
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import typer
 
+from lrpilot.server.cli._failures import INVALID, CommandError
+
+
+class Format(str, enum.Enum):
+    """How values over progress are written."""
+
+    TABLE = "table"
+    JSONL = "jsonl"
+    PNG = "png"
+    SVG = "svg"
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether it is no text."""
+        return self in (Format.PNG, Format.SVG)
+
+
+def format_of(output: str | None) -> Format:
+    """Return the format that the name of a file ends in, else a table."""
+    suffix = Path(output or "").suffix.removeprefix(".").lower()
+    return Format(suffix) if suffix in {item.value for item in Format} else Format.TABLE
+
+
+def check_picture_target(form: Format, output: str | None, stem: str) -> None:
+    """Refuse to write a picture to a terminal."""
+    if output is None and _is_terminal():
+        raise CommandError(
+            f"a picture is nothing for a terminal: give a file, such as -o {stem}.{form.value}",
+            INVALID,
+        )
+
+
+@contextmanager
+def needs_matplotlib() -> Iterator[None]:
+    """Say what to install where an import in the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise CommandError(
+            f"pictures need matplotlib: {error}", INVALID, hint="pip install 'lrpilot[server]'"
+        ) from None
+
+
+def encoded(lines: Iterable[str]) -> Iterator[bytes]:
+    """Return lines of text as UTF-8."""
+    return (line.encode() for line in lines)
+
+
+def write_output(output: str | None, parts: Iterable[bytes]) -> None:
+    """Write to the file `output`, or to standard output where it is None or `-`."""
+    if output in (None, "-"):
+        sys.stdout.flush()
+        sys.stdout.buffer.writelines(parts)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        with Path(str(output)).open("wb") as file:
+            file.writelines(parts)
+    except OSError as error:
+        raise CommandError(f"{output}: {error.strerror}", INVALID) from None
+
 
 def write_json(value: Any) -> None:
-    """Write one line of JSON; floats in shortest round-trip form, non-finite ones as strings."""
-    typer.echo(json.dumps(_plain(value), allow_nan=False))
+    """Write one line of JSON; see `json_line`."""
+    typer.echo(json_line(value))
+
+
+def json_line(value: Any) -> str:
+    """Return a value as JSON; floats in shortest round-trip form, non-finite ones as strings."""
+    return json.dumps(_plain(value), allow_nan=False)
 
 
 def table_lines(
@@ -39,6 +109,10 @@ def counted(number: int, noun: str) -> str:
     """
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
+
+
+def _is_terminal() -> bool:
+    return sys.stdout.isatty()
 
 
 def _plain(value: Any) -> Any:

@@ -1,10 +1,14 @@
-"""The picture of a base schedule: LR and WD over progress, stages as bands."""
+"""The picture of a base schedule: LR and WD over progress, stages as bands.
+
+What it shares with other pictures has names without an underscore.
+"""
 
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -14,9 +18,9 @@ from matplotlib.ticker import FuncFormatter
 from lrpilot.core._schedules import base_schedule, stage_schedules
 from lrpilot.core._spec import RunSpec
 
-_COLORS = ("#1f5fbf", "#d9601a", "#2a8a4a", "#a0348f", "#8a6d00", "#008b99", "#b02a37", "#555555")
-_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
-_INK, _FAINT, _GRID_LINE = "#22262b", "#6b737c", "#dfe3e8"
+COLORS = ("#1f5fbf", "#d9601a", "#2a8a4a", "#a0348f", "#8a6d00", "#008b99", "#b02a37", "#555555")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+INK, FAINT, GRID_LINE = "#22262b", "#6b737c", "#dfe3e8"
 _BANDS = ("#eef2f8", "#ffffff")
 
 _INTERVALS = 400
@@ -57,17 +61,7 @@ def draw_curve(
     if spec.has_weight_decay:
         panels.append(("weight decay", columns[len(groups) :]))
 
-    style: dict[Any, Any] = {
-        "font.size": 10,
-        "axes.labelcolor": _INK,
-        "text.color": _INK,
-        # Names may hold a dollar sign.
-        "text.parse_math": False,
-        "svg.hashsalt": "lrpilot",
-    }
-    with mpl.rc_context(style), warnings.catch_warnings():
-        # A name in a script that the font lacks shows as boxes, which needs no lines on stderr.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with picture_style():
         figure = Figure(figsize=(10, 3.8 if len(panels) == 1 else 6), layout="constrained")
         ratios = (3, 2)[: len(panels)]
         drawn = figure.subplots(
@@ -75,12 +69,35 @@ def draw_curve(
         )
         for axes, (label, curves) in zip(drawn[:, 0], panels, strict=True):
             _draw_panel(axes, label, at, curves, names)
-            _draw_stages(axes, spec, at, named=axes is drawn[0, 0])
+            bands = _stage_bands(spec, at[0], at[-1])
+            draw_bands(axes, bands, at[0], at[-1], named=axes is drawn[0, 0])
         drawn[-1, 0].set_xlabel(f"progress ({spec.unit})")
         figure.suptitle(f"{spec.name}: base schedule", x=0.01, ha="left", weight="bold", size=12)
-        buffer = io.BytesIO()
-        metadata = {"Date": None} if form == "svg" else {}
-        figure.savefig(buffer, format=form, dpi=150, metadata=metadata)
+        return rendered(figure, form)
+
+
+@contextmanager
+def picture_style() -> Iterator[None]:
+    """Give pictures their type, and keep what a font lacks off standard error."""
+    style: dict[Any, Any] = {
+        "font.size": 10,
+        "axes.labelcolor": INK,
+        "text.color": INK,
+        # Names may hold a dollar sign.
+        "text.parse_math": False,
+        "svg.hashsalt": "lrpilot",
+    }
+    with mpl.rc_context(style), warnings.catch_warnings():
+        # A name in a script that the font lacks shows as boxes, which needs no lines on stderr.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def rendered(figure: Figure, form: str) -> bytes:
+    """Return a figure as `png` or `svg`, the same bytes each time with one matplotlib."""
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if form == "svg" else {}
+    figure.savefig(buffer, format=form, dpi=150, metadata=metadata)
     return buffer.getvalue()
 
 
@@ -119,8 +136,8 @@ def _draw_panel(
         axes.plot(
             at,
             curve,
-            color=_COLORS[index % len(_COLORS)],
-            linestyle=_DASHES[index % len(_DASHES)],
+            color=COLORS[index % len(COLORS)],
+            linestyle=DASHES[index % len(DASHES)],
             linewidth=1.9,
             marker=marker,
             label=_label(owners) if number < _LONGEST_LEGEND else "_",
@@ -129,44 +146,64 @@ def _draw_panel(
         )
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
+    dress(axes)
+    if names != [""]:
+        axes.legend(frameon=True, framealpha=0.9, edgecolor=GRID_LINE, fontsize=9)
+
+
+def dress(axes: Axes) -> None:
+    """Give a panel over progress its ticks, grid and spines."""
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _decimal(value)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axes.margins(x=0)
-    axes.grid(color=_GRID_LINE, linewidth=0.8, zorder=0)
+    axes.grid(color=GRID_LINE, linewidth=0.8, zorder=0)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(colors=_FAINT, labelsize=9)
-    if names != [""]:
-        axes.legend(frameon=True, framealpha=0.9, edgecolor=_GRID_LINE, fontsize=9)
+    axes.spines[["left", "bottom"]].set_color(FAINT)
+    axes.tick_params(colors=FAINT, labelsize=9)
 
 
-def _draw_stages(axes: Axes, spec: RunSpec, at: Sequence[int], *, named: bool) -> None:
-    if not spec.stages:
-        return
-    first, last = at[0], at[-1]
+class Band(NamedTuple):
+    """A stage between two progresses."""
+
+    name: str
+    begin: int
+    until: int
+
+
+def _stage_bands(spec: RunSpec, first: int, last: int) -> list[Band]:
+    bands = []
+    for stage in stage_schedules(spec) if spec.stages else ():
+        until = min(last if stage.until is None else stage.until, last)
+        bands.append(Band(stage.name, max(stage.begin, first), until))
+    return bands
+
+
+def draw_bands(axes: Axes, bands: Sequence[Band], first: int, last: int, *, named: bool) -> None:
+    """Draw stages as bands in a panel from `first` to `last`; `named`: their names above it.
+
+    A name that would run into others is left out.
+    """
     # Where the names in each line above the panel end, as shares of its width.
     ends = [-1.0] * _NAME_LINES
-    for index, stage in enumerate(stage_schedules(spec)):
-        begin = max(stage.begin, first)
-        until = min(last if stage.until is None else stage.until, last)
+    for index, (name, begin, until) in enumerate(bands):
         if begin >= until:
             continue
         axes.axvspan(begin, until, color=_BANDS[index % len(_BANDS)], linewidth=0, zorder=-1)
         middle = ((begin + until) / 2 - first) / (last - first)
-        half = len(stage.name) * _LETTER / 2
+        half = len(name) * _LETTER / 2
         line = next((line for line, end in enumerate(ends) if middle - half > end), None)
         if named and line is not None:
             ends[line] = middle + half + _LETTER
             axes.text(
                 middle,
                 1.02 + 0.055 * line,
-                stage.name,
+                name,
                 transform=axes.transAxes,
                 ha="center",
                 va="bottom",
                 fontsize=9,
-                color=_FAINT,
+                color=FAINT,
             )
 
 

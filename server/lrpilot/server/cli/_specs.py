@@ -26,6 +26,18 @@ def load_spec(source: str) -> RunSpec:
         raise invalid_fields(_called(source), error) from None
 
 
+def chosen_groups(spec: RunSpec, name: str | None) -> list[int]:
+    """Return the indices of the group of that name, or of all groups; CommandError names them."""
+    names = spec.group_names
+    if name is None:
+        return list(range(len(names)))
+    if not spec.groups:
+        raise CommandError(f"no group {name!r}: the spec declares none", INVALID)
+    if name not in names:
+        raise CommandError(f"no group {name!r}; the groups are {', '.join(names)}", INVALID)
+    return [names.index(name)]
+
+
 def read_text(source: str) -> str:
     """Return the text of a file, or of standard input (`-`)."""
     try:
