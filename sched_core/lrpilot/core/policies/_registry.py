@@ -4,7 +4,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lrpilot.core.policies._greedy import Greedy, GreedySpec
 from lrpilot.core.policies._interface import Policy, PolicySpec
+from lrpilot.core.policies._nonfinite import Nonfinite, NonfiniteSpec
 from lrpilot.core.policies._plateau import Plateau, PlateauSpec
 
 
@@ -18,7 +20,9 @@ class Registered:
 
 
 POLICIES: Mapping[str, Registered] = {
+    Nonfinite.kind: Registered(NonfiniteSpec, Nonfinite),
     Plateau.kind: Registered(PlateauSpec, Plateau),
+    Greedy.kind: Registered(GreedySpec, Greedy),
 }
 """By kind."""
 
