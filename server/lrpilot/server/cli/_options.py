@@ -47,6 +47,22 @@ SpecArgument = Annotated[
         help="A run spec: a YAML or JSON file, - for standard input, or preset:NAME.",
     ),
 ]
+LossTag = Annotated[
+    str | None,
+    typer.Option(
+        "--tag",
+        metavar="TAG",
+        help="TensorBoard: the scalar that is the loss. Default: the one called like a loss.",
+    ),
+]
+ValidationTag = Annotated[
+    str | None,
+    typer.Option(
+        "--val-tag",
+        metavar="TAG",
+        help="TensorBoard: the scalar that is the validation loss, to the policies val_loss.",
+    ),
+]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
 Server = Annotated[
     str,

@@ -140,7 +140,7 @@ def _draw_panel(
             linestyle=DASHES[index % len(DASHES)],
             linewidth=1.9,
             marker=marker,
-            label=_label(owners) if number < _LONGEST_LEGEND else "_",
+            label=group_label(owners) if number < _LONGEST_LEGEND else "_",
             zorder=3,
             clip_on=False,
         )
@@ -153,7 +153,7 @@ def _draw_panel(
 
 def dress(axes: Axes) -> None:
     """Give a panel over progress its ticks, grid and spines."""
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _decimal(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: decimal(value)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
     axes.margins(x=0)
     axes.grid(color=GRID_LINE, linewidth=0.8, zorder=0)
@@ -207,7 +207,8 @@ def draw_bands(axes: Axes, bands: Sequence[Band], first: int, last: int, *, name
             )
 
 
-def _label(names: Sequence[str]) -> str:
+def group_label(names: Sequence[str]) -> str:
+    """Return the legend's text for groups that share a line."""
     shown = ", ".join(names[:3])
     label = shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
     # What begins with an underscore is left out of legends.
@@ -221,7 +222,7 @@ def _short(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _decimal(value: float) -> str:
+def decimal(value: float) -> str:
     """Return a tick's value; small ones as people write LRs, such as 1.5e-4."""
     if not 0 < abs(value) < 1e-2:
         return f"{value:.4g}"
