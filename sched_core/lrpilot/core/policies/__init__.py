@@ -1,5 +1,10 @@
 """Policies: state machines that read final losses and propose changes to the plan."""
 
+from lrpilot.core.policies._decay_on_plateau import (
+    DecayOnPlateau,
+    DecayOnPlateauSpec,
+    DecayOnPlateauState,
+)
 from lrpilot.core.policies._greedy import Greedy, GreedySpec, GreedyState
 from lrpilot.core.policies._interface import (
     Misfit,
@@ -14,10 +19,15 @@ from lrpilot.core.policies._interface import (
 )
 from lrpilot.core.policies._nonfinite import Nonfinite, NonfiniteSpec, NonfiniteState
 from lrpilot.core.policies._plateau import Plateau, PlateauSpec, PlateauState
-from lrpilot.core.policies._registry import POLICIES, Registered, build_policy
+from lrpilot.core.policies._registry import DETECTORS, POLICIES, Registered, build_policy
+from lrpilot.core.policies._spike import Spike, SpikeSpec, SpikeState
 
 __all__ = [
+    "DETECTORS",
     "POLICIES",
+    "DecayOnPlateau",
+    "DecayOnPlateauSpec",
+    "DecayOnPlateauState",
     "Greedy",
     "GreedySpec",
     "GreedyState",
@@ -36,6 +46,9 @@ __all__ = [
     "Quiet",
     "Registered",
     "Rollback",
+    "Spike",
+    "SpikeSpec",
+    "SpikeState",
     "View",
     "build_policy",
 ]

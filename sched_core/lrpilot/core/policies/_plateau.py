@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal
 
 from lrpilot.core._changes import Change, Multiply
@@ -11,6 +11,7 @@ from lrpilot.core.policies._improvement import Improvement, counted, report_text
 from lrpilot.core.policies._interface import Misfit, Observation, PolicySpec, Quiet, View
 from lrpilot.core.policies._rates import RATES, Rates, misfits, spread
 from lrpilot.core.policies._state import Stateful
+from lrpilot.core.policies._window import into_window
 
 
 class PlateauSpec(PolicySpec):
@@ -118,17 +119,13 @@ class Plateau(Stateful[PlateauState]):
         if loss is None:
             return state, ()
         total, seen = state.total, state.seen
-        if not math.isfinite(loss):
-            if spec.nonfinite == "skip":
-                return state, ()
-            report = loss
-        else:
-            # The first loss is taken as it is: 0.0 + -0.0 would lose its sign.
-            total = total + loss if seen else loss
-            seen += 1
-            if seen < spec.window:
-                return PlateauState(state.best, state.bad, state.cooldown, total, seen), ()
-            report, total, seen = total / seen, 0.0, 0
+        report: float | None = loss
+        if math.isfinite(loss):
+            total, seen, report = into_window(total, seen, loss, spec.window)
+        elif spec.nonfinite == "skip":
+            return state, ()
+        if report is None:
+            return replace(state, total=total, seen=seen), ()
 
         best, bad, cooldown = state.best, state.bad, state.cooldown
         if self._improvement.is_better(report, best):

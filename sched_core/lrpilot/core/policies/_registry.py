@@ -4,10 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lrpilot.core.policies._decay_on_plateau import DecayOnPlateau, DecayOnPlateauSpec
 from lrpilot.core.policies._greedy import Greedy, GreedySpec
 from lrpilot.core.policies._interface import Policy, PolicySpec
 from lrpilot.core.policies._nonfinite import Nonfinite, NonfiniteSpec
 from lrpilot.core.policies._plateau import Plateau, PlateauSpec
+from lrpilot.core.policies._spike import Spike, SpikeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +23,19 @@ class Registered:
 
 POLICIES: Mapping[str, Registered] = {
     Nonfinite.kind: Registered(NonfiniteSpec, Nonfinite),
+    Spike.kind: Registered(SpikeSpec, Spike),
     Plateau.kind: Registered(PlateauSpec, Plateau),
     Greedy.kind: Registered(GreedySpec, Greedy),
+    DecayOnPlateau.kind: Registered(DecayOnPlateauSpec, DecayOnPlateau),
 }
 """By kind."""
+
+DETECTORS: tuple[PolicySpec, ...] = tuple(
+    POLICIES[kind].spec(kind=kind)
+    for kind in ("nonfinite", "spike", "divergence")
+    if kind in POLICIES
+)
+"""Policies that watch every run in mode advise, unless its spec names them."""
 
 
 def build_policy(spec: PolicySpec, groups: Sequence[str]) -> Policy[Any]:
