@@ -323,7 +323,7 @@ def _plain(text: str) -> int | float | str:
         return float(text)
     if not _NUMBER.fullmatch(text):
         return text
-    if text.isdigit() and len(text) <= _LONGEST_INTEGER:
+    if text.lstrip("+-").isdigit() and len(text) <= _LONGEST_INTEGER:
         return int(text)
     number = float(text)
     return number if math.isfinite(number) else text
