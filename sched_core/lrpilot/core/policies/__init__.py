@@ -5,6 +5,7 @@ from lrpilot.core.policies._decay_on_plateau import (
     DecayOnPlateauSpec,
     DecayOnPlateauState,
 )
+from lrpilot.core.policies._divergence import Divergence, DivergenceSpec, DivergenceState
 from lrpilot.core.policies._greedy import Greedy, GreedySpec, GreedyState
 from lrpilot.core.policies._interface import (
     Misfit,
@@ -20,7 +21,13 @@ from lrpilot.core.policies._interface import (
 from lrpilot.core.policies._nonfinite import Nonfinite, NonfiniteSpec, NonfiniteState
 from lrpilot.core.policies._plateau import Plateau, PlateauSpec, PlateauState
 from lrpilot.core.policies._registry import DETECTORS, POLICIES, Registered, build_policy
+from lrpilot.core.policies._slow_convergence import (
+    SlowConvergence,
+    SlowConvergenceSpec,
+    SlowConvergenceState,
+)
 from lrpilot.core.policies._spike import Spike, SpikeSpec, SpikeState
+from lrpilot.core.policies._warmup_guard import WarmupGuard, WarmupGuardSpec, WarmupGuardState
 
 __all__ = [
     "DETECTORS",
@@ -28,6 +35,9 @@ __all__ = [
     "DecayOnPlateau",
     "DecayOnPlateauSpec",
     "DecayOnPlateauState",
+    "Divergence",
+    "DivergenceSpec",
+    "DivergenceState",
     "Greedy",
     "GreedySpec",
     "GreedyState",
@@ -46,9 +56,15 @@ __all__ = [
     "Quiet",
     "Registered",
     "Rollback",
+    "SlowConvergence",
+    "SlowConvergenceSpec",
+    "SlowConvergenceState",
     "Spike",
     "SpikeSpec",
     "SpikeState",
     "View",
+    "WarmupGuard",
+    "WarmupGuardSpec",
+    "WarmupGuardState",
     "build_policy",
 ]

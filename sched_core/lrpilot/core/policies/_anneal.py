@@ -10,7 +10,7 @@ ANNEAL = Rule(
 """Length of an anneal; a share is of the progress of the loss that begins it."""
 
 ENOUGH = "10%"
-"""MiniCPM (Hu et al. 2024, arXiv:2404.06395, section 4.2): a decay over 10% of the tokens is
+"""MiniCPM (Hu et al. 2024, arXiv:2404.06395): a decay over 10% of the tokens is
 enough; Hägele et al. 2024 (arXiv:2405.18392) find 10 to 20%, with the shape `1 - sqrt`."""
 
 

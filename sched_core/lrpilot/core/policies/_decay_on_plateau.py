@@ -65,9 +65,9 @@ class DecayOnPlateau(Stateful[DecayOnPlateauState]):
     again.
 
     The defaults: MiniCPM finds that a decay over 10% of the tokens is enough (Hu et al. 2024,
-    arXiv:2404.06395, section 4.2); `1 - sqrt` is the best shape of Hägele et al. 2024
-    (arXiv:2405.18392, section 3); `patience` and `threshold` are those of torch's
-    ReduceLROnPlateau, on means of 200, as a single loss is noisy.
+    arXiv:2404.06395); `1 - sqrt` is the best shape of Hägele et al. 2024 (arXiv:2405.18392);
+    `patience` and `threshold` are those of torch's ReduceLROnPlateau, on means of 200, as a single
+    loss is noisy.
 
     >>> from lrpilot.core.policies import Phase
     >>> policy = DecayOnPlateau(DecayOnPlateauSpec(window=1, patience=1), groups=1)

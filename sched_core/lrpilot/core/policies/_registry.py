@@ -5,11 +5,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lrpilot.core.policies._decay_on_plateau import DecayOnPlateau, DecayOnPlateauSpec
+from lrpilot.core.policies._divergence import Divergence, DivergenceSpec
 from lrpilot.core.policies._greedy import Greedy, GreedySpec
 from lrpilot.core.policies._interface import Policy, PolicySpec
 from lrpilot.core.policies._nonfinite import Nonfinite, NonfiniteSpec
 from lrpilot.core.policies._plateau import Plateau, PlateauSpec
+from lrpilot.core.policies._slow_convergence import SlowConvergence, SlowConvergenceSpec
 from lrpilot.core.policies._spike import Spike, SpikeSpec
+from lrpilot.core.policies._warmup_guard import WarmupGuard, WarmupGuardSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +27,12 @@ class Registered:
 POLICIES: Mapping[str, Registered] = {
     Nonfinite.kind: Registered(NonfiniteSpec, Nonfinite),
     Spike.kind: Registered(SpikeSpec, Spike),
+    Divergence.kind: Registered(DivergenceSpec, Divergence),
+    WarmupGuard.kind: Registered(WarmupGuardSpec, WarmupGuard),
     Plateau.kind: Registered(PlateauSpec, Plateau),
     Greedy.kind: Registered(GreedySpec, Greedy),
     DecayOnPlateau.kind: Registered(DecayOnPlateauSpec, DecayOnPlateau),
+    SlowConvergence.kind: Registered(SlowConvergenceSpec, SlowConvergence),
 }
 """By kind."""
 
