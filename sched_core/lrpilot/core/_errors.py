@@ -116,3 +116,19 @@ class BelowResumePoint(LrpilotError):
 
 class LossesPending(LrpilotError):
     """Losses below the progress to save at are not final yet."""
+
+
+class AdjustmentRefused(LrpilotError):
+    """The change cannot be made to this run now; the message says why and what can."""
+
+
+class AdjustmentNotFound(LrpilotError):
+    """No adjustment, advice or directive of the run has that id."""
+
+
+class AdviceExpired(LrpilotError):
+    """The advice is too old to be approved, or was approved or forgotten already."""
+
+
+class PlanChanged(LrpilotError):
+    """The plan is no longer the one that the caller saw; look again."""

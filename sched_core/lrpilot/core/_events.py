@@ -1,11 +1,12 @@
 """What a run's log holds: one frozen class per kind of event.
 
-An event is written as canonical JSON (`_canonical`) with its kind; `encode` and `decode` are
-inverse to each other. Clocks and random numbers enter the log only as fields of events.
+An event is written as canonical JSON (`_canonical`) with its kind, without the fields that have
+their default; `encode` and `decode` are inverse to each other. Clocks and random numbers enter the
+log only as fields of events.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeAlias
 
 from lrpilot.core import _canonical
@@ -20,9 +21,29 @@ class Report:
     loss: float | None
     """The reduced loss; None: there is none."""
     weight: float
-    """Weight of the loss, > 0."""
+    """Weight of the loss in the mean over several reporters, > 0."""
     moves_to: int
-    """Progress that the reporter moves to; what lies between is final as absent."""
+    """Progress that the reporter moves to; what lies between is final as absent. Of a skipped
+    update: `progress` itself."""
+    skipped: bool = False
+    """Whether the optimizer refused the update, so that the same progress comes again."""
+    tries: int = 0
+    """Number of skipped updates at this progress before this one."""
+    validation: Mapping[str, float] = field(default_factory=dict)
+    """Validation losses by name."""
+    gradient_norm: float | None = None
+    batch: int | None = None
+    """Global batch size in samples; None: not known."""
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether there is anything for a policy to see."""
+        return (
+            self.loss is not None
+            or bool(self.validation)
+            or self.gradient_norm is not None
+            or self.batch is not None
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +83,7 @@ class Opened:
     key: str
     """Shared by the ranks that may join; empty: none may."""
     reporter: int
-    """Global rank of the declared reporter."""
+    """Global rank of the declared reporter, of several the first."""
     incarnation: str
     """Incarnation of the reporter when it is the one who opened; else empty."""
     fold: Mapping[str, Any] | None = None
@@ -72,6 +93,17 @@ class Opened:
     lost_digest: str = ""
     """Where the state was saved in a log that was lost, of which this one is the continuation; 0
     and empty: it was saved in this log."""
+    reporters: tuple[int, ...] = ()
+    """Global ranks of several reporters, in the order in which their losses are summed."""
+    opener: int | None = None
+    """Rank that opened, where `incarnation` is that of another reporter than the first."""
+    directive: str = ""
+    """Id of the rollback directive that this attempt carries out; empty: none."""
+    before: int = 0
+    asked_at: int = 0
+    """Of a rollback: where the damage began, and the progress of the loss that asked for it."""
+    factor: float = 1.0
+    """Of a rollback: what the LR is multiplied by from `begin` on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +113,8 @@ class Joined:
     kind: ClassVar[str] = "joined"
     attempt: int
     incarnation: str
+    rank: int | None = None
+    """Which of several reporters; None: the only one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +125,8 @@ class Reported:
     attempt: int
     incarnation: str
     reports: tuple[Report, ...]
+    rank: int | None = None
+    """Which of several reporters; None: the only one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +152,8 @@ class Waived:
     kind: ClassVar[str] = "waived"
     attempt: int
     until: int
+    counted: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    """(progress, ranks) where enough of several reporters were there: their mean is the loss."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +168,38 @@ class Revised:
     """First progress whose loss its policies see; None: where the next attempt opens."""
     by_trainer: bool
     request_id: str
+    author: str = ""
+    reason: str = ""
+    """Who and why, of an operator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adjusted:
+    """An operator changed the plan, or approved an advice."""
+
+    kind: ClassVar[str] = "adjusted"
+    change: Mapping[str, Any]
+    """What `change_to_mapping` wrote, with everything resolved."""
+    effective: int
+    author: str
+    request_id: str
+    advice: str = ""
+    """Id of the advice that was approved; empty: none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Acknowledged:
+    """What became of a directive."""
+
+    kind: ClassVar[str] = "acknowledged"
+    attempt: int
+    directive: str
+    """Id of the adjustment."""
+    outcome: str
+    """`done`, `failed` or `unhandled`."""
+    progress: int
+    rank: int
+    detail: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +211,17 @@ class Finished:
 
 
 Event: TypeAlias = (
-    Created | Attached | Opened | Joined | Reported | Recorded | Waived | Revised | Finished
+    Created
+    | Attached
+    | Opened
+    | Joined
+    | Reported
+    | Recorded
+    | Waived
+    | Revised
+    | Adjusted
+    | Acknowledged
+    | Finished
 )
 
 _KINDS: dict[str, type[Any]] = {
@@ -155,6 +235,8 @@ _KINDS: dict[str, type[Any]] = {
         Recorded,
         Waived,
         Revised,
+        Adjusted,
+        Acknowledged,
         Finished,
     )
 }
@@ -162,11 +244,13 @@ _KINDS: dict[str, type[Any]] = {
 
 def encode(event: Event) -> bytes:
     """Return the event as canonical bytes."""
-    data: dict[str, Any] = {field.name: getattr(event, field.name) for field in fields(event)}
+    data: dict[str, Any] = {
+        item.name: value
+        for item in fields(event)
+        if (value := getattr(event, item.name)) != item.default
+    }
     if isinstance(event, Reported):
-        data["reports"] = [
-            [item.progress, item.loss, item.weight, item.moves_to] for item in event.reports
-        ]
+        data["reports"] = [_report_to_list(report) for report in event.reports]
     return _canonical.to_bytes({"kind": event.kind, **data})
 
 
@@ -178,13 +262,39 @@ def decode(data: bytes) -> Event:
         known = ", ".join(sorted(_KINDS))
         raise ValueError(f"event kind: got {kind!r}; this release knows {known}")
     if kind == Reported.kind:
-        content["reports"] = tuple(
-            Report(progress, None if loss is None else float(loss), float(weight), moves_to)
-            for progress, loss, weight, moves_to in content["reports"]
-        )
+        content["reports"] = tuple(_report_from_list(item) for item in content["reports"])
     elif kind == Recorded.kind:
         content["learning_rates"] = tuple(float(item) for item in content["learning_rates"])
         if content["weight_decays"] is not None:
             content["weight_decays"] = tuple(float(item) for item in content["weight_decays"])
+    elif kind == Opened.kind:
+        content["reporters"] = tuple(content.get("reporters", ()))
+        content["factor"] = float(content.get("factor", 1.0))
+    elif kind == Waived.kind:
+        counted = content.get("counted", ())
+        content["counted"] = tuple((at, tuple(ranks)) for at, ranks in counted)
     event: Event = _KINDS[kind](**content)
     return event
+
+
+_METRICS = ("skipped", "tries", "validation", "gradient_norm", "batch")
+
+
+def _report_to_list(report: Report) -> list[Any]:
+    """Return a report as plain data; most have nothing beside the first four."""
+    plain: list[Any] = [report.progress, report.loss, report.weight, report.moves_to]
+    more = {name: value for name in _METRICS if (value := getattr(report, name))}
+    if report.gradient_norm is not None:
+        more["gradient_norm"] = report.gradient_norm
+    return [*plain, more] if more else plain
+
+
+def _report_from_list(data: list[Any]) -> Report:
+    progress, loss, weight, moves_to, *rest = data
+    more = dict(rest[0]) if rest else {}
+    if "gradient_norm" in more:
+        more["gradient_norm"] = float(more["gradient_norm"])
+    if "validation" in more:
+        more["validation"] = {name: float(value) for name, value in more["validation"].items()}
+    loss = None if loss is None else float(loss)
+    return Report(progress, loss, float(weight), moves_to, **more)

@@ -130,6 +130,15 @@ METRIC = text(
 """What a policy reads."""
 
 
+def is_metric(name: str) -> bool:
+    """Return whether `METRIC` reads a name."""
+    try:
+        METRIC.read(name)
+    except ValueError:
+        return False
+    return True
+
+
 def _real(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ValueError("not a number")  # noqa: TRY004 - pydantic collects ValueError alone.

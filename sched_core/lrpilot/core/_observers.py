@@ -1,14 +1,31 @@
 """Everything that watches the losses: the policies, and the averages shown to people."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from lrpilot.core._plan import Adjustment, Plan, PlanView, decide
-from lrpilot.core._spec import RunSpec, parse_policy
-from lrpilot.core.policies import Observation, Policy, PolicySpec, build_policy
+from lrpilot.core._changes import Change, Direct, EndOwn, NextStage, Note, Undo
+from lrpilot.core._plan import (
+    ENDABLE,
+    ORDER_OF_DETECTORS,
+    ORDER_OF_STAGES,
+    Adjustment,
+    Plan,
+    PlanView,
+)
+from lrpilot.core._spec import Condition, RunSpec, StageSpec, parse_policy
+from lrpilot.core._stage_end import StageEnd
+from lrpilot.core.policies import (
+    DETECTORS,
+    Observation,
+    Policy,
+    PolicySpec,
+    Quiet,
+    Rollback,
+    build_policy,
+)
 
 NEWEST_WEIGHT = 0.02
 """Weight of the newest loss in the smoothed loss."""
@@ -16,12 +33,26 @@ NEWEST_WEIGHT = 0.02
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """One policy and where it stands."""
+    """One policy, or the end of one stage, and where it stands."""
 
-    spec: PolicySpec
+    spec: PolicySpec | StageSpec
+    stage: str
+    """Name of the stage in which it watches: in another one it starts afresh."""
     state: Any
-    muted_until: int
+    muted_until: int = 0
     """After its own decision at n a policy observes nothing in (n, n + D)."""
+
+    @property
+    def mode(self) -> str:
+        """`act`, `advise` or `off`."""
+        return "act" if isinstance(self.spec, StageSpec) else self.spec.mode
+
+    @property
+    def quiet(self) -> frozenset[Quiet]:
+        """When it observes nothing."""
+        if isinstance(self.spec, StageSpec):
+            return frozenset({"hold", "dip", "stage change", "warmup"})
+        return self.spec.quiet
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +62,12 @@ class Observers:
     count: int = 0
     watches: tuple[Watch, ...] = ()
     nonfinite: int = 0
+    skipped: int = 0
+    """Number of skipped updates."""
     average: float = 0.0
     average_weight: float = 0.0
+    validation: tuple[tuple[str, float], ...] = ()
+    """Newest validation losses, in order of name."""
 
     @property
     def smoothed_loss(self) -> float | None:
@@ -40,41 +75,39 @@ class Observers:
         return self.average / self.average_weight if self.average_weight else None
 
     def observe(
-        self, plan: Plan, progress: int, loss: float, seq: int
+        self,
+        plan: Plan,
+        observation: Observation,
+        seq: int,
+        known: Mapping[tuple[int, int], int] | None = None,
     ) -> tuple["Observers", list[Adjustment]]:
-        """Return the state after one more loss and what the policies decide on it.
+        """Return the state after one more observation and what the policies decide on it.
 
-        Adjustments in mode act are added to the plan before the next policy looks at it.
+        Adjustments in mode act are added to the plan before the next policy looks at it. `seq` is
+        that of the event; where it is seen once more, `known` has those of its decisions, by
+        progress and order.
         """
-        spec = plan.observing(progress)
-        at = progress + spec.delay
+        n = observation.progress
+        spec = plan.observing(n)
+        stage = plan.observed_stage(n)
+        view = _Moment(plan, spec, n=n, seq=seq, known=known or {})
         watches = []
-        decided = []
-        for order, watch in enumerate(self._watching(spec)):
-            if watch.spec.mode == "off" or progress < watch.muted_until:
+        decided: list[Adjustment] = []
+        for (order, source), watch in self._watching(spec, stage.name):
+            if watch.mode == "off" or n < watch.muted_until or not view.is_heard(watch):
                 watches.append(watch)
                 continue
             policy = _policy(watch.spec, spec.group_names)
-            state, changes = policy.observe(
-                watch.state, Observation(progress, loss), PlanView(plan, at)
-            )
-            for change in changes:
-                adjustment = decide(
-                    plan,
-                    change,
-                    order=order,
-                    kind=watch.spec.kind,
-                    mode=watch.spec.mode,
-                    loss_at=progress,
-                    at=at,
-                    seq=seq,
-                )
-                decided.append(adjustment)
-                if adjustment.mode == "act":
-                    plan.adjust(adjustment)
-            watches.append(replace(watch, state=state, muted_until=at if changes else 0))
-        observers = replace(self, count=self.count + 1, watches=tuple(watches))
-        return observers._averaged(loss), decided
+            if observation.is_skipped and not policy.reads_skipped:
+                watches.append(watch)
+                continue
+            state, changes = policy.observe(watch.state, observation, view.plan_view())
+            made = view.decide(changes, watch, order, source)
+            decided += made
+            waits = any(not isinstance(item.change, Note) for item in made)
+            watches.append(replace(watch, state=state, muted_until=view.at if waits else 0))
+        observers = replace(self, watches=tuple(watches))
+        return observers._averaged(observation), decided
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the state as plain data."""
@@ -82,15 +115,19 @@ class Observers:
             "count": self.count,
             "watches": [
                 {
-                    "spec": watch.spec.model_dump(mode="json"),
+                    "spec": watch.spec.model_dump(mode="json", by_alias=True, exclude_none=True),
+                    "stage": watch.stage,
+                    "ends_stage": isinstance(watch.spec, StageSpec),
                     "state": _policy(watch.spec, None).encode(watch.state),
                     "muted_until": watch.muted_until,
                 }
                 for watch in self.watches
             ],
             "nonfinite": self.nonfinite,
+            "skipped": self.skipped,
             "average": self.average,
             "average_weight": self.average_weight,
+            "validation": self.validation,
         }
 
     @classmethod
@@ -98,42 +135,218 @@ class Observers:
         """Return the state that `to_mapping` wrote."""
         watches = []
         for item in data["watches"]:
-            spec = parse_policy(item["spec"])
+            spec: PolicySpec | StageSpec
+            if item["ends_stage"]:
+                spec = StageSpec.model_validate(item["spec"])
+            else:
+                spec = parse_policy(item["spec"])
             state = _policy(spec, None).decode(item["state"])
-            watches.append(Watch(spec, state, item["muted_until"]))
+            watches.append(Watch(spec, item["stage"], state, item["muted_until"]))
         return cls(
             count=data["count"],
             watches=tuple(watches),
             nonfinite=data["nonfinite"],
+            skipped=data["skipped"],
             average=float(data["average"]),
             average_weight=float(data["average_weight"]),
+            validation=tuple((name, float(value)) for name, value in data["validation"]),
         )
 
-    def _watching(self, spec: RunSpec) -> tuple[Watch, ...]:
-        """Return the watches for the policies of `spec`; an unchanged policy goes on."""
-        if tuple(watch.spec for watch in self.watches) == tuple(spec.policies):
-            return self.watches
+    def _watching(self, spec: RunSpec, stage: str) -> list[tuple[tuple[int, str], Watch]]:
+        """Return who watches in a stage, each with its order and name.
+
+        A policy that did not change goes on, save that in another stage it starts afresh.
+        """
+        wanted = _wanted(spec, stage)
+        if len(self.watches) == len(wanted) and all(
+            watch.spec is item and watch.stage == stage
+            for watch, (_, item) in zip(self.watches, wanted, strict=True)
+        ):
+            return [(name, watch) for (name, _), watch in zip(wanted, self.watches, strict=True)]
         left = list(self.watches)
-        watches = []
-        for policy_spec in spec.policies:
-            known = next((watch for watch in left if watch.spec == policy_spec), None)
+        result = []
+        for name, item in wanted:
+            known = next(
+                (watch for watch in left if watch.spec == item and watch.stage == stage), None
+            )
             if known is None:
-                known = Watch(policy_spec, _policy(policy_spec, spec.group_names).initial(), 0)
+                known = Watch(item, stage, _policy(item, spec.group_names).initial())
             else:
                 left.remove(known)
-            watches.append(known)
-        return tuple(watches)
+                # The very object of the spec, so that the next look is a quick one.
+                known = replace(known, spec=item)
+            result.append((name, known))
+        return result
 
-    def _averaged(self, loss: float) -> "Observers":
-        if not math.isfinite(loss):
-            return replace(self, nonfinite=self.nonfinite + 1)
-        return replace(
-            self,
-            average=(1.0 - NEWEST_WEIGHT) * self.average + NEWEST_WEIGHT * loss,
-            average_weight=(1.0 - NEWEST_WEIGHT) * self.average_weight + NEWEST_WEIGHT,
+    def _averaged(self, observation: Observation) -> "Observers":
+        changes: dict[str, Any] = {}
+        loss = observation.loss
+        if observation.is_skipped:
+            changes["skipped"] = self.skipped + 1
+        elif loss is not None:
+            changes["count"] = self.count + 1
+        is_broken = loss is not None and not math.isfinite(loss)
+        if is_broken or observation.left_out:
+            changes["nonfinite"] = self.nonfinite + observation.left_out + is_broken
+        if loss is not None and not is_broken and not observation.is_skipped:
+            changes["average"] = (1.0 - NEWEST_WEIGHT) * self.average + NEWEST_WEIGHT * loss
+            changes["average_weight"] = (1.0 - NEWEST_WEIGHT) * self.average_weight + NEWEST_WEIGHT
+        if observation.validation:
+            newest = {**dict(self.validation), **observation.validation}
+            changes["validation"] = tuple(sorted(newest.items()))
+        return replace(self, **changes)
+
+
+class _Moment:
+    """One observation against the plan: who hears it, and what becomes of what they propose."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        spec: RunSpec,
+        *,
+        n: int,
+        seq: int,
+        known: Mapping[tuple[int, int], int],
+    ) -> None:
+        self.at = n + spec.delay
+        self._plan = plan
+        self._n = n
+        self._spec = spec
+        self._seq = seq
+        self._known = known
+        self._quiet: set[Quiet] | None = None
+
+    def is_heard(self, watch: Watch) -> bool:
+        """Return whether a policy observes what happened now."""
+        if not watch.quiet:
+            return True
+        if self._quiet is None:
+            self._quiet = self._plan.quiet(self._n)
+        return not watch.quiet & self._quiet
+
+    def plan_view(self) -> PlanView:
+        """Return what the next policy sees."""
+        return PlanView(self._plan, self._n, self.at)
+
+    def decide(
+        self, changes: Sequence[Change], watch: Watch, order: int, source: str
+    ) -> list[Adjustment]:
+        """Return what the proposals of one policy become; those that act join the plan."""
+        if not changes:
+            return []
+        mode = watch.mode
+        kind = "stage" if isinstance(watch.spec, StageSpec) else watch.spec.kind
+        held_back = mode == "act" and self._comes_too_soon(changes)
+        made = []
+        for part, change in enumerate(self._resolved(changes, kind)):
+            adjustment = self._plan.stated(
+                Adjustment(
+                    effective=self.at,
+                    decided_at=self._n,
+                    order=order,
+                    part=part,
+                    kind=kind,
+                    source=source,
+                    mode="held back" if held_back and isinstance(change, ENDABLE) else mode,
+                    change=change,
+                    before=(),
+                    after=(),
+                    decays_before=(),
+                    decays_after=(),
+                    seq=self._known.get((self._n, order), self._seq),
+                    expires=self.at + self._lifetime() if mode == "advise" else 0,
+                )
+            )
+            if adjustment.mode == "act":
+                self._plan.adjust(adjustment)
+            made.append(adjustment)
+        return made
+
+    def _resolved(self, changes: Sequence[Change], kind: str) -> Iterator[Change]:
+        for change in changes:
+            if isinstance(change, EndOwn):
+                own = tuple(
+                    item.id
+                    for item in self._plan.in_force(self.at)
+                    if item.kind == kind and isinstance(item.change, ENDABLE)
+                )
+                if own:
+                    yield Undo(own, change.reason)
+            elif isinstance(change, Direct) and change.directive == "rollback":
+                yield limited(change, self._plan.rollbacks, self._n)
+            elif isinstance(change, NextStage) and self._plan.stage(self.at).name != change.leaves:
+                # An operator was faster.
+                continue
+            else:
+                yield change
+
+    def _comes_too_soon(self, changes: Sequence[Change]) -> bool:
+        interval = self._spec.feedback.interval
+        if not interval or not any(isinstance(change, ENDABLE) for change in changes):
+            return False
+        return any(
+            isinstance(item.change, ENDABLE) and self.at - interval < item.effective <= self.at
+            for item in self._plan.adjustments
         )
+
+    def _lifetime(self) -> int:
+        return self._spec.feedback.advice_expires or max(1, self._spec.total // 20)
+
+
+def limited(change: Direct, rollbacks: Sequence[Rollback], n: int) -> Direct:
+    """Return the rollback that a loss at `n` asks for, or `stop` where there were too many.
+
+    A region reaches from where a rollback went back to, up to as far again behind the loss that
+    asked for it: damage that comes back is often met a little later.
+    """
+    near = [item for item in rollbacks if item.begin <= n <= 2 * item.decided_at - item.begin]
+    if change.limit is None or len(near) < change.limit:
+        return change
+    reason = f"{change.reason}; {len(near)} rollbacks into this region did not save it"
+    return Direct("stop", reason)
+
+
+def _wanted(spec: RunSpec, stage: str) -> list[tuple[tuple[int, str], PolicySpec | StageSpec]]:
+    """Return who is to watch in a stage, in order, each with its order and name."""
+    key = (id(spec), stage)
+    known = _wanted_cache.get(key)
+    if known is not None and known[0] is spec:
+        return known[1]
+    index = next((at for at, item in enumerate(spec.stages) if item.name == stage), 0)
+    own = bool(spec.stages) and spec.stages[index].policies is not None
+    prefix = f"stages.{index}.policies" if own else "policies"
+    policies = spec.policies_in(index)
+    wanted: list[tuple[tuple[int, str], PolicySpec | StageSpec]] = [
+        ((order, f"{prefix}.{order} ({item.kind})"), item) for order, item in enumerate(policies)
+    ]
+    if spec.stages and spec.stages[index].when is not None:
+        name = f"stages.{index} (when)"
+        wanted.append(((ORDER_OF_STAGES, name), spec.stages[index]))
+    kinds = {item.kind for item in policies}
+    wanted += [
+        ((ORDER_OF_DETECTORS + order, f"detector ({item.kind})"), item)
+        for order, item in enumerate(DETECTORS)
+        if item.kind not in kinds
+    ]
+    if len(_wanted_cache) >= 256:
+        _wanted_cache.clear()
+    _wanted_cache[key] = (spec, wanted)
+    return wanted
+
+
+_wanted_cache: dict[
+    tuple[int, str], tuple[RunSpec, list[tuple[tuple[int, str], PolicySpec | StageSpec]]]
+] = {}
+"""Specs are compared by identity: hashing one costs more than all that is cached here."""
+
+
+def _policy(spec: PolicySpec | StageSpec, groups: tuple[str, ...] | None) -> Policy[Any]:
+    if isinstance(spec, StageSpec):
+        return StageEnd(spec.name, spec.when or Condition(), spec.earliest)
+    return _built(spec, groups)
 
 
 @lru_cache(maxsize=1024)
-def _policy(spec: PolicySpec, groups: tuple[str, ...] | None) -> Policy[Any]:
+def _built(spec: PolicySpec, groups: tuple[str, ...] | None) -> Policy[Any]:
     return build_policy(spec, groups or ("",))

@@ -4,13 +4,51 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from itertools import pairwise
+from typing import Any, TypeAlias
 
-from lrpilot.core._changes import Multiply
-from lrpilot.core._schedules import StageSchedule, stage_at, stage_schedules
+from lrpilot.core._changes import (
+    BeginDecay,
+    Change,
+    Curve,
+    Direct,
+    Divide,
+    Hold,
+    Multiply,
+    NextStage,
+    ScaleWeightDecay,
+    SetRate,
+    StretchWarmup,
+    Undo,
+    change_from_mapping,
+    change_to_mapping,
+)
+from lrpilot.core._schedules import StageSchedule, anneal_factor, stage_at, stage_schedules
 from lrpilot.core._spec import RunSpec, parse_spec
+from lrpilot.core.policies import Phase, Quiet, Rollback
 
 INFINITY = float("inf")
+
+ORDER_OF_STAGES = 1000
+"""Order of what the end of a stage decides: behind every policy of the spec."""
+
+ORDER_OF_DETECTORS = 2000
+"""Order of the first policy that watches although no spec names it."""
+
+ORDER_OF_OPERATORS = 3000
+"""Order of what operators do, and of a rollback's cut: behind everything else."""
+
+RATE_CHANGES = (Multiply, Divide, SetRate, Curve, Hold, BeginDecay)
+"""Changes that are links of the chain of LRs."""
+
+DECAY_CHANGES = (ScaleWeightDecay, Hold)
+"""Changes that are links of the chain of WDs."""
+
+ENDABLE = (Multiply, Divide, SetRate, Curve, Hold, BeginDecay, ScaleWeightDecay)
+"""Changes that can be taken back."""
+
+Values: TypeAlias = tuple[tuple[float, ...], tuple[float, ...] | None]
+"""Learning rates and weight decays of one progress, one per group; None: the run sets none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,31 +58,54 @@ class Adjustment:
     effective: int
     """First progress at which it shows."""
     decided_at: int
-    """Progress of the loss that decided it."""
+    """Progress of the loss that decided it; of an operator's, that of the next loss then."""
     order: int
     """Position of the policy in the spec: breaks ties between equal `effective`."""
+    part: int
+    """Position among what the same one decided on the same loss."""
+    kind: str
+    """Kind of the policy, else `stage`, `operator` or `rollback`."""
     source: str
     """Who decided, such as `policies.0 (plateau)`."""
     mode: str
-    """`act`: part of the plan; `advise`: recorded only."""
-    multiply: Multiply
-    """What it does to the learning rate."""
+    """`act`: part of the plan; `advise`: recorded only; `held back`: not applied, since the least
+    interval between adjustments was not over."""
+    change: Change
+    """What it does."""
     before: tuple[float, ...]
     """Learning rate at `effective` per group, without it."""
     after: tuple[float, ...]
     """Learning rate at `effective` per group, with it."""
+    decays_before: tuple[float, ...]
+    """Weight decay likewise; empty: the run sets none."""
+    decays_after: tuple[float, ...]
     seq: int
     """Sequence number of the event whose fold decided it."""
+    author: str = ""
+    """Who made it, of an operator."""
+    expires: int = 0
+    """Of an advice: horizon from which on it can no longer be approved."""
 
     @property
-    def key(self) -> tuple[int, int, int]:
+    def key(self) -> tuple[int, int, int, int]:
         """What adjustments apply in order of."""
-        return (self.effective, self.order, self.seq)
+        return (self.effective, self.order, self.seq, self.part)
 
     @property
-    def decision(self) -> tuple[int, int, int]:
+    def decision(self) -> tuple[int, int, int, int]:
         """What tells it from all others of its log, and what people see them in order of."""
-        return (self.seq, self.decided_at, self.order)
+        return (self.seq, self.decided_at, self.order, self.part)
+
+    @property
+    def id(self) -> str:
+        """Name within the run."""
+        name = f"{self.seq}-{self.decided_at}-{self.order}"
+        return f"{name}-{self.part}" if self.part else name
+
+    @property
+    def reason(self) -> str:
+        """Why, as one phrase with the numbers."""
+        return self.change.reason
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the adjustment as plain data."""
@@ -52,39 +113,28 @@ class Adjustment:
             "effective": self.effective,
             "decided_at": self.decided_at,
             "order": self.order,
+            "part": self.part,
+            "kind": self.kind,
             "source": self.source,
             "mode": self.mode,
-            "factor": self.multiply.factor,
-            "min_lr": self.multiply.min_lr,
-            "max_lr": self.multiply.max_lr,
-            "eps": self.multiply.eps,
-            "reason": self.multiply.reason,
+            "change": change_to_mapping(self.change),
             "before": self.before,
             "after": self.after,
+            "decays_before": self.decays_before,
+            "decays_after": self.decays_after,
             "seq": self.seq,
+            "author": self.author,
+            "expires": self.expires,
         }
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> "Adjustment":
         """Return the adjustment that `to_mapping` wrote."""
-        max_lr = data["max_lr"]
-        return cls(
-            effective=data["effective"],
-            decided_at=data["decided_at"],
-            order=data["order"],
-            source=data["source"],
-            mode=data["mode"],
-            multiply=Multiply(
-                factor=float(data["factor"]),
-                min_lr=_floats(data["min_lr"]),
-                max_lr=None if max_lr is None else _floats(max_lr),
-                eps=float(data["eps"]),
-                reason=data["reason"],
-            ),
-            before=_floats(data["before"]),
-            after=_floats(data["after"]),
-            seq=data["seq"],
-        )
+        values = dict(data)
+        values["change"] = change_from_mapping(data["change"])
+        for name in ("before", "after", "decays_before", "decays_after"):
+            values[name] = tuple(float(value) for value in data[name])
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -101,7 +151,7 @@ class Revision:
 
     @cached_property
     def stages(self) -> tuple[StageSchedule, ...]:
-        """The base schedule of each stage."""
+        """The base schedule of each stage, as the spec plans it."""
         return stage_schedules(self.spec)
 
     def to_mapping(self) -> dict[str, Any]:
@@ -126,23 +176,19 @@ class Revision:
         return replace(self, effective=begin, observes_from=begin)
 
 
-def clamped_multiply(
-    lr: float, change: Multiply, group: int, low: float = 0.0, high: float = INFINITY
-) -> float:
-    """Return `lr` after one multiplication under its clamps and the run's bounds.
+def lowered(lr: float, new: float, low: float, eps: float = 0.0) -> float:
+    """Return `lr` after a cut to `new`, by no more than down to `low`, if it falls by over `eps`.
 
-    Down, more precisely: `new = max(lr * factor, floor)`, taken if `lr - new > eps`, where
-    `floor` is the greater of the change's own `min_lr` and the bound `low`; up is mirrored.
-    A learning rate outside the bounds stays where the base put it: a cut never raises, and a
-    raise never lowers. Source: `torch.optim.lr_scheduler.ReduceLROnPlateau`.
+    A learning rate at or below `low` stays where the base put it: a cut never raises.
     """
-    scaled = lr * change.factor
-    if change.factor < 1.0:
-        new = max(scaled, _of_group(change.min_lr, group), low)
-        return new if lr - new > change.eps else lr
-    ceiling = high if change.max_lr is None else min(_of_group(change.max_lr, group), high)
-    new = min(scaled, ceiling)
-    return new if new - lr > change.eps else lr
+    new = max(new, low)
+    return new if lr - new > eps else lr
+
+
+def raised(lr: float, new: float, high: float, eps: float = 0.0) -> float:
+    """Return `lr` after a raise to `new`; the mirror of `lowered`."""
+    new = min(new, high)
+    return new if new - lr > eps else lr
 
 
 class Plan:
@@ -151,10 +197,27 @@ class Plan:
     Values come from `values`; nothing else here is needed to hand out learning rates.
     """
 
-    def __init__(self, revisions: Sequence[Revision], adjustments: Iterable[Adjustment]) -> None:
+    def __init__(
+        self,
+        revisions: Sequence[Revision],
+        adjustments: Iterable[Adjustment],
+        rollbacks: Sequence[Rollback] = (),
+    ) -> None:
         self._revisions = list(revisions)
         self._adjustments = sorted(adjustments, key=lambda item: item.key)
+        self.rollbacks = tuple(rollbacks)
+        """What was undone so far; no later attempt forgets it."""
+        self._changed()
+
+    def _changed(self) -> None:
         self._effectives = [item.effective for item in self._adjustments]
+        self._moves_stages = any(
+            isinstance(item.change, (NextStage, StretchWarmup)) for item in self._adjustments
+        )
+        # Everything below is found again when it is needed.
+        self._stage_lists: dict[int, tuple[StageSchedule, ...]] = {}
+        self._chains: dict[tuple[int, int, bool], tuple[Adjustment, ...]] = {}
+        self._anchors: dict[tuple[Adjustment, int, bool], float] = {}
         # The last chain evaluated per group: on a constant piece of the base a finished chain
         # is looked up instead of being multiplied again at every step.
         self._memo: dict[int, tuple[int, int, int, float, float]] = {}
@@ -174,10 +237,12 @@ class Plan:
         """The newest spec."""
         return self._revisions[-1].spec
 
+    # Changing the plan.
+
     def revise(self, revision: Revision) -> None:
         """Let a revision hold from its effective progress on, in place of every older one."""
         self._revisions.append(revision)
-        self._memo.clear()
+        self._changed()
 
     def reopen(self, begin: int) -> None:
         """Let the trainers' revisions hold from `begin` on, where their new attempt starts.
@@ -186,60 +251,190 @@ class Plan:
         spec that its trainers no longer have.
         """
         self._revisions = [revision.reopened(begin) for revision in self._revisions]
-        self._memo.clear()
+        self._changed()
 
     def forget(self, progress: int) -> "Plan":
-        """Return the plan without what was decided on losses from `progress` on."""
-        kept = (item for item in self._adjustments if item.decided_at < progress)
-        return Plan(self._revisions, kept)
+        """Return the plan without what was decided on losses from `progress` on.
+
+        What operators did stays, and so does the cut of a rollback.
+        """
+        kept = (
+            item
+            for item in self._adjustments
+            if item.decided_at < progress or item.order >= ORDER_OF_OPERATORS
+        )
+        return Plan(self._revisions, kept, self.rollbacks)
 
     def adjust(self, adjustment: Adjustment) -> None:
         """Add one adjustment."""
         insort(self._adjustments, adjustment, key=lambda item: item.key)
-        self._effectives = [item.effective for item in self._adjustments]
-        self._memo.clear()
+        self._changed()
+        # What was planned at the same progress by those that come behind it changes with it.
+        for index, item in enumerate(self._adjustments):
+            if item.effective == adjustment.effective and item.key > adjustment.key:
+                others = [*self._adjustments[:index], *self._adjustments[index + 1 :]]
+                self._adjustments[index] = Plan(self._revisions, others).stated(item)
+
+    def rolled_back(self, rollback: Rollback) -> list[Adjustment]:
+        """Note a rollback; return the cuts of earlier ones that it takes the place of."""
+        self.rollbacks += (rollback,)
+        replaced = self.cuts_from(rollback.begin)
+        if replaced:
+            self._adjustments = [item for item in self._adjustments if item not in replaced]
+            self._changed()
+        return replaced
+
+    def cuts_from(self, progress: int) -> list[Adjustment]:
+        """Return the cuts of rollbacks that show from `progress` on or later."""
+        return [
+            item
+            for item in self._adjustments
+            if item.kind == "rollback" and item.effective >= progress
+        ]
+
+    def stated(self, adjustment: Adjustment) -> Adjustment:
+        """Return an adjustment that is not in the plan with what it does at its first progress."""
+        at = adjustment.effective
+        before, decays_before = self.values(at)
+        with_it = Plan(self._revisions, [*self._adjustments, adjustment])
+        after, decays_after = with_it.values(at)
+        return replace(
+            adjustment,
+            before=before,
+            after=after,
+            decays_before=decays_before or (),
+            decays_after=decays_after or (),
+        )
+
+    # Reading it.
+
+    def find(self, name: str) -> Adjustment | None:
+        """Return the adjustment with that id, or None."""
+        return next((item for item in self._adjustments if item.id == name), None)
+
+    def undone(self, progress: int) -> set[str]:
+        """Return the ids of the adjustments that are taken back at `progress`."""
+        last = bisect_right(self._effectives, progress)
+        return {
+            target
+            for item in self._adjustments[:last]
+            if isinstance(item.change, Undo)
+            for target in item.change.targets
+        }
+
+    def in_force(self, progress: int) -> tuple[Adjustment, ...]:
+        """Return the changes of LR and WD that count at `progress`, in order."""
+        if not self._adjustments:
+            return ()
+        revision = self._revision_at(progress)
+        stages = self._stages(revision)
+        first, last = self._span(stages[stage_at(stages, progress)], progress)
+        links = {*self._chain(first, last, decays=False), *self._chain(first, last, decays=True)}
+        return tuple(
+            item for item in self._adjustments if item in links and not is_over(item, progress)
+        )
+
+    def directives(self, begin: int, last: int) -> list[Adjustment]:
+        """Return the directives that take effect from `begin` up to and with `last`."""
+        return [
+            item
+            for item in self._adjustments
+            if isinstance(item.change, Direct) and begin <= item.effective <= last
+        ]
 
     def observing(self, progress: int) -> RunSpec:
         """Return the spec whose policies see the loss at `progress`."""
-        for revision in reversed(self._revisions):
-            if revision.observes_from <= progress:
-                return revision.spec
-        return self._revisions[0].spec
+        return self._observing(progress).spec
 
-    def values(self, progress: int) -> tuple[tuple[float, ...], tuple[float, ...] | None]:
+    def observed_stage(self, progress: int) -> StageSchedule:
+        """Return the stage whose policies see the loss at `progress`."""
+        stages = self._stages(self._observing(progress))
+        return stages[stage_at(stages, progress)]
+
+    def stage(self, progress: int) -> StageSchedule:
+        """Return the stage that holds `progress`."""
+        stages = self._stages(self._revision_at(progress))
+        return stages[stage_at(stages, progress)]
+
+    def stages(self) -> tuple[StageSchedule, ...]:
+        """Return the stages of the newest spec as they are planned now."""
+        return self._stages(self._revisions[-1])
+
+    def phase(self, progress: int) -> Phase:
+        """Return where in the base schedule `progress` lies."""
+        revision = self._revision_at(progress)
+        stages = self._stages(revision)
+        index = stage_at(stages, progress)
+        stage = stages[index]
+        end = stage.decay_end
+        if stage.until is not None:
+            end = min(end, stage.until)
+        decays = any(isinstance(item.change, BeginDecay) for item in self.in_force(progress))
+        if progress > end:
+            name = "ended"
+        elif stage.warmup_end > stage.begin and progress <= stage.warmup_end:
+            name = "warmup"
+        elif decays:
+            name = "decay"
+        elif stage.style == "constant":
+            name = "constant"
+        else:
+            is_stable = stage.style == "wsd" and progress <= stage.decay_begin
+            name = "stable" if is_stable else "decay"
+        return Phase(
+            stage=stage.name,
+            index=index,
+            name=name,  # type: ignore[arg-type]
+            begin=stage.begin,
+            warmup_end=stage.warmup_end,
+            decay_begin=stage.decay_begin,
+            end=end,
+        )
+
+    def quiet(self, progress: int) -> set[Quiet]:
+        """Return why some policies observe nothing at `progress`."""
+        reasons: set[Quiet] = set()
+        for item in self.in_force(progress):
+            if isinstance(item.change, Hold):
+                reasons.add("hold")
+            elif isinstance(item.change, Curve):
+                reasons.add("dip")
+        phase = self.phase(progress)
+        if phase.index:
+            settled = max(phase.warmup_end, phase.begin + self.observing(progress).delay)
+            if progress < settled:
+                reasons.add("stage change")
+        elif phase.name == "warmup":
+            reasons.add("warmup")
+        if phase.name == "stable":
+            reasons.add("stable phase")
+        return reasons
+
+    def values(self, progress: int) -> Values:
         """Return the learning rates and the weight decays at `progress`, one per group.
 
         The weight decays are None when the run sets none.
         """
         revision = self._revision_at(progress)
-        index = stage_at(revision.stages, progress)
-        stage = revision.stages[index]
+        stages = self._stages(revision)
+        index = stage_at(stages, progress)
+        span = self._span(stages[index], progress)
         groups = range(len(revision.spec.group_names))
-        lrs = tuple(self._learning_rate(revision, index, group, progress) for group in groups)
+        lrs = tuple(self._learning_rate(revision, index, group, progress, span) for group in groups)
         if not revision.spec.has_weight_decay:
             return lrs, None
-        decays = tuple(stage.weight_decay(group, progress) or 0.0 for group in groups)
-        return lrs, decays
+        return lrs, tuple(
+            self._weight_decay(revision, index, group, progress, span) for group in groups
+        )
 
     def base(self, progress: int) -> tuple[float, ...]:
         """Return the learning rates at `progress` without adjustments, one per group."""
         revision = self._revision_at(progress)
-        index = stage_at(revision.stages, progress)
+        index = stage_at(self._stages(revision), progress)
         return tuple(
             self._base(revision, index, group, progress, adjusted=False)
             for group in range(len(revision.spec.group_names))
         )
-
-    def preview(
-        self, change: Multiply, progress: int
-    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return the learning rates at `progress` before and after a further multiplication."""
-        before, _ = self.values(progress)
-        low, high = _bounds(self._revision_at(progress).spec)
-        after = tuple(
-            clamped_multiply(lr, change, group, low, high) for group, lr in enumerate(before)
-        )
-        return before, after
 
     def _revision_at(self, progress: int) -> Revision:
         for revision in reversed(self._revisions):
@@ -247,39 +442,168 @@ class Plan:
                 return revision
         return self._revisions[0]
 
+    def _observing(self, progress: int) -> Revision:
+        for revision in reversed(self._revisions):
+            if revision.observes_from <= progress:
+                return revision
+        return self._revisions[0]
+
+    def _stages(self, revision: Revision) -> tuple[StageSchedule, ...]:
+        if not self._moves_stages:
+            return revision.stages
+        known = self._stage_lists.get(id(revision))
+        if known is None:
+            left: dict[str, int] = {}
+            stretches = []
+            for item in self._adjustments:
+                if isinstance(item.change, NextStage):
+                    left.setdefault(item.change.leaves, item.effective)
+                elif isinstance(item.change, StretchWarmup):
+                    stretches.append((item.effective, item.change.factor))
+            known = stage_schedules(revision.spec, left, tuple(stretches))
+            self._stage_lists[id(revision)] = known
+        return known
+
     def _base(
         self, revision: Revision, index: int, group: int, progress: int, *, adjusted: bool
     ) -> float:
-        stage = revision.stages[index]
+        stages = self._stages(revision)
+        stage = stages[index]
         init = None
         if stage.init_current and index > 0:
             if adjusted:
-                init = self._learning_rate(revision, index - 1, group, stage.begin, ended=True)
+                # The LR just before the stage begins.
+                first, _ = self._span(stages[index - 1], stage.begin)
+                span = (first, bisect_left(self._effectives, stage.begin))
+                init = self._learning_rate(revision, index - 1, group, stage.begin, span)
             else:
                 init = self._base(revision, index - 1, group, stage.begin, adjusted=False)
         return stage.learning_rate(group, progress, init)
 
+    def _span(self, stage: StageSchedule, progress: int) -> tuple[int, int]:
+        """Return the first adjustment that takes effect inside a stage, and the first one behind
+        `progress`: entering a stage ends all that came before, save a hold."""
+        first = bisect_left(self._effectives, stage.begin) if stage.begin else 0
+        return first, bisect_right(self._effectives, progress)
+
+    def _chain(self, first: int, last: int, *, decays: bool) -> tuple[Adjustment, ...]:
+        """Return the links of a chain in order, without those that were taken back."""
+        known = self._chains.get((first, last, decays))
+        if known is None:
+            kinds: tuple[type[Any], ...] = DECAY_CHANGES if decays else RATE_CHANGES
+            before = self._adjustments[:last]
+            undone = {
+                target
+                for item in before
+                if isinstance(item.change, Undo)
+                for target in item.change.targets
+            }
+            known = tuple(
+                item
+                for index, item in enumerate(before)
+                if isinstance(item.change, kinds)
+                and (index >= first or isinstance(item.change, Hold))
+                and not (undone and item.id in undone)
+            )
+            self._chains[first, last, decays] = known
+        return known
+
     def _learning_rate(
-        self, revision: Revision, index: int, group: int, progress: int, *, ended: bool = False
+        self, revision: Revision, index: int, group: int, progress: int, span: tuple[int, int]
     ) -> float:
-        """Return the adjusted learning rate; `ended`: just before the next stage begins."""
-        stage = revision.stages[index]
+        """Return the adjusted learning rate, with the adjustments in `span`."""
+        first, last = span
         base = self._base(revision, index, group, progress, adjusted=True)
-        # Entering a stage ends all scales: only what takes effect inside it applies.
-        first = bisect_left(self._effectives, stage.begin) if index else 0
-        find = bisect_left if ended else bisect_right
-        last = find(self._effectives, progress)
-        if first >= last:
+        chain = self._chain(first, last, decays=False)
+        if not chain:
             return base
         memo = self._memo.get(group)
         if memo is not None and memo[:4] == (revision.effective, first, last, base):
             return memo[4]
-        low, high = _bounds(revision.spec)
+        bounds = _bounds(revision.spec)
         lr = base
-        for adjustment in self._adjustments[first:last]:
-            lr = clamped_multiply(lr, adjustment.multiply, group, low, high)
-        self._memo[group] = (revision.effective, first, last, base, lr)
+        for item in chain:
+            lr = self._changed_rate(item, lr, group, progress, bounds)
+        if not any(_moves(item.change) for item in chain):
+            self._memo[group] = (revision.effective, first, last, base, lr)
         return lr
+
+    def _changed_rate(
+        self,
+        item: Adjustment,
+        lr: float,
+        group: int,
+        progress: int,
+        bounds: tuple[float, float],
+    ) -> float:
+        """Return `lr` after one link of the chain, within the run's bounds."""
+        low, high = bounds
+        if is_over(item, progress):
+            return lr
+        match item.change:
+            case Multiply() as change:
+                if change.factor < 1.0:
+                    floor = max(_of_group(change.min_lr, group), low)
+                    return lowered(lr, lr * change.factor, floor, change.eps)
+                ceiling = high
+                if change.max_lr is not None:
+                    ceiling = min(_of_group(change.max_lr, group), high)
+                return raised(lr, lr * change.factor, ceiling, change.eps)
+            case Divide() as change:
+                ceiling = min(_of_group(change.max_lr, group), high)
+                return raised(lr, lr / change.divisor, ceiling, change.eps)
+            case SetRate() as change:
+                reference = self._anchor(item, 0)
+                new = change.lr * (lr / reference) if reference > 0.0 else lr
+            case Curve() as change:
+                new = lr * curve_factor(change, progress - item.effective)
+            case Hold():
+                return self._anchor(item, group)
+            case BeginDecay() as change:
+                start, floor = self._anchor(item, group), self._floor(item, group)
+                if start <= floor:
+                    return start
+                ratio = min(float(progress - item.effective) / float(change.length), 1.0)
+                k = anneal_factor(change.style, ratio)
+                return lowered(start, floor + k * (start - floor), low)
+            case _:
+                return lr
+        return lowered(lr, new, low) if new < lr else raised(lr, new, high)
+
+    def _weight_decay(
+        self, revision: Revision, index: int, group: int, progress: int, span: tuple[int, int]
+    ) -> float:
+        stage = self._stages(revision)[index]
+        decay = stage.weight_decay(group, progress) or 0.0
+        for item in self._chain(*span, decays=True):
+            if is_over(item, progress):
+                continue
+            if isinstance(item.change, Hold):
+                decay = self._anchor(item, group, decays=True)
+            elif isinstance(item.change, ScaleWeightDecay):
+                bound = item.change.max_weight_decay
+                scaled = decay * item.change.factor
+                decay = scaled if bound is None else min(scaled, max(decay, bound))
+        return decay
+
+    def _anchor(self, item: Adjustment, group: int, *, decays: bool = False) -> float:
+        """Return the LR or WD of a group where a link takes effect, just before it."""
+        key = (item, group, decays)
+        known = self._anchors.get(key)
+        if known is None:
+            at = item.effective
+            revision = self._revision_at(at)
+            stages = self._stages(revision)
+            index = stage_at(stages, at)
+            first, _ = self._span(stages[index], at)
+            span = (first, bisect_left(self._adjustments, item.key, key=lambda other: other.key))
+            evaluate = self._weight_decay if decays else self._learning_rate
+            group = min(group, len(revision.spec.group_names) - 1)
+            known = self._anchors[key] = evaluate(revision, index, group, at, span)
+        return known
+
+    def _floor(self, item: Adjustment, group: int) -> float:
+        return _of_group(self.stage(item.effective).floors, group)
 
 
 @dataclass(frozen=True)
@@ -287,6 +611,8 @@ class PlanView:
     """What a policy may look at: the values where its decision would show."""
 
     plan: Plan
+    now: int
+    """The progress n."""
     at: int
     """The progress n + D."""
 
@@ -300,30 +626,64 @@ class PlanView:
         """Learning rates at `at` with the adjustments decided so far, one per group."""
         return self.plan.values(self.at)[0]
 
+    @cached_property
+    def weight_decay(self) -> tuple[float, ...] | None:
+        """Weight decays at `at` with the adjustments decided so far, one per group."""
+        return self.plan.values(self.at)[1]
 
-def decide(
-    plan: Plan,
-    change: Multiply,
-    *,
-    order: int,
-    kind: str,
-    mode: str,
-    loss_at: int,
-    at: int,
-    seq: int,
-) -> Adjustment:
-    """Return the adjustment that a policy's proposal becomes."""
-    before, after = plan.preview(change, at)
-    return Adjustment(
-        effective=at,
-        decided_at=loss_at,
-        order=order,
-        source=f"policies.{order} ({kind})",
-        mode=mode,
-        multiply=change,
-        before=before,
-        after=after,
-        seq=seq,
+    @property
+    def peak(self) -> tuple[float, ...]:
+        """Peak of the base LR in the stage that holds `at`."""
+        return self.plan.stage(self.at).peaks
+
+    @property
+    def floor(self) -> tuple[float, ...]:
+        """`min` of the base LR in the stage that holds `at`."""
+        return self.plan.stage(self.at).floors
+
+    @cached_property
+    def phase(self) -> Phase:
+        """Where in the base schedule n lies."""
+        return self.plan.phase(self.now)
+
+    @property
+    def total(self) -> int:
+        """Planned length of the run."""
+        return self.plan.observing(self.now).total
+
+    @property
+    def rollbacks(self) -> tuple[Rollback, ...]:
+        """The rollbacks of the run so far."""
+        return self.plan.rollbacks
+
+
+def curve_factor(curve: Curve, offset: int) -> float:
+    """Return the factor of a curve at `offset` past the progress where it took effect."""
+    points = curve.points
+    if offset <= points[0][0]:
+        return points[0][1]
+    for (begin, start), (end, stop) in pairwise(points):
+        if offset < end:
+            return start + (stop - start) * (float(offset - begin) / float(end - begin))
+    return points[-1][1]
+
+
+def is_over(adjustment: Adjustment, progress: int) -> bool:
+    """Return whether a change that ends by itself has done so at `progress`."""
+    past = progress - adjustment.effective
+    match adjustment.change:
+        case Hold() as change:
+            return change.length is not None and past >= change.length
+        case Curve() as change:
+            return past >= change.points[-1][0] and change.points[-1][1] == 1.0
+        case _:
+            return False
+
+
+def _moves(change: Change) -> bool:
+    """Return whether a link gives other values on a constant base."""
+    return isinstance(change, (Curve, BeginDecay)) or (
+        isinstance(change, Hold) and change.length is not None
     )
 
 
@@ -337,7 +697,3 @@ def _bounds(spec: RunSpec) -> tuple[float, float]:
 def _of_group(limits: tuple[float, ...], group: int) -> float:
     """Return the limit of a group; those that a later spec added have the last one's."""
     return limits[min(group, len(limits) - 1)]
-
-
-def _floats(values: Iterable[Any]) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)

@@ -3,10 +3,8 @@
 from bisect import bisect_right, insort
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeAlias
 
-Values: TypeAlias = tuple[tuple[float, ...], tuple[float, ...] | None]
-"""Learning rates and weight decays of one progress, one per group; None: the run sets none."""
+from lrpilot.core._plan import Values
 
 
 @dataclass(frozen=True, slots=True)

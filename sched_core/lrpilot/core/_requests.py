@@ -13,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from enum import Enum
-from math import isfinite, nan
+from math import isfinite, isnan, nan
 from typing import Any
 
 from lrpilot.core import _canonical
+from lrpilot.core._changes import Direct, Multiply
 from lrpilot.core._errors import (
+    AdjustmentNotFound,
     AttemptSuperseded,
     BeforeAttempt,
     BelowResumePoint,
@@ -39,6 +41,7 @@ from lrpilot.core._errors import (
     Violation,
 )
 from lrpilot.core._events import (
+    Acknowledged,
     Attached,
     Created,
     Event,
@@ -51,10 +54,11 @@ from lrpilot.core._events import (
     Revised,
     Waived,
 )
-from lrpilot.core._fields import LARGEST_PROGRESS
+from lrpilot.core._fields import LARGEST_PROGRESS, is_metric
 from lrpilot.core._records import Block
 from lrpilot.core._spec import RunSpec, spec_difference
 from lrpilot.core._state import RunState, last_trainer_spec
+from lrpilot.core.policies import Observation
 
 MAX_BLOCK_STEPS = 128
 """Most steps in one block: a lease of that length costs about as much as one of a single step."""
@@ -70,6 +74,15 @@ MAX_STATE_BYTES = 64 * 1024 * 1024
 
 STATE_VERSION = 1
 """Version of what `save_state` writes."""
+
+MAX_TRIES = 2**31 - 1
+"""Most skipped updates at one progress."""
+
+MAX_VALIDATION_LOSSES = 64
+"""Most validation losses in one report."""
+
+MAX_DETAIL = 1000
+"""Most characters of what a trainer says of a directive."""
 
 
 # Runs.
@@ -140,7 +153,9 @@ def _spec_changed(
     )
 
 
-def revise_run(state: RunState, spec: RunSpec, request_id: str) -> list[Event]:
+def revise_run(
+    state: RunState, spec: RunSpec, request_id: str, *, author: str = "", reason: str = ""
+) -> list[Event]:
     """Replace the spec from the horizon on; nothing is to be done where it is that one already.
 
     Raises RevisionRefused for what only a new attempt may change, RunFinished, InvalidSpec.
@@ -160,7 +175,9 @@ def revise_run(state: RunState, spec: RunSpec, request_id: str) -> list[Event]:
             fields=", ".join(locked),
         )
     _refuse_past(state, spec)
-    return [Revised(spec.to_mapping(), state.horizon, state.frontier, False, request_id)]
+    return [
+        Revised(spec.to_mapping(), state.horizon, state.frontier, False, request_id, author, reason)
+    ]
 
 
 def finish_run(state: RunState, request_id: str) -> list[Event]:
@@ -209,6 +226,8 @@ def _ends(spec: RunSpec) -> list[tuple[str, int]]:
     for index, stage in enumerate(spec.stages):
         if stage.until is not None:
             ends.append((f"stages.{index}.until", stage.until))
+        if stage.latest is not None:
+            ends.append((f"stages.{index}.latest", stage.latest))
     return ends
 
 
@@ -251,10 +270,13 @@ class OpenRequest:
     digest_at_saved: str | None = None
     """Digest that the log has at `saved.seq`; None: the log does not reach there."""
     rank: int = 0
-    reporter: int = 0
+    reporters: tuple[int, ...] = (0,)
+    """Declared reporters, in the order in which their losses are summed."""
     incarnation: str = ""
     token: str = ""
     """128 random bits for the attempt, should it open; hexadecimal."""
+    directive: str = ""
+    """Id of the rollback directive that the attempt carries out; empty: none."""
 
 
 def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
@@ -271,6 +293,7 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
     _refuse_finished(state)
     _check_ranks(request)
     progress = _resume_point(request)
+    asked = _asked(state, request) if request.directive else None
     if request.key and request.key in state.keys:
         if request.key != state.key:
             raise _superseded(state, state.keys[request.key])
@@ -302,7 +325,47 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
             origin=state.origin,
             progress=progress,
         )
-    return [_opened(request, state.attempt + 1, progress or 0, fold=fold)]
+    opened = _opened(request, state.attempt + 1, progress or 0, fold=fold)
+    if asked is not None:
+        asked_at, change = asked
+        # What earlier rollbacks to here or further on cut is cut once more.
+        factor = change.factor or 1.0
+        for cut in state.plan.cuts_from(opened.begin):
+            if isinstance(cut.change, Multiply):
+                factor *= cut.change.factor
+        opened = replace(
+            opened,
+            directive=request.directive,
+            before=change.before or 0,
+            asked_at=asked_at,
+            factor=factor,
+        )
+    return [opened]
+
+
+def _asked(state: RunState, request: OpenRequest) -> tuple[int, Direct]:
+    """Return the rollback that an attempt carries out, and where it was decided.
+
+    Raises AdjustmentNotFound, InvalidRequest.
+    """
+    found = state.find(request.directive)
+    if found is None or not isinstance(found.change, Direct):
+        raise adjustment_not_found(state, request.directive, "directive")
+    if found.change.directive != "rollback":
+        raise InvalidRequest(
+            "the directive is not carried out by an attempt",
+            [Violation("directive", found.change.directive, "a rollback")],
+        )
+    return found.decided_at, found.change
+
+
+def adjustment_not_found(state: RunState, name: str, what: str) -> AdjustmentNotFound:
+    """Return the error for an id that names nothing in the run."""
+    return AdjustmentNotFound(
+        f"run {state.name!r} has no {what} with the id {name!r}; `run show` lists them",
+        run=state.name,
+        id=name,
+    )
 
 
 def _restore(state: RunState, request: OpenRequest, saved: SavedState) -> list[Event]:
@@ -337,9 +400,11 @@ def _opened(
         begin=begin,
         request_id=request.request_id,
         key=request.key,
-        reporter=request.reporter,
-        incarnation=request.incarnation if request.rank == request.reporter else "",
+        reporter=request.reporters[0],
+        incarnation=request.incarnation if request.rank in request.reporters else "",
         fold=fold,
+        reporters=request.reporters if len(request.reporters) > 1 else (),
+        opener=request.rank if request.rank in request.reporters[1:] else None,
     )
 
 
@@ -354,9 +419,15 @@ def check_attempt(state: RunState, attempt: int, token: str) -> None:
 def _check_ranks(request: OpenRequest) -> None:
     violations = [
         Violation(field, str(rank), "0 or above")
-        for field, rank in (("rank", request.rank), ("reporter", request.reporter))
+        for field, rank in (
+            ("rank", request.rank),
+            *(("reporter", reporter) for reporter in request.reporters),
+        )
         if rank < 0
     ]
+    if len(set(request.reporters)) != len(request.reporters):
+        shown = ", ".join(str(rank) for rank in request.reporters)
+        violations.append(Violation("reporters", shown, "each rank once"))
     if violations:
         raise InvalidRequest("the request to open an attempt is invalid", violations)
 
@@ -386,25 +457,37 @@ def _join(state: RunState, request: OpenRequest, progress: int | None) -> list[E
             begin=state.begin,
             progress=progress or 0,
         )
-    if request.reporter != state.reporter:
+    reporters = state.reporters
+    if request.reporters != reporters.ranks:
         raise JoinRefused(
-            f"attempt {state.attempt} of run {state.name!r} has rank {state.reporter} as its "
-            f"reporter; rank {request.rank} declares rank {request.reporter}",
+            f"attempt {state.attempt} of run {state.name!r} has {_ranks(reporters.ranks)} as its "
+            f"reporter; rank {request.rank} declares {_ranks(request.reporters)}",
             run=state.name,
             attempt=state.attempt,
-            reporter=state.reporter,
+            reporter=reporters.ranks[0],
         )
-    if request.rank != state.reporter or request.incarnation == state.incarnation:
+    rank = request.rank
+    if rank not in reporters.ranks or request.incarnation == reporters.incarnation(rank):
         return []
-    if state.incarnation:
+    if reporters.incarnation(rank):
         raise JoinRefused(
             f"the reporter of attempt {state.attempt} of run {state.name!r} has joined already: "
             "a restarted job needs a new key",
             run=state.name,
             attempt=state.attempt,
-            reporter=state.reporter,
+            reporter=rank,
         )
-    return [Joined(state.attempt, request.incarnation)]
+    return [Joined(state.attempt, request.incarnation, _named(state, rank))]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    word = "rank" if len(ranks) == 1 else "ranks"
+    return f"{word} {', '.join(str(rank) for rank in ranks)}"
+
+
+def _named(state: RunState, rank: int) -> int | None:
+    """Return the rank as an event names it: not where there is one reporter."""
+    return rank if len(state.reporters.ranks) > 1 else None
 
 
 def _refuse_mismatch(state: RunState, saved: SavedState, digest: str | None) -> None:
@@ -508,11 +591,22 @@ def get_values(state: RunState, request: ValuesRequest) -> Block | Recorded | No
 
 
 def waive(state: RunState, wanted: int) -> list[Event]:
-    """Make the missing losses final as absent, D at a time, until `wanted` is below the horizon."""
+    """Make the missing losses final as absent, D at a time, until `wanted` is below the horizon.
+
+    Where enough of several reporters were there, theirs count.
+    """
     if not state.spec.has_feedback or state.finished or wanted < state.horizon:
         return []
     times = (wanted - state.horizon) // state.delay + 1
-    return [Waived(state.attempt, state.frontier + times * state.delay)]
+    until = state.frontier + times * state.delay
+    reporters = state.reporters
+    quorum = state.spec.feedback.quorum or len(reporters.ranks) // 2 + 1
+    counted = tuple(
+        (at, tuple(rank for rank in reporters.ranks if rank in parts))
+        for at, parts in sorted(reporters.parts.items())
+        if at < until and len(parts) >= min(quorum, len(reporters.ranks))
+    )
+    return [Waived(state.attempt, until, counted)]
 
 
 def _check_values_request(request: ValuesRequest) -> None:
@@ -546,15 +640,14 @@ def report_losses(
     """
     _check_reporter(state, rank, incarnation)
     _check_reports(reports)
-    frontier = state.frontier
-    seen: dict[int, float] = {}
+    passed = max(state.frontier, state.reporters.positions.get(rank, state.begin))
+    seen: dict[tuple[int, int], Report] = {}
     late: dict[int, float] = {}
     fresh: list[Report] = []
     outcomes: list[Outcome] = []
-    for report in reports:
+    for given in reports:
+        report = _with_one_nan(given)
         at, loss = report.progress, report.loss
-        if loss is not None and loss != loss:  # noqa: PLR0124 (a NaN has no other test)
-            loss = nan
         if at < state.begin:
             raise BelowResumePoint(
                 f"the loss at progress {at} lies below progress {state.begin}, where attempt "
@@ -563,63 +656,110 @@ def report_losses(
                 progress=at,
                 begin=state.begin,
             )
-        outcome = Outcome.RECORDED
-        moves_to = report.moves_to
-        if at < frontier:
-            known = seen[at] if at in seen else state.loss_at(at)
-            if known is not None:
-                _refuse_conflict(state, at, known, loss)
-                outcome, loss = Outcome.REPEATED, None
-            elif loss is None:
-                outcome = Outcome.REPEATED
-            else:
-                outcome = Outcome.LATE
-                known = late[at] if at in late else state.late.get(at)
-                if known is not None:
-                    _refuse_conflict(state, at, known, loss)
-                    loss = None
+        outcome, kept = Outcome.RECORDED, report
+        known = seen.get((at, report.tries)) or _known(state, rank, report)
+        if known is not None:
+            _refuse_conflict(state, at, known.loss, loss)
+            for name, value in report.validation.items():
+                _refuse_conflict(state, at, known.validation.get(name, value), value)
+            outcome, kept = Outcome.REPEATED, _bare(report)
+        elif at < passed:
+            kept = _bare(report)
+            outcome = Outcome.REPEATED if loss is None else Outcome.LATE
+            if loss is not None:
+                recorded = late[at] if at in late else state.late.get((at, rank))
+                if recorded is not None:
+                    _refuse_conflict(state, at, recorded, loss)
                 else:
                     late[at] = loss
-        elif loss is not None:
-            seen[at] = loss
-        if loss is not None or moves_to > frontier:
-            fresh.append(Report(at, loss, report.weight, moves_to))
-        frontier = max(frontier, moves_to)
+                    kept = replace(kept, loss=loss)
+        elif report.skipped and rank != state.reporters.ranks[0]:
+            # The update is one for all: the first reporter speaks for the others.
+            kept = _bare(report)
+        elif report.has_metrics or report.skipped:
+            seen[at, report.tries] = report
+        if kept.has_metrics or kept.skipped or kept.moves_to > passed:
+            fresh.append(kept)
+        passed = max(passed, kept.moves_to)
         outcomes.append(outcome)
     if not fresh:
         return [], outcomes
     _refuse_finished(state)
-    return [Reported(state.attempt, incarnation, tuple(fresh))], outcomes
+    return [Reported(state.attempt, incarnation, tuple(fresh), _named(state, rank))], outcomes
 
 
-def _refuse_conflict(state: RunState, at: int, known: float, loss: float | None) -> None:
-    if loss is None or not _canonical.same_bits(known, loss):
+def _known(state: RunState, rank: int, report: Report) -> Report | Observation | None:
+    """Return what a reporter said of a try already, or None."""
+    reporters, at = state.reporters, report.progress
+    skipped = reporters.skips.get((at, report.tries))
+    if skipped is not None and rank == reporters.ranks[0]:
+        return skipped
+    part = reporters.parts.get(at, {}).get(rank)
+    if part is not None and part.tries == report.tries:
+        return part
+    found = state.observation(at, report.tries)
+    if found is None or len(reporters.ranks) == 1 or found.is_skipped:
+        return found
+    members = reporters.members.get(at, {})
+    return Observation(at, members[rank]) if rank in members else None
+
+
+def _bare(report: Report) -> Report:
+    """Return only that the reporter moves on."""
+    return Report(report.progress, None, 1.0, report.moves_to)
+
+
+def _with_one_nan(report: Report) -> Report:
+    """Return the report with every NaN as the same one: its payload carries no meaning."""
+    values = (report.loss, report.gradient_norm, *report.validation.values())
+    if not any(value is not None and isnan(value) for value in values):
+        return report
+    return replace(
+        report,
+        loss=_one_nan(report.loss),
+        gradient_norm=_one_nan(report.gradient_norm),
+        validation={name: nan if isnan(x) else x for name, x in report.validation.items()},
+    )
+
+
+def _one_nan(value: float | None) -> float | None:
+    return nan if value is not None and isnan(value) else value
+
+
+def _refuse_conflict(state: RunState, at: int, known: float | None, loss: float | None) -> None:
+    if known is None and loss is None:
+        return
+    if known is None or loss is None or not _canonical.same_bits(known, loss):
+        before, now = ("none" if x is None else repr(x) for x in (known, loss))
         raise LossConflict(
-            f"progress {at} of attempt {state.attempt} of run {state.name!r} has loss {known!r} "
-            f"already; got {'none' if loss is None else repr(loss)}",
+            f"progress {at} of attempt {state.attempt} of run {state.name!r} has loss {before} "
+            f"already; got {now}",
             run=state.name,
             progress=at,
-            recorded=repr(known),
-            got="none" if loss is None else repr(loss),
+            recorded=before,
+            got=now,
         )
 
 
 def _check_reporter(state: RunState, rank: int, incarnation: str) -> None:
-    if rank != state.reporter:
+    reporters = state.reporters
+    if rank not in reporters.ranks:
+        verb = "is" if len(reporters.ranks) == 1 else "are"
         raise NotReporter(
             f"rank {rank} is not the reporter of attempt {state.attempt} of run {state.name!r}: "
-            f"rank {state.reporter} is",
+            f"{_ranks(reporters.ranks)} {verb}",
             run=state.name,
             rank=rank,
-            reporter=state.reporter,
+            reporter=reporters.ranks[0],
         )
-    if state.incarnation and incarnation != state.incarnation:
+    known = reporters.incarnation(rank)
+    if known and incarnation != known:
         raise NotReporter(
             f"another process reports as rank {rank} in attempt {state.attempt} of run "
             f"{state.name!r}: a restarted trainer opens a new attempt",
             run=state.name,
             rank=rank,
-            reporter=state.reporter,
+            reporter=reporters.ranks[0],
         )
 
 
@@ -627,21 +767,57 @@ def _check_reports(reports: Sequence[Report]) -> None:
     violations = []
     for index, report in enumerate(reports):
         path = f"reports.{index}"
-        violations += _outside(f"{path}.progress", report.progress, 0, MAX_PROGRESS - 1)
-        if not report.progress < report.moves_to <= MAX_PROGRESS:
-            violations.append(
-                Violation(
-                    f"{path}.moves_to",
-                    str(report.moves_to),
-                    f"above progress {report.progress}, at most {MAX_PROGRESS}",
-                )
-            )
+        at, to = report.progress, report.moves_to
+        violations += _outside(f"{path}.progress", at, 0, MAX_PROGRESS - 1)
+        violations += _outside(f"{path}.try", report.tries, 0, MAX_TRIES)
+        if report.skipped and to != at:
+            wanted = f"progress {at} itself: a skipped update does not advance"
+            violations.append(Violation(f"{path}.moves_to", str(to), wanted))
+        elif not report.skipped and not at < to <= MAX_PROGRESS:
+            wanted = f"above progress {at}, at most {MAX_PROGRESS}"
+            violations.append(Violation(f"{path}.moves_to", str(to), wanted))
         if not (isfinite(report.weight) and report.weight > 0):
             violations.append(
                 Violation(f"{path}.weight", repr(report.weight), "a finite number above 0")
             )
+        if report.gradient_norm is not None and report.gradient_norm < 0:
+            wanted = "a number from 0 on; it may be NaN or infinite"
+            got = repr(report.gradient_norm)
+            violations.append(Violation(f"{path}.gradient_norm", got, wanted))
+        if report.batch is not None:
+            violations += _outside(f"{path}.batch", report.batch, 1, MAX_PROGRESS)
+        if len(report.validation) > MAX_VALIDATION_LOSSES:
+            got = f"{len(report.validation)} names"
+            wanted = f"at most {MAX_VALIDATION_LOSSES}"
+            violations.append(Violation(f"{path}.validation_losses", got, wanted))
+        for name in report.validation:
+            if name == "loss" or not is_metric(name):
+                wanted = "1 to 64 of a-z A-Z 0-9 . _ / -, and not loss itself"
+                field = f"{path}.validation_losses"
+                violations.append(Violation(field, repr(name), wanted))
     if violations:
         raise InvalidRequest("the reports are invalid", violations)
+
+
+# Directives.
+
+
+def acknowledge_directive(
+    state: RunState, *, rank: int, directive: str, outcome: str, progress: int, detail: str
+) -> list[Event]:
+    """Record what became of a directive; the first answer stands.
+
+    Raises NotReporter, AdjustmentNotFound, InvalidRequest.
+    """
+    found = state.find(directive)
+    if found is None or not isinstance(found.change, Direct):
+        raise adjustment_not_found(state, directive, "directive")
+    if rank not in state.reporters.ranks:
+        _check_reporter(state, rank, "")
+    _check_progress("progress", progress)
+    if directive in state.outcomes:
+        return []
+    return [Acknowledged(state.attempt, directive, outcome, progress, rank, detail[:MAX_DETAIL])]
 
 
 # Saved states.

@@ -7,7 +7,7 @@ simplify `min + 1.0 * (peak - min)` to `peak`, nor `x**0.5` to `sqrt(x)`.
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lrpilot.core._fields import length_of
@@ -162,7 +162,7 @@ def _constant(value: float) -> Schedule:
     return lambda _progress: value
 
 
-def _warming(init: float, peak: float, warmup: float, progress: int) -> float:
+def _warming(init: float, peak: float, warmup: float, progress: float) -> float:
     return init + ((peak - init) * float(progress) / float(warmup))
 
 
@@ -207,18 +207,64 @@ def _wsd(
         else:
             # Whole lengths never give more than 1. A share does when `begin` was rounded down,
             # and the LR at `end` would then lie below `floor`, even below 0.
-            ratio = min(float(progress - begin) / float(length), 1.0)
-            if anneal_style == "linear":
-                k = 1.0 - ratio
-            elif anneal_style == "cosine":
-                k = 0.5 * (math.cos(math.pi * ratio) + 1.0)
-            elif anneal_style == "exponential":
-                k = (2.0 * math.pow(0.5, ratio)) - 1.0
-            else:
-                k = 1.0 - math.sqrt(ratio)
+            k = anneal_factor(anneal_style, min(float(progress - begin) / float(length), 1.0))
         return floor + k * span
 
     return learning_rate
+
+
+def anneal_factor(style: str, ratio: float) -> float:
+    """Return k of an anneal at `ratio`, its share that is done, from 0 to 1; see
+    `learning_rate_schedule`."""
+    if style == "linear":
+        return 1.0 - ratio
+    if style == "cosine":
+        return 0.5 * (math.cos(math.pi * ratio) + 1.0)
+    if style == "exponential":
+        return (2.0 * math.pow(0.5, ratio)) - 1.0
+    return 1.0 - math.sqrt(ratio)
+
+
+Stretches = tuple[tuple[int, float], ...]
+"""(progress, factor): from there on what is left of a warmup takes so many times longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Warmup:
+    """How a warmup goes on over the progress since the stage began, stretched or not.
+
+    A stretch at e with factor s lets progress count for 1 / s from e on.
+    """
+
+    length: float
+    """As the spec has it."""
+    pieces: tuple[tuple[float, float, float], ...] = ((0.0, 0.0, 1.0),)
+    """(progress, what it counts as, factor from there on), in rising order."""
+    end: float = 0.0
+    """Progress at which it is over."""
+
+    def counts_as(self, local: int) -> float:
+        """Return the progress of the warmup of the spec that `local` counts as."""
+        for begin, counted, factor in reversed(self.pieces):
+            if begin <= local:
+                return float(local) if factor == 1.0 else counted + (local - begin) / factor
+        return float(local)
+
+
+def _warmup(length: float, begin: int, stretches: Stretches, latest: float) -> _Warmup:
+    """Return the warmup of a stage that begins at `begin`; it ends by `latest`, or is as before."""
+    warmup = _Warmup(length, end=length)
+    for progress, factor in stretches:
+        local = float(progress - begin)
+        if not 0.0 <= local < warmup.end:
+            continue
+        counted, before = warmup.counts_as(progress - begin), warmup.pieces[-1][2]
+        slope = before * factor
+        end = local + (length - counted) * slope
+        if end < latest:
+            pieces = (*warmup.pieces, (local, counted, slope))
+            warmup = _Warmup(length, pieces, end)
+    return warmup
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,8 +272,10 @@ class _GroupRates:
     """One group's LR in a stage, over the progress since the stage began."""
 
     curve: Schedule
+    init: float
     peak: float
-    warmup: float
+    floor: float
+    warmup: _Warmup
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,6 +306,16 @@ class StageSchedule:
     """First progress of the next stage; None for the last one."""
     init_current: bool
     """Whether warmup starts from the LR in force at `begin`, adjustments included."""
+    style: str
+    """Style of the decay."""
+    warmup_end: float
+    """Progress at which warmup ends; `begin` where there is none."""
+    decay_begin: float
+    """Progress at which the LR starts down."""
+    decay_end: int
+    """Progress at which the decay ends."""
+    states_weight_decay: bool
+    """Whether the stage states a WD of its own, or is the only one."""
     _rates: tuple[_GroupRates, ...]
     _rates_freeze: int | None
     _decays: tuple[_GroupDecay, ...] | None
@@ -275,12 +333,24 @@ class StageSchedule:
         if local < 0:
             raise ValueError(f"progress must be from {self.begin} on, got {progress}")
         rates = self._rates[group]
-        if rates.warmup > 0 and local <= rates.warmup:
-            if init is not None:
-                return _warming(init, rates.peak, rates.warmup, local)
-            if self.init_current:
-                raise ValueError(f"init must be the LR in force at {self.begin}, got None")
+        warmup = rates.warmup
+        if warmup.length > 0 and local <= warmup.end:
+            if init is None:
+                if self.init_current:
+                    raise ValueError(f"init must be the LR in force at {self.begin}, got None")
+                init = rates.init
+            return _warming(init, rates.peak, warmup.length, warmup.counts_as(local))
         return rates.curve(local)
+
+    @property
+    def peaks(self) -> tuple[float, ...]:
+        """LR at the end of warmup, one per group."""
+        return tuple(rates.peak for rates in self._rates)
+
+    @property
+    def floors(self) -> tuple[float, ...]:
+        """`min` of the LR, one per group."""
+        return tuple(rates.floor for rates in self._rates)
 
     def weight_decay(self, group: int, progress: int) -> float | None:
         """Return the WD of the group at an absolute progress; None where the run sets none."""
@@ -291,10 +361,14 @@ class StageSchedule:
         return decay.curve(at - self._decays_origin) * decay.multiplier
 
 
-def stage_schedules(spec: RunSpec) -> tuple[StageSchedule, ...]:
+def stage_schedules(
+    spec: RunSpec, left: Mapping[str, int] | None = None, stretches: Stretches = ()
+) -> tuple[StageSchedule, ...]:
     """Return the base schedule of every stage in order; a run without stages is one.
 
-    The spec is one that `parse_spec` returned: its defaults are filled in.
+    The spec is one that `parse_spec` returned: its defaults are filled in. `left` says of stages
+    where they were left before their planned end. Of the last stage it says where its LR and WD
+    stay as they are, as they do at its `latest`.
 
     >>> from lrpilot.core._spec import parse_spec
     >>> (stage,) = stage_schedules(parse_spec(
@@ -306,13 +380,28 @@ def stage_schedules(spec: RunSpec) -> tuple[StageSchedule, ...]:
     if not spec.stages:
         if spec.learning_rate is None:
             raise ValueError("learning_rate must be given, got None")
-        return (_stage(spec, StageSpec(name="-", learning_rate=spec.learning_rate), "", 0, None),)
+        only = StageSpec(name="-", learning_rate=spec.learning_rate)
+        return (_stage(spec, only, "", begin=0, until=None, frozen=None, stretches=stretches),)
     stages: list[StageSchedule] = []
     begin = 0
     for index, stage in enumerate(spec.stages):
-        until = stage.until if index + 1 < len(spec.stages) else None
-        stages.append(_stage(spec, stage, stage.name, begin, until))
-        begin = until or 0
+        end = stage.end
+        early = (left or {}).get(stage.name)
+        if early is not None and begin < early and (end is None or early < end):
+            end = early
+        last = index + 1 == len(spec.stages)
+        stages.append(
+            _stage(
+                spec,
+                stage,
+                stage.name,
+                begin=begin,
+                until=None if last else end,
+                frozen=end if last and (stage.when is not None or end == early) else None,
+                stretches=stretches,
+            )
+        )
+        begin = end or 0
     return tuple(stages)
 
 
@@ -364,46 +453,76 @@ def base_values(spec: RunSpec, progress: int) -> tuple[tuple[float, float | None
 
 
 def _stage(
-    spec: RunSpec, stage: StageSpec, name: str, begin: int, until: int | None
+    spec: RunSpec,
+    stage: StageSpec,
+    name: str,
+    *,
+    begin: int,
+    until: int | None,
+    frozen: int | None,
+    stretches: Stretches,
 ) -> StageSchedule:
     rates, total = stage.learning_rate, spec.total
-    groups = spec.groups or (GroupSpec(name="-"),)
+    own = {group.name: group for group in stage.groups}
+    groups = [own.get(group.name, group) for group in spec.groups] or [GroupSpec(name="-")]
     end = rates.decay.end if rates.decay.end is not None else total
     ended = rates.decay.style != "constant" and end <= total
     decay = stage.weight_decay or spec.weight_decay
     origin = begin if stage.weight_decay is not None else 0
     over = (decay.over if decay is not None else None) or 0
+    curves = tuple(_group_rates(rates, group, begin, end, stretches) for group in groups)
+    warmup_end = begin + curves[0].warmup.end
+    anneal = None if rates.decay.anneal is None else length_of(rates.decay.anneal, end)
+    if rates.decay.style == "constant":
+        decay_begin: float = end
+    else:
+        decay_begin = warmup_end if anneal is None else max(warmup_end, end - anneal)
     return StageSchedule(
         name=name,
         begin=begin,
         until=until,
         init_current=rates.init == "current",
-        _rates=tuple(_group_rates(rates, group, begin, end) for group in groups),
-        _rates_freeze=None if ended else total,
+        style=rates.decay.style,
+        warmup_end=warmup_end,
+        decay_begin=decay_begin,
+        decay_end=end,
+        states_weight_decay=stage.weight_decay is not None or not name,
+        _rates=curves,
+        _rates_freeze=_least(None if ended else total, frozen),
         _decays=None if decay is None else tuple(_group_decay(decay, g) for g in groups),
         _decays_origin=origin,
-        _decays_freeze=None if origin + over <= total else total,
+        _decays_freeze=_least(None if origin + over <= total else total, frozen),
     )
 
 
-def _group_rates(rates: LearningRate, group: GroupSpec, begin: int, end: int) -> _GroupRates:
+def _least(a: int | None, b: int | None) -> int | None:
+    known = [item for item in (a, b) if item is not None]
+    return min(known) if known else None
+
+
+def _group_rates(
+    rates: LearningRate, group: GroupSpec, begin: int, end: int, stretches: Stretches
+) -> _GroupRates:
     peak = group.peak if group.peak is not None else rates.peak
     if peak is None:
         raise ValueError("peak must be given, got None")
     floor = group.min if group.min is not None else (rates.min or 0.0)
-    warmup = length_of(rates.warmup, end)
     decay = rates.decay
+    anneal = None if decay.anneal is None else length_of(decay.anneal, end)
+    latest = end - begin if anneal is None else max(end - begin - anneal, 0)
+    warmup = _warmup(length_of(rates.warmup, end), begin, stretches, latest)
+    init = 0.0 if rates.init == "current" else rates.init
     curve = learning_rate_schedule(
-        init=0.0 if rates.init == "current" else rates.init,
+        init=init,
         peak=peak,
         min=floor,
-        warmup=warmup,
+        warmup=warmup.end,
         style=decay.style,
         end=end - begin,
-        anneal=None if decay.anneal is None else length_of(decay.anneal, end),
+        anneal=anneal,
         anneal_style=decay.anneal_style,
     )
-    return _GroupRates(curve, peak, warmup)
+    return _GroupRates(curve, init, peak, floor, warmup)
 
 
 def _group_decay(decay: WeightDecay, group: GroupSpec) -> _GroupDecay:

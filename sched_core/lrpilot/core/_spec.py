@@ -14,13 +14,17 @@ What is not written down elsewhere about the fields:
 - `weight_decay` of a stage counts `over` from the stage's start, and that defaults to the
   stage's length. A stage without one uses the run's, whose ramp counts from 0 through all
   stages and defaults to `total`.
-- A group's `peak`, `min` and `weight_decay` hold in every stage.
+- A group's `peak`, `min` and `weight_decay` hold in every stage that does not name the group in
+  `groups` of its own.
+- A stage that ends `when` something holds is checked, and its lengths are filled in, as if it
+  ended at its `latest`.
+- `policies` of a stage take the place of the run's.
 """
 
 import difflib
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -36,7 +40,9 @@ from pydantic import (
 from lrpilot.core._errors import InvalidSpec, Violation
 from lrpilot.core._fields import (
     DURATION,
+    LARGEST_RATE,
     LENGTH,
+    METRIC,
     Rule,
     SpecModel,
     Words,
@@ -164,42 +170,44 @@ _LEARNING_RATE_WORDS = Words(
 )
 
 
-class StageSpec(SpecModel):
-    """One stage of a run."""
+class PlateauCondition(SpecModel):
+    """Holds once the loss has stopped improving, counted as the plateau policy counts."""
 
-    later: ClassVar[Mapping[str, str]] = {
-        "when": "until, a position: conditions that end a stage are not read yet",
-        "latest": "until, a position: conditions that end a stage are not read yet",
-    }
-
-    name: Annotated[str, _LABEL]
-    until: Annotated[int | None, count(1)] = None
-    """First progress of the next stage; the last stage runs to the total."""
-    learning_rate: Annotated[LearningRate, _LEARNING_RATE_WORDS]
-    weight_decay: Annotated[WeightDecay | None, BeforeValidator(_spread), _WEIGHT_DECAY_WORDS] = (
-        None
-    )
+    window: Annotated[int, count(1)] = 1
+    """Losses in a report: the mean of so many."""
+    patience: Annotated[int, count()] = 10
+    """Reports without improvement that are borne."""
+    threshold: Annotated[float, number()] = 1e-4
+    """Share of the best by which a report must lie below it to be an improvement."""
 
 
-class Feedback(SpecModel):
-    """How the losses act on the plan."""
+class BelowCondition(SpecModel):
+    """Holds once the mean of the last `window` losses is at most `value`."""
 
-    delay: Annotated[int, count(1)] = 32
-    """D, in the unit: a loss at n acts at exactly n + D."""
-    timeout_s: Annotated[float, DURATION] = Field(default=30.0, alias="timeout")
-    """Seconds for which ranks may be blocked on a missing loss before a waiver is recorded."""
-
-    @field_serializer("timeout_s")
-    def _text(self, value: float) -> str:
-        return duration_text(value)
+    value: Annotated[float, number(low=-LARGEST_RATE)]
+    window: Annotated[int, count(1)] = 1
 
 
-class Bounds(SpecModel):
-    """Limits that no policy or operator leaves; the base schedule may."""
+def _below(value: Any) -> Any:
+    """Read a bare number as the value itself."""
+    if isinstance(value, (Mapping, BaseModel)):
+        return value
+    return {"value": value}
 
-    min_lr: Annotated[float, _RATE] = 0.0
-    max_lr: Annotated[float | None, _RATE] = None
-    """None: no limit."""
+
+class Condition(SpecModel):
+    """What ends a stage: exactly one of `plateau` and `below`."""
+
+    plateau: Annotated[
+        PlateauCondition | None, Words("a mapping with window, patience and threshold")
+    ] = None
+    below: Annotated[
+        BelowCondition | None,
+        BeforeValidator(_below),
+        Words("a number, or a mapping with value and window"),
+    ] = None
+    metric: Annotated[str, METRIC] = "loss"
+    """What is read: `loss`, or the name of a validation loss."""
 
 
 class _AnyPolicy(PolicySpec, extra="ignore"):
@@ -218,6 +226,71 @@ def _read_policy(value: Any) -> PolicySpec:
     if isinstance(value, PolicySpec):
         return value
     return _policy_type(value).model_validate(value)
+
+
+AnyPolicySpec = Annotated[SerializeAsAny[PolicySpec], BeforeValidator(_read_policy)]
+
+_POLICIES_WORDS = Words(
+    "a list of at most 256 mappings, each with a kind", example={"kind": "plateau"}
+)
+
+
+class StageSpec(SpecModel):
+    """One stage of a run: it ends at `until`, or `when` something holds."""
+
+    name: Annotated[str, _LABEL]
+    until: Annotated[int | None, count(1)] = None
+    """First progress of the next stage; the last stage runs to the total."""
+    when: Annotated[Condition | None, Words("a mapping with plateau or below")] = None
+    """What ends the stage before `latest`."""
+    earliest: Annotated[int | None, count(1)] = None
+    """First progress at which `when` can end the stage."""
+    latest: Annotated[int | None, count(1)] = None
+    """Progress at which a stage with `when` ends at last."""
+    learning_rate: Annotated[LearningRate, _LEARNING_RATE_WORDS]
+    weight_decay: Annotated[WeightDecay | None, BeforeValidator(_spread), _WEIGHT_DECAY_WORDS] = (
+        None
+    )
+    groups: Annotated[
+        tuple[GroupSpec, ...],
+        Field(max_length=4096),
+        Words("a list of at most 4096 mappings, each with a name", example={"name": "-"}),
+    ] = ()
+    """What groups of the run do differently here."""
+    policies: Annotated[tuple[AnyPolicySpec, ...] | None, _POLICIES_WORDS] = None
+    """Those of this stage, in place of the run's; None: the run's."""
+
+    @property
+    def end(self) -> int | None:
+        """First progress of the next stage at the latest; None: the run's end."""
+        return self.latest if self.until is None else self.until
+
+
+class Feedback(SpecModel):
+    """How the losses act on the plan."""
+
+    delay: Annotated[int, count(1)] = 32
+    """D, in the unit: a loss at n acts at exactly n + D."""
+    interval: Annotated[int | None, count()] = None
+    """Least progress between two changes of LR or WD by policies; None: any."""
+    quorum: Annotated[int | None, count(1)] = None
+    """Of several reporters, how many make a loss once a waiver is due; None: more than half."""
+    advice_expires: Annotated[int | None, count(1)] = None
+    """Progress for which an advice can be approved; None: a twentieth of the total."""
+    timeout_s: Annotated[float, DURATION] = Field(default=30.0, alias="timeout")
+    """Seconds for which ranks may be blocked on a missing loss before a waiver is recorded."""
+
+    @field_serializer("timeout_s")
+    def _text(self, value: float) -> str:
+        return duration_text(value)
+
+
+class Bounds(SpecModel):
+    """Limits that no policy or operator leaves; the base schedule may."""
+
+    min_lr: Annotated[float, _RATE] = 0.0
+    max_lr: Annotated[float | None, _RATE] = None
+    """None: no limit."""
 
 
 class RunSpec(SpecModel):
@@ -248,9 +321,9 @@ class RunSpec(SpecModel):
         ),
     ] = ()
     policies: Annotated[
-        tuple[Annotated[SerializeAsAny[PolicySpec], BeforeValidator(_read_policy)], ...],
+        tuple[AnyPolicySpec, ...],
         Field(max_length=256),
-        Words("a list of at most 256 mappings, each with a kind", example={"kind": "plateau"}),
+        _POLICIES_WORDS,
     ] = ()
     feedback: Annotated[Feedback, Words("a mapping with delay and timeout")] = Feedback()
     bounds: Annotated[Bounds | None, Words("a mapping with min_lr and max_lr")] = None
@@ -267,8 +340,17 @@ class RunSpec(SpecModel):
 
     @property
     def has_feedback(self) -> bool:
-        """Whether the plan waits for losses: a policy that acts reads them."""
-        return any(policy.needs_feedback for policy in self.policies)
+        """Whether the plan waits for losses: a policy that acts, or a stage's end, reads them."""
+        return any(
+            policy.needs_feedback
+            for index in range(max(1, len(self.stages)))
+            for policy in self.policies_in(index)
+        ) or any(stage.when is not None for stage in self.stages)
+
+    def policies_in(self, stage: int) -> tuple[PolicySpec, ...]:
+        """Return the policies of the stage with this index."""
+        own = self.stages[stage].policies if self.stages else None
+        return self.policies if own is None else own
 
     @property
     def delay(self) -> int:
@@ -432,8 +514,6 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _known_fields(model: type[BaseModel], name: str) -> str:
-    if isinstance(later := getattr(model, "later", None), Mapping) and name in later:
-        return str(later[name])
     names = [info.alias or field for field, info in model.model_fields.items()]
     return f"no such field here; there are {', '.join(names)}{_near(name, names)}"
 
@@ -495,11 +575,9 @@ class _Checks:
             self._check_decay(("weight_decay",), spec.weight_decay, spec.total)
         self._check_groups()
         self._check_stages()
-        for index, policy in enumerate(spec.policies):
-            for misfit in policy.misfits(spec.group_names):
-                path: Path = ("policies", index, misfit.field)
-                if self._known(path, ("groups",)):
-                    self._refuse(path, misfit.got, misfit.allowed)
+        self._check_policies(("policies",), spec.policies)
+        for index, stage in enumerate(spec.stages):
+            self._check_policies(("stages", index, "policies"), stage.policies or ())
         low, high = ("bounds", "min_lr"), ("bounds", "max_lr")
         if (
             spec.bounds is not None
@@ -510,6 +588,13 @@ class _Checks:
             wanted = f"at most bounds.max_lr ({spec.bounds.max_lr!r})"
             self._refuse(low, spec.bounds.min_lr, wanted)
         return self._violations
+
+    def _check_policies(self, path: Path, policies: Sequence[PolicySpec]) -> None:
+        for index, policy in enumerate(policies):
+            for misfit in policy.misfits(self._spec.group_names):
+                field: Path = (*path, index, misfit.field)
+                if self._known(field, ("groups",)):
+                    self._refuse(field, misfit.got, misfit.allowed)
 
     def _known(self, *paths: Path) -> bool:
         return not any(path[:n] in self._broken for path in paths for n in range(1, len(path) + 1))
@@ -575,15 +660,18 @@ class _Checks:
         """Return where a stage begins, and the field that says so."""
         if not stage:
             return 0, ("stages", 0, "begin")
-        return self._spec.stages[stage - 1].until or 0, ("stages", stage - 1, "until")
+        before = self._spec.stages[stage - 1]
+        return before.end or 0, ("stages", stage - 1, _end_field(before))
 
     def _end(self, decay: Decay, end_at: Path, stage: int | None) -> tuple[int, Path]:
         """Return where a decay ends, and the field that says so."""
         if decay.end is not None:
             return decay.end, end_at
-        until = None if stage is None else self._spec.stages[stage].until
-        if stage is not None and (until is not None or not self._known(("stages", stage, "until"))):
-            return until or 0, ("stages", stage, "until")
+        if stage is not None:
+            spec = self._spec.stages[stage]
+            ends_at: Path = ("stages", stage, _end_field(spec))
+            if spec.end is not None or not self._known(ends_at):
+                return spec.end or 0, ends_at
         return self._spec.total, ("total",)
 
     def _check_decay(self, path: Path, decay: WeightDecay, default_over: int) -> None:
@@ -656,6 +744,7 @@ class _Checks:
                 # Nothing is known of where the next stage begins.
                 self._broken.add((*path, "until"))
                 continue
+            self._check_stage_groups(path, stage)
             if self._known((*path, "name")):
                 self._once(seen, stage.name, index, "stages")
             self._check_until(path, stage, index)
@@ -663,8 +752,8 @@ class _Checks:
                 self._check_rates((*path, "learning_rate"), stage.learning_rate, index)
             begin, begin_at = self._begin(index)
             until, until_at = (
-                (stage.until, (*path, "until"))
-                if stage.until is not None
+                (stage.end, (*path, _end_field(stage)))
+                if stage.end is not None
                 else (spec.total, ("total",))
             )
             decay_at = (*path, "weight_decay")
@@ -675,31 +764,77 @@ class _Checks:
                 wanted = f"{_WEIGHT_DECAY_WORDS.allowed} (required, as another stage has one)"
                 self._refuse(decay_at, None, wanted)
 
+    def _check_stage_groups(self, path: Path, stage: StageSpec) -> None:
+        seen = dict[str, int]()
+        for index, group in enumerate(stage.groups):
+            name_at: Path = (*path, "groups", index, "name")
+            if not self._known(name_at, ("groups",)):
+                continue
+            names = [item.name for item in self._spec.groups]
+            if group.name not in names:
+                wanted = f"a group of the run: {', '.join(names) or 'it has none'}"
+                self._refuse(name_at, group.name, wanted)
+            elif group.name in seen:
+                wanted = f"another name than {_dotted(path)}.groups.{seen[group.name]}.name"
+                self._refuse(name_at, group.name, wanted)
+            seen.setdefault(group.name, index)
+
     def _check_until(self, path: Path, stage: StageSpec, index: int) -> None:
-        spec, until_at = self._spec, (*path, "until")
+        spec = self._spec
         last = index + 1 == len(spec.stages)
-        conditions = ((*path, "when"), (*path, "latest"))
-        if not self._known(until_at):
-            return
-        if not self._known(*conditions):
-            if stage.until is None:
-                self._broken.add(until_at)
-            return
+        until_at, when_at = (*path, "until"), (*path, "when")
+        end_at = (*path, _end_field(stage))
         begin, begin_at = self._begin(index)
-        if stage.until is None:
+        if not self._known(when_at):
+            # Which of the others are needed is not known.
+            self._broken.update({until_at, (*path, "earliest"), (*path, "latest")})
+            return
+        if stage.when is None:
+            for name, value in (("earliest", stage.earliest), ("latest", stage.latest)):
+                if value is not None and self._known((*path, name)):
+                    self._refuse((*path, name), value, "nothing, as the stage has no when")
+        else:
+            self._check_when(path, stage, begin, begin_at)
+        if not self._known(end_at):
+            return
+        end = stage.until if stage.when is None else stage.latest
+        if end is None:
             if not last:
-                wanted = "a position (required in every stage but the last)"
+                wanted = "a position (required in every stage but the last), or when and latest"
                 self._refuse(until_at, None, wanted)
-        elif self._known(begin_at) and stage.until <= begin:
+        elif self._known(begin_at) and end <= begin:
             wanted = f"a position above {begin}, where the stage before it ends"
-            self._refuse(until_at, stage.until, wanted)
+            self._refuse(end_at, end, wanted)
         elif self._known(("total",)):
-            if last and stage.until != spec.total:
+            if last and stage.when is None and end != spec.total:
                 wanted = f"the total ({spec.total}) or nothing: the last stage runs to the total"
-                self._refuse(until_at, stage.until, wanted)
-            elif not last and stage.until >= spec.total:
+                self._refuse(end_at, end, wanted)
+            elif last and end > spec.total:
+                self._refuse(end_at, end, f"a position up to the total ({spec.total})")
+            elif not last and end >= spec.total:
                 wanted = f"a position below the total ({spec.total})"
-                self._refuse(until_at, stage.until, wanted)
+                self._refuse(end_at, end, wanted)
+
+    def _check_when(self, path: Path, stage: StageSpec, begin: int, begin_at: Path) -> None:
+        when_at, latest_at = (*path, "when"), (*path, "latest")
+        when = stage.when
+        if when is not None and self._known((*when_at, "plateau"), (*when_at, "below")):
+            given = [name for name in ("plateau", "below") if getattr(when, name) is not None]
+            if len(given) != 1:
+                wanted = "exactly one of plateau and below"
+                self._refuse(when_at, ", ".join(given) or None, wanted)
+        if stage.until is not None and self._known((*path, "until")):
+            self._refuse((*path, "until"), stage.until, "nothing beside when: latest ends it")
+        if stage.latest is None:
+            if self._known(latest_at):
+                self._refuse(latest_at, None, "a position (required beside when)")
+        elif (
+            stage.earliest is not None
+            and self._known((*path, "earliest"), latest_at, begin_at)
+            and not begin < stage.earliest <= stage.latest
+        ):
+            wanted = f"a position above {begin} and up to latest ({stage.latest})"
+            self._refuse((*path, "earliest"), stage.earliest, wanted)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -716,7 +851,7 @@ def _filled(spec: RunSpec) -> RunSpec:
     stages: list[StageSpec] = []
     begin = 0
     for stage in spec.stages:
-        until = spec.total if stage.until is None else stage.until
+        until = spec.total if stage.end is None else stage.end
         filled: dict[str, Any] = {"learning_rate": _filled_rates(stage.learning_rate, run, until)}
         if stage.weight_decay is not None:
             filled["weight_decay"] = _filled_decay(stage.weight_decay, until - begin)
@@ -742,6 +877,11 @@ def _filled_decay(decay: WeightDecay, length: int) -> WeightDecay:
 
 # ---------------------------------------------------------------------------------------------
 # Texts.
+
+
+def _end_field(stage: StageSpec) -> str:
+    """Return the name of the field that says where a stage ends."""
+    return "until" if stage.when is None else "latest"
 
 
 def _dotted(path: Path) -> str:

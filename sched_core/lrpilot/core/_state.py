@@ -9,11 +9,14 @@ A snapshot is a shortcut to a fold and nothing more.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any
 
 from lrpilot.core import _canonical
+from lrpilot.core._changes import Change, Multiply, Undo, change_from_mapping
 from lrpilot.core._events import (
+    Acknowledged,
+    Adjusted,
     Attached,
     Created,
     Event,
@@ -21,7 +24,6 @@ from lrpilot.core._events import (
     Joined,
     Opened,
     Recorded,
-    Report,
     Reported,
     Revised,
     Waived,
@@ -29,9 +31,15 @@ from lrpilot.core._events import (
     encode,
 )
 from lrpilot.core._observers import Observers
-from lrpilot.core._plan import Adjustment, Plan, Revision
-from lrpilot.core._records import Block, Records, Values
+from lrpilot.core._plan import ORDER_OF_OPERATORS, Adjustment, Plan, Revision, Values
+from lrpilot.core._records import Block, Records
+from lrpilot.core._reporters import (
+    Reporters,
+    observation_from_mapping,
+    observation_to_mapping,
+)
 from lrpilot.core._spec import RunSpec, parse_spec
+from lrpilot.core.policies import Observation, Rollback
 
 MARK_EVERY = 1024
 """Losses between two kept observer states, from which a rewind replays."""
@@ -49,8 +57,8 @@ are computed again; they come out the same unless the release or the machine is 
 
 _PLAIN = (
     "name", "seq", "digest", "lost_seq", "lost_digest", "may_revise", "finished", "keys",
-    "attempt", "token", "begin", "key", "reporter", "incarnation", "frontier", "in_use", "waivers",
-    "moved", "origin", "openings", "loss_progress",
+    "attempt", "token", "begin", "key", "frontier", "in_use", "waivers", "moved", "origin",
+    "openings", "loss_progress", "outcomes", "approved",
 )  # fmt: skip
 """Attributes that a snapshot holds as they are."""
 
@@ -83,9 +91,7 @@ class RunState:
         self.begin = 0
         """Progress at which the attempt opened."""
         self.key = ""
-        self.reporter = 0
-        self.incarnation = ""
-        """Incarnation of the reporter; empty until it is known."""
+        self.reporters = Reporters()
         self.frontier = 0
         """Least progress whose loss is not final."""
         self.in_use = 0
@@ -102,9 +108,12 @@ class RunState:
         observers."""
         self.origin_observers = Observers()
         self.loss_progress: list[int] = []
-        self.loss_values: list[float] = []
-        self.late: dict[int, float] = {}
-        """Losses that came after their step was final as absent."""
+        """Progress of each observation, in order; of skipped updates it comes again."""
+        self.loss_values: list[float | None] = []
+        self.extras: dict[int, Observation] = {}
+        """Index in the lists above to observations that hold more than a loss."""
+        self.late: dict[tuple[int, int], float] = {}
+        """(progress, rank) to losses that came after their step was final."""
 
         self.observers = Observers()
         self.marks: list[tuple[int, Observers]] = []
@@ -113,6 +122,10 @@ class RunState:
         self.advice: list[Adjustment] = []
         self.forgotten: list[Adjustment] = []
         """Adjustments and advice that a later attempt forgot; shown to people."""
+        self.outcomes: dict[str, str] = {}
+        """Id of each directive that was acknowledged to what became of it."""
+        self.approved: dict[str, str] = {}
+        """Id of each advice that was approved to that of the adjustment it became."""
         self.records = Records()
 
     # What follows from the state.
@@ -167,12 +180,40 @@ class RunState:
             opened > seq and begin < progress for opened, begin in self.openings
         )
 
-    def loss_at(self, progress: int) -> float | None:
-        """Return the loss recorded for `progress`, or None."""
-        index = bisect_left(self.loss_progress, progress)
-        if index < len(self.loss_progress) and self.loss_progress[index] == progress:
-            return self.loss_values[index]
+    @property
+    def loss(self) -> float | None:
+        """The newest loss, of an update that was not skipped; None before the first."""
+        for index in range(len(self.loss_values) - 1, -1, -1):
+            extra = self.extras.get(index)
+            if self.loss_values[index] is not None and not (extra and extra.is_skipped):
+                return self.loss_values[index]
         return None
+
+    @property
+    def etag(self) -> str:
+        """What changes whenever the plan does."""
+        plan = [self.attempt, len(self.plan.revisions), self.pending_spec is not None]
+        names = [item.id for item in self.plan.adjustments]
+        return _canonical.chain("", _canonical.to_bytes([plan, names]))[:16]
+
+    def observation(self, progress: int, tries: int = 0) -> Observation | None:
+        """Return what is known of a progress after so many skipped updates, or None."""
+        index = bisect_left(self.loss_progress, progress)
+        while index < len(self.loss_progress) and self.loss_progress[index] == progress:
+            found = self._observation(index)
+            if found.tries == tries:
+                return found
+            index += 1
+        return None
+
+    def _observation(self, index: int) -> Observation:
+        extra = self.extras.get(index)
+        return extra or Observation(self.loss_progress[index], self.loss_values[index])
+
+    def find(self, name: str) -> Adjustment | None:
+        """Return the adjustment or advice with that id, or None."""
+        known = (*self.plan.adjustments, *self.advice, *self.forgotten)
+        return next((item for item in known if item.id == name), None)
 
     def values(self, progress: int) -> Values:
         """Return the values at `progress`: what is recorded, else what the plan says."""
@@ -195,10 +236,14 @@ class RunState:
             case Recorded():
                 self._record(event)
             case Waived():
-                self.frontier = max(self.frontier, event.until)
-                self.waivers += 1
+                self._waive(event)
             case Joined():
-                self.incarnation = event.incarnation
+                rank = self.reporters.ranks[0] if event.rank is None else event.rank
+                self.reporters.incarnations[rank] = event.incarnation
+            case Adjusted():
+                self._adjust(event)
+            case Acknowledged():
+                self.outcomes.setdefault(event.directive, event.outcome)
             case Opened():
                 self._open(event)
             case Revised():
@@ -218,23 +263,94 @@ class RunState:
                 self.answers[event.request_id] = (event.kind, 0)
 
     def _report(self, event: Reported) -> None:
-        self.incarnation = event.incarnation
+        reporters = self.reporters
+        rank = reporters.ranks[0] if event.rank is None else event.rank
+        reporters.incarnations[rank] = event.incarnation
         self.moved = True
         for report in event.reports:
-            if report.loss is not None:
-                if report.progress < self.frontier:
-                    self.late[report.progress] = report.loss
-                else:
-                    self._observe(report, report.loss)
-            self.frontier = max(self.frontier, report.moves_to)
+            if report.progress >= max(self.frontier, reporters.positions.get(rank, self.begin)):
+                self._advance(reporters.take(rank, report, self.begin))
+            else:
+                if report.loss is not None:
+                    self.late[report.progress, rank] = report.loss
+                self._advance(reporters.move(rank, report.moves_to, self.begin))
 
-    def _observe(self, report: Report, loss: float) -> None:
-        self.loss_progress.append(report.progress)
-        self.loss_values.append(loss)
-        self.observers, decided = self.observers.observe(self.plan, report.progress, loss, self.seq)
+    def _advance(self, until: int) -> None:
+        """Make the steps below `until` final."""
+        until = max(until, self.frontier)
+        for observation in self.reporters.final(until):
+            self._observe(observation)
+        self.frontier = until
+
+    def _waive(self, event: Waived) -> None:
+        counted = dict(event.counted)
+        for at in [at for at in self.reporters.parts if at < event.until]:
+            for rank, report in self.reporters.only(at, counted.get(at, ())).items():
+                if report.loss is not None:
+                    self.late[at, rank] = report.loss
+        self._advance(event.until)
+        self.waivers += 1
+
+    def _observe(self, observation: Observation) -> None:
+        index = len(self.loss_progress)
+        self.loss_progress.append(observation.progress)
+        self.loss_values.append(observation.loss)
+        if not observation.is_plain:
+            self.extras[index] = observation
+        self.observers, decided = self.observers.observe(self.plan, observation, self.seq)
         self.advice += [item for item in decided if item.mode != "act"]
-        if len(self.loss_progress) % MARK_EVERY == 0:
+        if len(self.loss_progress) % MARK_EVERY == 0 and not observation.is_skipped:
             self.marks.append((len(self.loss_progress), self.observers))
+
+    def _adjust(self, event: Adjusted) -> None:
+        adjustment = self.made_by(event)
+        self.plan.adjust(adjustment)
+        self.answers[event.request_id] = (event.kind, event.effective)
+        if event.advice:
+            self.approved[event.advice] = adjustment.id
+
+    def made_by(self, event: Adjusted) -> Adjustment:
+        """Return what an operator's event adds to the plan, as the event of this `seq`."""
+        source = f"operator (advice {event.advice})" if event.advice else "operator"
+        change = change_from_mapping(event.change)
+        return self._from_outside(
+            event.effective,
+            change,
+            decided_at=self.frontier,
+            kind="operator",
+            source=source,
+            author=event.author,
+        )
+
+    def _from_outside(
+        self,
+        effective: int,
+        change: Change,
+        *,
+        decided_at: int,
+        kind: str,
+        source: str,
+        author: str = "",
+    ) -> Adjustment:
+        """Return what no policy decided as part of the plan, as the event of this `seq`."""
+        return self.plan.stated(
+            Adjustment(
+                effective=effective,
+                decided_at=decided_at,
+                order=ORDER_OF_OPERATORS,
+                part=0,
+                kind=kind,
+                source=source,
+                mode="act",
+                change=change,
+                before=(),
+                after=(),
+                decays_before=(),
+                decays_after=(),
+                seq=self.seq,
+                author=author,
+            )
+        )
 
     def _record(self, event: Recorded) -> None:
         self.in_use = max(self.in_use, event.in_use)
@@ -272,6 +388,9 @@ class RunState:
         self.plan.reopen(event.begin)
         records = self.records
         self.records = Records()
+        if event.directive:
+            self._roll_back(event)
+            records = Records()
         if self.pending_spec is not None:
             self.plan.revise(Revision(event.begin, event.begin, self.pending_spec, by_trainer=True))
             self.pending_spec = None
@@ -285,18 +404,38 @@ class RunState:
         self.key = event.key
         if event.key:
             self.keys[event.key] = event.attempt
-        self.reporter = event.reporter
-        self.incarnation = event.incarnation
+        self.reporters = Reporters(event.reporters or (event.reporter,))
+        if event.incarnation:
+            opener = event.reporter if event.opener is None else event.opener
+            self.reporters.incarnations[opener] = event.incarnation
         self.frontier = event.begin
         self.in_use = event.begin
         self.waivers = 0
         self.moved = False
         self.answers[event.request_id] = (event.kind, event.attempt)
 
+    def _roll_back(self, event: Opened) -> None:
+        """Cut the LR from where a rollback opened: the cut must survive the rewind."""
+        rollback = Rollback(event.begin, event.before, event.asked_at, event.factor)
+        self.forgotten += self.plan.rolled_back(rollback)
+        self.outcomes[event.directive] = "done"
+        cut = Multiply(
+            event.factor,
+            f"rolled back to {event.begin}: directive {event.directive} asked for it at "
+            f"{event.asked_at}, with the damage beginning at {event.before}",
+        )
+        self.plan.adjust(
+            self._from_outside(
+                event.begin, cut, decided_at=event.begin, kind="rollback", source="rollback"
+            )
+        )
+
     def _rewind(self, progress: int) -> None:
         """Forget the losses from `progress` on and what was decided on them."""
         self.forgotten += [
-            item for item in (*self.plan.adjustments, *self.advice) if item.decided_at >= progress
+            item
+            for item in (*self.plan.adjustments, *self.advice)
+            if item.decided_at >= progress and item.order < ORDER_OF_OPERATORS
         ]
         self.plan, self.observers = self._as_of(progress)
         if progress < self.origin:
@@ -304,8 +443,9 @@ class RunState:
         self.advice = [item for item in self.advice if item.decided_at < progress]
         kept = bisect_left(self.loss_progress, progress)
         del self.loss_progress[kept:], self.loss_values[kept:]
+        self.extras = {at: item for at, item in self.extras.items() if at < kept}
         self.marks = [mark for mark in self.marks if mark[0] <= kept]
-        self.late = {at: loss for at, loss in self.late.items() if at < progress}
+        self.late = {key: loss for key, loss in self.late.items() if key[0] < progress}
 
     def _as_of(self, progress: int) -> tuple[Plan, Observers]:
         """Return the plan and the observers as they were before the loss at `progress`.
@@ -322,13 +462,16 @@ class RunState:
         for count, marked in self.marks:
             if count <= kept:
                 first, observers = count, marked
+        # The decisions are in the plan already; they are made once more only for the observers,
+        # each of which saw those of the others.
         plan = self.plan.forget(self.loss_progress[first])
-        seqs = {item.decided_at: item.seq for item in (*self.plan.adjustments, *self.advice)}
-        for at, loss in zip(
-            self.loss_progress[first:kept], self.loss_values[first:kept], strict=True
-        ):
-            observers, _ = observers.observe(plan, at, loss, seqs.get(at, 0))
-        return plan, observers
+        known = {
+            (item.decided_at, item.order): item.seq
+            for item in (*self.plan.adjustments, *self.advice)
+        }
+        for index in range(first, kept):
+            observers, _ = observers.observe(plan, self._observation(index), 0, known)
+        return self.plan.forget(progress), observers
 
     # Saved states: what it takes to resume at one progress.
 
@@ -347,6 +490,7 @@ class RunState:
             "pending_spec": _spec_to_mapping(self.pending_spec),
             "revisions": [item.to_mapping() for item in plan.revisions],
             "adjustments": _shortened(plan.adjustments),
+            "rollbacks": [astuple(item) for item in plan.rollbacks],
             "advice": _shortened(
                 [item for item in self.advice if item.decided_at < progress][-MAX_SAVED_ADVICE:]
             ),
@@ -384,22 +528,30 @@ class RunState:
         known = (*self.forgotten, *self.plan.adjustments, *self.advice)
         adjustments = [Adjustment.from_mapping(item) for item in fold["adjustments"]]
         advice = [Adjustment.from_mapping(item) for item in fold["advice"]]
+        by_operators = [item for item in self.plan.adjustments if item.order >= ORDER_OF_OPERATORS]
         if seq is None:
-            # The log has them whole; the state may have shortened them.
+            # The log has them whole; the state may have shortened them. What operators did since
+            # the state was saved stays.
             whole = {item.decision: item for item in known}
-            adjustments = [whole.get(item.decision, item) for item in adjustments]
+            adjustments = [
+                whole.get(item.decision, item)
+                for item in adjustments
+                if item.order < ORDER_OF_OPERATORS
+            ]
             advice = [whole.get(item.decision, item) for item in advice]
+            rollbacks = self.plan.rollbacks
         else:
-            adjustments = [replace(item, seq=seq) for item in adjustments]
-            advice = [replace(item, seq=seq) for item in advice]
+            adjustments, advice = _renumbered(adjustments, advice, seq)
+            rollbacks = tuple(_rollback(item) for item in fold["rollbacks"])
+        adjustments += by_operators
         kept = {*adjustments, *advice}
         self.forgotten = [item for item in known if item not in kept]
-        self.plan = Plan(self.plan.revisions, adjustments)
+        self.plan = Plan(self.plan.revisions, adjustments, rollbacks)
         self.advice = advice
         self.observers = self.origin_observers = Observers.from_mapping(fold["observers"])
         self.origin = fold["progress"]
         self.loss_progress, self.loss_values, self.marks = [], [], []
-        self.late = {}
+        self.extras, self.late = {}, {}
         self.records = Records()
         given = [item["spec"] for item in fold["revisions"] if item["by_trainer"]]
         if given == [item.spec.to_mapping() for item in self.plan.revisions if item.by_trainer]:
@@ -418,12 +570,18 @@ class RunState:
                 "pending_spec": _spec_to_mapping(self.pending_spec),
                 "answers": self.answers,
                 "loss_values": self.loss_values,
+                "extras": [
+                    [index, observation_to_mapping(item)]
+                    for index, item in sorted(self.extras.items())
+                ],
                 "late": sorted(self.late.items()),
+                "reporters": self.reporters.to_mapping(),
                 "observers": self.observers.to_mapping(),
                 "origin_observers": self.origin_observers.to_mapping(),
                 "marks": [[count, item.to_mapping()] for count, item in self.marks],
                 "revisions": [item.to_mapping() for item in self.plan.revisions],
                 "adjustments": [item.to_mapping() for item in self.plan.adjustments],
+                "rollbacks": [astuple(item) for item in self.plan.rollbacks],
                 "advice": [item.to_mapping() for item in self.advice],
                 "forgotten": [item.to_mapping() for item in self.forgotten],
                 "records": [_block_to_mapping(block) for block in self.records],
@@ -441,14 +599,17 @@ def restore_snapshot(data: bytes) -> RunState:
     state.pending_spec = _spec_from_mapping(content["pending_spec"])
     state.openings = [(seq, begin) for seq, begin in content["openings"]]
     state.answers = {key: (kind, number) for key, (kind, number) in content["answers"].items()}
-    state.loss_values = [float(item) for item in content["loss_values"]]
-    state.late = {at: float(loss) for at, loss in content["late"]}
+    state.loss_values = [None if item is None else float(item) for item in content["loss_values"]]
+    state.extras = {index: observation_from_mapping(item) for index, item in content["extras"]}
+    state.late = {(at, rank): float(loss) for (at, rank), loss in content["late"]}
+    state.reporters = Reporters.from_mapping(content["reporters"])
     state.observers = Observers.from_mapping(content["observers"])
     state.origin_observers = Observers.from_mapping(content["origin_observers"])
     state.marks = [(count, Observers.from_mapping(item)) for count, item in content["marks"]]
     state.plan = Plan(
         [Revision.from_mapping(item) for item in content["revisions"]],
         [Adjustment.from_mapping(item) for item in content["adjustments"]],
+        [_rollback(item) for item in content["rollbacks"]],
     )
     state.advice = [Adjustment.from_mapping(item) for item in content["advice"]]
     state.forgotten = [Adjustment.from_mapping(item) for item in content["forgotten"]]
@@ -487,9 +648,37 @@ def _shortened(adjustments: Sequence[Adjustment]) -> list[dict[str, Any]]:
     room = MAX_SHOWN_VALUES
     kept = []
     for item in reversed(adjustments):
-        room -= len(item.before) + len(item.after)
-        kept.append((item if room >= 0 else replace(item, before=(), after=())).to_mapping())
+        room -= 2 * (len(item.before) + len(item.decays_before))
+        short = replace(item, before=(), after=(), decays_before=(), decays_after=())
+        kept.append((item if room >= 0 else short).to_mapping())
     return kept[::-1]
+
+
+def _renumbered(
+    adjustments: Sequence[Adjustment], advice: Sequence[Adjustment], seq: int
+) -> tuple[list[Adjustment], list[Adjustment]]:
+    """Return the decisions of a lost log as the event with that `seq` brings them.
+
+    What operators did gets positions of its own, so that no two have one name; what was taken back
+    goes by the new names.
+    """
+    names: dict[str, str] = {}
+    moved: list[Adjustment] = []
+    for item in sorted((*adjustments, *advice), key=lambda item: item.decision):
+        part = len(moved) if item.order >= ORDER_OF_OPERATORS else item.part
+        new = replace(item, seq=seq, part=part)
+        if isinstance(new.change, Undo):
+            targets = tuple(names.get(target, target) for target in new.change.targets)
+            new = replace(new, change=replace(new.change, targets=targets))
+        names[item.id] = new.id
+        moved.append(new)
+    acting = [item for item in moved if item.mode == "act"]
+    return acting, [item for item in moved if item.mode != "act"]
+
+
+def _rollback(data: Sequence[Any]) -> Rollback:
+    begin, before, decided_at, factor = data
+    return Rollback(begin, before, decided_at, float(factor))
 
 
 def _spec_to_mapping(spec: RunSpec | None) -> dict[str, Any] | None:

@@ -35,6 +35,21 @@ class Observation:
     is_skipped: bool = False
     """The optimizer refused the update: the progress does not advance, and the same n comes again.
     Only a policy with `reads_skipped` gets such an observation."""
+    tries: int = 0
+    """Number of skipped updates at this progress before this one."""
+    left_out: int = 0
+    """Non-finite losses that the mean over several reporters leaves out."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is a loss and nothing else."""
+        return (
+            self.loss is not None
+            and not self.validation
+            and self.gradient_norm is None
+            and self.batch is None
+            and not (self.is_skipped or self.tries or self.left_out)
+        )
 
     def metric(self, name: str) -> float | None:
         """Return the loss, or the validation loss of that name; None where there is none."""
