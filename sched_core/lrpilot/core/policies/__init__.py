@@ -1,5 +1,6 @@
 """Policies: state machines that read final losses and propose changes to the plan."""
 
+from lrpilot.core.policies._batch_size import BatchSize, BatchSizeSpec, BatchSizeState
 from lrpilot.core.policies._decay_on_plateau import (
     DecayOnPlateau,
     DecayOnPlateauSpec,
@@ -19,6 +20,7 @@ from lrpilot.core.policies._interface import (
     View,
 )
 from lrpilot.core.policies._nonfinite import Nonfinite, NonfiniteSpec, NonfiniteState
+from lrpilot.core.policies._overfit import Overfit, OverfitSpec, OverfitState
 from lrpilot.core.policies._plateau import Plateau, PlateauSpec, PlateauState
 from lrpilot.core.policies._registry import DETECTORS, POLICIES, Registered, build_policy
 from lrpilot.core.policies._slow_convergence import (
@@ -32,6 +34,9 @@ from lrpilot.core.policies._warmup_guard import WarmupGuard, WarmupGuardSpec, Wa
 __all__ = [
     "DETECTORS",
     "POLICIES",
+    "BatchSize",
+    "BatchSizeSpec",
+    "BatchSizeState",
     "DecayOnPlateau",
     "DecayOnPlateauSpec",
     "DecayOnPlateauState",
@@ -47,6 +52,9 @@ __all__ = [
     "NonfiniteSpec",
     "NonfiniteState",
     "Observation",
+    "Overfit",
+    "OverfitSpec",
+    "OverfitState",
     "Phase",
     "Plateau",
     "PlateauSpec",

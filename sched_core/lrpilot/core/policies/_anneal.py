@@ -14,6 +14,9 @@ ENOUGH = "10%"
 enough; Hägele et al. 2024 (arXiv:2405.18392) find 10 to 20%, with the shape `1 - sqrt`."""
 
 
-def anneal_length(anneal: int | float | str, progress: int) -> int:
-    """Return the length in the unit, at least 1; a fraction is rounded, a half to the even side."""
-    return max(1, round(length_of(anneal, progress)))
+def anneal_length(anneal: int | float | str, progress: int, left: int) -> int:
+    """Return the length in the unit, at least 1 and at most what is left of the stage.
+
+    A fraction is rounded, a half to the even side.
+    """
+    return min(max(1, round(length_of(anneal, progress))), left)

@@ -61,8 +61,8 @@ class DecayOnPlateau(Stateful[DecayOnPlateauState]):
        the anneal there, and observe nothing more in this stage.
 
     Every group's LR then goes down to its `min` in the shape of `anneal_style`, over `anneal`, or
-    over that share of n, rounded, and at least 1. What was planned for later does not raise it
-    again.
+    over that share of n, rounded: at least 1, and at most what is left of the stage. What was
+    planned for later does not raise it again.
 
     The defaults: MiniCPM finds that a decay over 10% of the tokens is enough (Hu et al. 2024,
     arXiv:2404.06395); `1 - sqrt` is the best shape of Hägele et al. 2024 (arXiv:2405.18392);
@@ -122,5 +122,7 @@ class DecayOnPlateau(Stateful[DecayOnPlateauState]):
             f"{what} {report:.6g}: none {bar} for {counted(state.bad, 'report')} "
             f"(patience {spec.patience}); anneal over {share}"
         )
-        begin = BeginDecay(anneal_length(spec.anneal, n), spec.anneal_style, reason)
+        begin = BeginDecay(
+            anneal_length(spec.anneal, n, phase.end - view.at), spec.anneal_style, reason
+        )
         return replace(state, begun=True), (begin,)

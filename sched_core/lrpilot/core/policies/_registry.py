@@ -4,11 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lrpilot.core.policies._batch_size import BatchSize, BatchSizeSpec
 from lrpilot.core.policies._decay_on_plateau import DecayOnPlateau, DecayOnPlateauSpec
 from lrpilot.core.policies._divergence import Divergence, DivergenceSpec
 from lrpilot.core.policies._greedy import Greedy, GreedySpec
 from lrpilot.core.policies._interface import Policy, PolicySpec
 from lrpilot.core.policies._nonfinite import Nonfinite, NonfiniteSpec
+from lrpilot.core.policies._overfit import Overfit, OverfitSpec
 from lrpilot.core.policies._plateau import Plateau, PlateauSpec
 from lrpilot.core.policies._slow_convergence import SlowConvergence, SlowConvergenceSpec
 from lrpilot.core.policies._spike import Spike, SpikeSpec
@@ -33,6 +35,8 @@ POLICIES: Mapping[str, Registered] = {
     Greedy.kind: Registered(GreedySpec, Greedy),
     DecayOnPlateau.kind: Registered(DecayOnPlateauSpec, DecayOnPlateau),
     SlowConvergence.kind: Registered(SlowConvergenceSpec, SlowConvergence),
+    Overfit.kind: Registered(OverfitSpec, Overfit),
+    BatchSize.kind: Registered(BatchSizeSpec, BatchSize),
 }
 """By kind."""
 
