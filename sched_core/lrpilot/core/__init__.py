@@ -12,7 +12,14 @@ if _find_spec("pydantic") is None:
         "pip install 'lrpilot[server]'"
     )
 
-from lrpilot.core._changes import Change, Direct, Note, change_to_mapping
+from lrpilot.core._changes import (
+    Change,
+    Direct,
+    Note,
+    change_from_mapping,
+    change_to_mapping,
+    summary_of,
+)
 from lrpilot.core._errors import (
     AdjustmentNotFound,
     AdjustmentRefused,
@@ -72,9 +79,10 @@ from lrpilot.core._operators import (
     TakeBack,
     adjust_run,
     approve_advice,
+    made_next,
     planned,
 )
-from lrpilot.core._plan import Adjustment, Plan, is_over
+from lrpilot.core._plan import ENDABLE, Adjustment, Plan, is_over
 from lrpilot.core._presets import PRESETS, Preset
 from lrpilot.core._records import Block
 from lrpilot.core._requests import (
@@ -111,6 +119,7 @@ from lrpilot.core._spec import RunSpec, parse_spec, spec_difference
 from lrpilot.core._state import RunState, fold, restore_snapshot, rows
 
 __all__ = [
+    "ENDABLE",
     "MAX_BLOCK_STEPS",
     "MAX_PROGRESS",
     "PRESETS",
@@ -185,6 +194,7 @@ __all__ = [
     "attach_run",
     "base_schedule",
     "base_values",
+    "change_from_mapping",
     "change_to_mapping",
     "check_attempt",
     "create_run",
@@ -195,6 +205,7 @@ __all__ = [
     "get_values",
     "is_over",
     "learning_rate_schedule",
+    "made_next",
     "open_attempt",
     "parse_spec",
     "planned",
@@ -208,6 +219,7 @@ __all__ = [
     "simulate",
     "spec_difference",
     "stage_schedules",
+    "summary_of",
     "waive",
     "weight_decay_schedule",
 ]

@@ -247,3 +247,51 @@ def change_from_mapping(data: Mapping[str, Any]) -> Change:
         content["targets"] = tuple(content["targets"])
     change: Change = _ACTIONS[action](**content)
     return change
+
+
+def summary_of(change: Change) -> str:
+    """Return what a change does, as one phrase.
+
+    >>> summary_of(Multiply(0.5, "why")), summary_of(Hold(None, "why"))
+    ('LR x 0.5', 'hold LR and WD')
+    """
+    match change:
+        case Multiply():
+            return f"LR x {change.factor:g}"
+        case Divide():
+            return f"LR / {change.divisor:g}"
+        case SetRate():
+            return f"LR to {change.lr:g}"
+        case Curve():
+            shown = ", ".join(f"x {factor:g} at +{at}" for at, factor in change.points)
+            return f"LR along a curve: {shown}"
+        case Hold():
+            held = "hold LR and WD"
+            return held if change.length is None else f"{held} for {change.length}"
+        case BeginDecay():
+            return f"anneal LR over {change.length} ({change.style})"
+        case StretchWarmup():
+            return f"rest of the warmup x {change.factor:g} as long"
+        case NextStage():
+            return f"leave stage {change.leaves}"
+        case ScaleWeightDecay():
+            return f"WD x {change.factor:g}"
+        case EndOwn():
+            return "end its own changes"
+        case Undo():
+            return f"take back {', '.join(change.targets)}"
+        case Direct():
+            return _directive_summary(change)
+        case Note():
+            return "note"
+
+
+def _directive_summary(change: Direct) -> str:
+    words = [f"ask for {change.directive}"]
+    if change.before is not None:
+        words.append(f"to before {change.before}")
+    if change.factor is not None:
+        words.append(f"with LR x {change.factor:g}")
+    if change.until is not None:
+        words.append(f"past data up to {change.until}")
+    return " ".join(words)

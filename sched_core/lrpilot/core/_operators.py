@@ -30,7 +30,6 @@ from lrpilot.core._errors import (
     AdjustmentRefused,
     AdviceExpired,
     InvalidRequest,
-    PlanChanged,
     RunFinished,
     Violation,
 )
@@ -38,7 +37,12 @@ from lrpilot.core._events import Adjusted, Event, Revised
 from lrpilot.core._fields import LARGEST_RATE, LENGTH, length_of
 from lrpilot.core._observers import limited
 from lrpilot.core._plan import ENDABLE, Adjustment, Plan, Revision
-from lrpilot.core._requests import adjustment_not_found, revise_run, run_not_found
+from lrpilot.core._requests import (
+    adjustment_not_found,
+    refuse_changed_plan,
+    revise_run,
+    run_not_found,
+)
 from lrpilot.core._spec import RunSpec, parse_spec
 from lrpilot.core._state import RunState
 
@@ -175,11 +179,17 @@ def planned(state: RunState, events: Sequence[Event]) -> Plan:
     plan = Plan(state.plan.revisions, state.plan.adjustments, state.plan.rollbacks)
     for event in events:
         if isinstance(event, Adjusted):
-            plan.adjust(state.made_by(event))
+            plan.adjust(made_next(state, event))
         elif isinstance(event, Revised) and event.effective is not None:
             spec = parse_spec(event.spec)
             plan.revise(Revision(event.effective, event.observes_from or 0, spec))
     return plan
+
+
+def made_next(state: RunState, event: Adjusted) -> Adjustment:
+    """Return what an operator's event makes where it is the next one of the log."""
+    made = state.made_by(event)
+    return replace(made, seq=state.seq + 1)
 
 
 def with_total(spec: RunSpec, total: int) -> RunSpec:
@@ -234,14 +244,7 @@ def _check(state: RunState, reason: str, author: str, etag: str) -> None:
     ]
     if violations:
         raise InvalidRequest("the change is not signed", violations)
-    if etag and etag != state.etag:
-        raise PlanChanged(
-            f"the plan of run {state.name!r} changed since it was looked at: its etag is "
-            f"{state.etag}, not {etag}; look again, then decide again",
-            run=state.name,
-            etag=state.etag,
-            given=etag,
-        )
+    refuse_changed_plan(state, etag)
 
 
 def _resolved(state: RunState, action: Action, reason: str) -> Change | None:

@@ -22,6 +22,7 @@ from lrpilot.core._changes import (
     Undo,
     change_from_mapping,
     change_to_mapping,
+    summary_of,
 )
 from lrpilot.core._schedules import StageSchedule, anneal_factor, stage_at, stage_schedules
 from lrpilot.core._spec import RunSpec, parse_spec
@@ -106,6 +107,11 @@ class Adjustment:
     def reason(self) -> str:
         """Why, as one phrase with the numbers."""
         return self.change.reason
+
+    @property
+    def summary(self) -> str:
+        """What it does, as one phrase."""
+        return summary_of(self.change)
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the adjustment as plain data."""

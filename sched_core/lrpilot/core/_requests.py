@@ -31,6 +31,7 @@ from lrpilot.core._errors import (
     LossConflict,
     LossesPending,
     NotReporter,
+    PlanChanged,
     ResumePointRequired,
     RevisionRefused,
     RunExists,
@@ -154,16 +155,24 @@ def _spec_changed(
 
 
 def revise_run(
-    state: RunState, spec: RunSpec, request_id: str, *, author: str = "", reason: str = ""
+    state: RunState,
+    spec: RunSpec,
+    request_id: str,
+    *,
+    author: str = "",
+    reason: str = "",
+    etag: str = "",
 ) -> list[Event]:
     """Replace the spec from the horizon on; nothing is to be done where it is that one already.
 
-    Raises RevisionRefused for what only a new attempt may change, RunFinished, InvalidSpec.
+    Raises RevisionRefused for what only a new attempt may change, RunFinished, InvalidSpec,
+    PlanChanged.
     """
     _refuse_missing(state)
     if request_id in state.answers:
         return []
     _refuse_finished(state)
+    refuse_changed_plan(state, etag)
     if spec == state.spec:
         return []
     locked = _locked(state, spec)
@@ -178,6 +187,18 @@ def revise_run(
     return [
         Revised(spec.to_mapping(), state.horizon, state.frontier, False, request_id, author, reason)
     ]
+
+
+def refuse_changed_plan(state: RunState, etag: str) -> None:
+    """Raise PlanChanged where a plan was seen that is no longer the run's; empty: none was."""
+    if etag and etag != state.etag:
+        raise PlanChanged(
+            f"the plan of run {state.name!r} changed since it was looked at: its etag is "
+            f"{state.etag}, not {etag}; look again, then decide again",
+            run=state.name,
+            etag=state.etag,
+            given=etag,
+        )
 
 
 def finish_run(state: RunState, request_id: str) -> list[Event]:

@@ -58,7 +58,7 @@ are computed again; they come out the same unless the release or the machine is 
 _PLAIN = (
     "name", "seq", "digest", "lost_seq", "lost_digest", "may_revise", "finished", "keys",
     "attempt", "token", "begin", "key", "frontier", "in_use", "waivers", "moved", "origin",
-    "openings", "loss_progress", "outcomes", "approved",
+    "openings", "loss_progress", "outcomes", "approved", "made",
 )  # fmt: skip
 """Attributes that a snapshot holds as they are."""
 
@@ -126,6 +126,8 @@ class RunState:
         """Id of each directive that was acknowledged to what became of it."""
         self.approved: dict[str, str] = {}
         """Id of each advice that was approved to that of the adjustment it became."""
+        self.made: dict[str, str] = {}
+        """Request id to the id of the adjustment that an operator made with it."""
         self.records = Records()
 
     # What follows from the state.
@@ -305,20 +307,18 @@ class RunState:
     def _adjust(self, event: Adjusted) -> None:
         adjustment = self.made_by(event)
         self.plan.adjust(adjustment)
+        self.made[event.request_id] = adjustment.id
         self.answers[event.request_id] = (event.kind, event.effective)
         if event.advice:
             self.approved[event.advice] = adjustment.id
 
     def made_by(self, event: Adjusted) -> Adjustment:
         """Return what an operator's event adds to the plan, as the event of this `seq`."""
-        source = f"operator (advice {event.advice})" if event.advice else "operator"
-        change = change_from_mapping(event.change)
         return self._from_outside(
             event.effective,
-            change,
+            change_from_mapping(event.change),
             decided_at=self.frontier,
             kind="operator",
-            source=source,
             author=event.author,
         )
 
@@ -329,7 +329,6 @@ class RunState:
         *,
         decided_at: int,
         kind: str,
-        source: str,
         author: str = "",
     ) -> Adjustment:
         """Return what no policy decided as part of the plan, as the event of this `seq`."""
@@ -340,7 +339,7 @@ class RunState:
                 order=ORDER_OF_OPERATORS,
                 part=0,
                 kind=kind,
-                source=source,
+                source=kind,
                 mode="act",
                 change=change,
                 before=(),
@@ -425,9 +424,7 @@ class RunState:
             f"{event.asked_at}, with the damage beginning at {event.before}",
         )
         self.plan.adjust(
-            self._from_outside(
-                event.begin, cut, decided_at=event.begin, kind="rollback", source="rollback"
-            )
+            self._from_outside(event.begin, cut, decided_at=event.begin, kind="rollback")
         )
 
     def _rewind(self, progress: int) -> None:

@@ -38,6 +38,10 @@ CATALOGUE: dict[type[core.LrpilotError], grpc.StatusCode] = {
     core.AttemptSuperseded: grpc.StatusCode.FAILED_PRECONDITION,
     core.NotReporter: grpc.StatusCode.FAILED_PRECONDITION,
     core.LossesPending: grpc.StatusCode.FAILED_PRECONDITION,
+    core.AdjustmentNotFound: grpc.StatusCode.NOT_FOUND,
+    core.AdjustmentRefused: grpc.StatusCode.FAILED_PRECONDITION,
+    core.AdviceExpired: grpc.StatusCode.FAILED_PRECONDITION,
+    core.PlanChanged: grpc.StatusCode.ABORTED,
 }
 """Status code of each error that a request can meet."""
 

@@ -138,7 +138,7 @@ class LiveRun:
         if isinstance(event, core.Reported):
             # New ones stand at the end.
             new = islice(reversed(self.state.late), len(self.state.late) - late)
-            self.late.update((row.seq, progress) for progress in new)
+            self.late.update((row.seq, progress) for progress, _ in new)
         if (self.state.seq, self.state.digest) != (row.seq, row.digest):
             raise CorruptLog(
                 f"event {row.seq} of run {self.state.name!r}: the log says digest "

@@ -5,7 +5,7 @@ finished or deleted, so that its series end by themselves. No series has a label
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from dataclasses import dataclass
 
@@ -57,7 +57,11 @@ class RunSample:
     losses: int
     nonfinite_losses: int
     late_losses: int
+    skipped_updates: int
+    rollbacks: int
     adjustments: dict[str, int]
+    """Source to number."""
+    advice: dict[str, int]
     """Number of adjustments by who decided, those that an attempt forgot among them."""
     waivers: int
     ranks_waiting: int
@@ -152,7 +156,7 @@ class RunCollector(Collector):
                     groups=state.spec.group_names,
                     learning_rates=rates,
                     weight_decays=decays,
-                    loss=state.loss_values[-1] if state.loss_values else None,
+                    loss=state.loss,
                     smoothed_loss=state.observers.smoothed_loss,
                     progress=state.progress,
                     total=state.spec.total,
@@ -162,7 +166,10 @@ class RunCollector(Collector):
                     losses=state.losses,
                     nonfinite_losses=state.observers.nonfinite,
                     late_losses=len(state.late),
-                    adjustments=_by_source(state),
+                    skipped_updates=state.observers.skipped,
+                    rollbacks=len(state.plan.rollbacks),
+                    adjustments=_by_source((*state.plan.adjustments, *state.forgotten), "act"),
+                    advice=_by_source((*state.advice, *state.forgotten), "advise"),
                     waivers=state.waivers,
                     ranks_waiting=run.ranks_waiting,
                     updated_s=run.updated_ns / 1e9,
@@ -171,10 +178,10 @@ class RunCollector(Collector):
         return samples
 
 
-def _by_source(state: core.RunState) -> dict[str, int]:
+def _by_source(adjustments: Iterable[core.Adjustment], mode: str) -> dict[str, int]:
     counts: dict[str, int] = {}
-    for item in (*state.plan.adjustments, *state.forgotten):
-        if item.mode == "act":
+    for item in adjustments:
+        if item.mode == mode:
             counts[item.source] = counts.get(item.source, 0) + 1
     return counts
 
@@ -193,6 +200,11 @@ def _families(runs: list[RunSample]) -> Iterator[Metric]:
         "Adjustments by who decided them, those that a later attempt forgot included.",
         labels=("run", "source"),
     )
+    advice = CounterMetricFamily(
+        "lrpilot_run_advice",
+        "Pieces of advice by who gave them, those that a later attempt forgot included.",
+        labels=("run", "source"),
+    )
     waivers = CounterMetricFamily(
         "lrpilot_run_waivers", "Waivers of the attempt: losses that never came.", labels=("run",)
     )
@@ -203,8 +215,10 @@ def _families(runs: list[RunSample]) -> Iterator[Metric]:
                 decays.add_metric((run.name, group), run.weight_decays[index])
         for source, count in run.adjustments.items():
             adjustments.add_metric((run.name, source), count)
+        for source, count in run.advice.items():
+            advice.add_metric((run.name, source), count)
         waivers.add_metric((run.name,), run.waivers)
-    yield from (rates, decays, adjustments, waivers)
+    yield from (rates, decays, adjustments, advice, waivers)
     for name, text, value in _GAUGES:
         family = GaugeMetricFamily(f"lrpilot_run_{name}", text, labels=("run",))
         for run in runs:
@@ -241,6 +255,12 @@ _GAUGES: tuple[tuple[str, str, Callable[[RunSample], float | None]], ...] = (
         "Losses that came after their step was final without one.",
         lambda run: run.late_losses,
     ),
+    (
+        "skipped_updates",
+        "Updates that the optimizer refused, without those that an attempt forgot.",
+        lambda run: run.skipped_updates,
+    ),
+    ("rollbacks", "Attempts that were opened to undo damage.", lambda run: run.rollbacks),
     (
         "ranks_waiting",
         "Requests of blocked training threads that wait now.",

@@ -1,17 +1,20 @@
-"""The service for people: create, look at, revise and end runs."""
+"""The service for people: create, look at, adjust, revise and end runs."""
 
+import logging
 import time
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping
 
 from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 
 from lrpilot import core
-from lrpilot.server._documents import dump_document, read_spec
+from lrpilot.server._changes import Change, read_action, repeated_change, shown_change
+from lrpilot.server._documents import read_spec
 from lrpilot.server._ledger import Ledger, LiveRun
+from lrpilot.server._messages import adjustment_messages, event_message, run_message
 from lrpilot.server._rpc import Behaviour, require
-from lrpilot.server._store import LogRow
 from lrpilot.v1 import runs_pb2 as pb
+
+logger = logging.getLogger("lrpilot.server")
 
 LIVE_S = 120.0
 """A run whose ranks asked for something within this time is live: ending it needs force."""
@@ -20,8 +23,6 @@ PAGE_OF_RUNS, MAX_PAGE_OF_RUNS = 50, 500
 PAGE_OF_EVENTS, MAX_PAGE_OF_EVENTS = 200, 1000
 MAX_PAGE_BYTES = 512 * 1024
 """A page ends early rather than exceed this: messages are bounded at 1 MiB."""
-MAX_ADJUSTMENTS_BYTES = 256 * 1024
-"""A run shows its newest adjustments, as many as fit in this; its history has all of them."""
 
 
 class RunService:
@@ -38,6 +39,8 @@ class RunService:
             "GetRun": self.get_run,
             "ListRuns": self.list_runs,
             "ReviseRun": self.revise_run,
+            "AdjustRun": self.adjust_run,
+            "ApproveAdvice": self.approve_advice,
             "ListEvents": self.list_events,
             "FinishRun": self.finish_run,
             "DeleteRun": self.delete_run,
@@ -51,6 +54,8 @@ class RunService:
             "GetRunRequest": pb.GetRunRequest,
             "ListRunsRequest": pb.ListRunsRequest,
             "ReviseRunRequest": pb.ReviseRunRequest,
+            "AdjustRunRequest": pb.AdjustRunRequest,
+            "ApproveAdviceRequest": pb.ApproveAdviceRequest,
             "ListEventsRequest": pb.ListEventsRequest,
             "FinishRunRequest": pb.FinishRunRequest,
             "DeleteRunRequest": pb.DeleteRunRequest,
@@ -94,24 +99,109 @@ class RunService:
 
     async def revise_run(self, request: pb.ReviseRunRequest) -> pb.ReviseRunResponse:
         """See the proto file."""
-        require("request_id", request.request_id)
         spec = read_spec(request.spec_document)
         if spec.name != request.run:
             raise core.InvalidSpec(
                 "a revision cannot rename a run",
                 [core.Violation("name", repr(spec.name), repr(request.run))],
             )
-        run = await self._ledger.run(request.run)
 
-        def evaluate(state: core.RunState) -> tuple[list[core.Event], tuple[int, bool]]:
-            events = core.revise_run(state, spec, request.request_id)
-            done = state.answers.get(request.request_id)
+        def evaluate(state: core.RunState) -> list[core.Event]:
+            return core.revise_run(
+                state,
+                spec,
+                request.request_id,
+                author=request.author,
+                reason=request.reason,
+                etag=request.etag,
+            )
+
+        done = await self._change(request.run, request.request_id, evaluate, dry=request.dry_run)
+        return pb.ReviseRunResponse(
+            effective=done.effective,
+            run=run_message(done.run),
+            unchanged=done.unchanged,
+            preview=done.preview,
+            changes=done.changes,
+        )
+
+    async def adjust_run(self, request: pb.AdjustRunRequest) -> pb.AdjustRunResponse:
+        """See the proto file."""
+        action = read_action(request)
+
+        def evaluate(state: core.RunState) -> list[core.Event]:
+            return core.adjust_run(
+                state,
+                action,
+                reason=request.reason,
+                author=request.author,
+                request_id=request.request_id,
+                etag=request.etag,
+            )
+
+        done = await self._change(request.run, request.request_id, evaluate, dry=request.dry_run)
+        return pb.AdjustRunResponse(
+            effective=done.effective,
+            adjustment=done.adjustment,
+            run=run_message(done.run),
+            preview=done.preview,
+            changes=done.changes,
+            unchanged=done.unchanged,
+        )
+
+    async def approve_advice(self, request: pb.ApproveAdviceRequest) -> pb.ApproveAdviceResponse:
+        """See the proto file."""
+        require("advice", request.advice)
+
+        def evaluate(state: core.RunState) -> list[core.Event]:
+            return core.approve_advice(
+                state,
+                request.advice,
+                reason=request.reason,
+                author=request.author,
+                request_id=request.request_id,
+                etag=request.etag,
+            )
+
+        done = await self._change(request.run, request.request_id, evaluate, dry=request.dry_run)
+        return pb.ApproveAdviceResponse(
+            effective=done.effective,
+            adjustment=done.adjustment,
+            run=run_message(done.run),
+            preview=done.preview,
+        )
+
+    async def _change(
+        self,
+        name: str,
+        request_id: str,
+        evaluate: Callable[[core.RunState], list[core.Event]],
+        *,
+        dry: bool,
+    ) -> Change:
+        """Carry out, or only show, what an operator asks for."""
+        require("run", name)
+        if not dry:
+            require("request_id", request_id)
+        run = await self._ledger.run(name)
+        if dry:
+            # What is shown must be what would be done now.
+            await self._ledger.refresh(run)
+            return await self._ledger.look(
+                run, lambda state: shown_change(run, state, evaluate(state))
+            )
+
+        def carry_out(state: core.RunState) -> tuple[list[core.Event], Change]:
+            events = evaluate(state)
+            done = state.answers.get(request_id)
             if done is not None:
-                return events, (done[1], False)
-            return events, (state.horizon, not events)
+                return events, repeated_change(run, state, request_id, done[1])
+            return events, shown_change(run, state, events)
 
-        effective, unchanged = await self._ledger.transact(run, evaluate)
-        return pb.ReviseRunResponse(effective=effective, run=run_message(run), unchanged=unchanged)
+        change = await self._ledger.transact(run, carry_out)
+        if not change.unchanged and not change.repeated:
+            logger.info("run %s: %s", name, change.summary)
+        return change
 
     async def list_events(self, request: pb.ListEventsRequest) -> pb.ListEventsResponse:
         """See the proto file."""
@@ -163,149 +253,6 @@ class RunService:
         return pb.DeleteRunResponse()
 
 
-def run_message(run: LiveRun) -> pb.Run:
-    """Return a run as people see it."""
-    state = run.state
-    spec = state.spec
-    rates, decays = state.values(state.progress)
-    return pb.Run(
-        name=state.name,
-        state=_run_state(state),
-        spec_document=dump_document(spec.to_mapping()),
-        unit=spec.unit,
-        total=spec.total,
-        attempt=state.attempt,
-        begin=state.begin,
-        progress=state.progress,
-        frontier=state.frontier,
-        horizon=state.horizon,
-        delay=state.delay,
-        values=[
-            pb.GroupValues(
-                name=name,
-                learning_rate=rates[index],
-                weight_decay=None if decays is None else decays[index],
-            )
-            for index, name in enumerate(spec.group_names)
-        ],
-        loss=state.loss_values[-1] if state.loss_values else None,
-        smoothed_loss=state.observers.smoothed_loss,
-        losses=state.losses,
-        nonfinite_losses=state.observers.nonfinite,
-        waivers=state.waivers,
-        late_losses=len(state.late),
-        adjustments=_newest(adjustment_messages(state)),
-        seq=state.seq,
-        digest=state.digest,
-        created_at=_timestamp(run.created_ns),
-        updated_at=_timestamp(run.updated_ns),
-    )
-
-
-def adjustment_messages(state: core.RunState) -> list[pb.Adjustment]:
-    """Return every adjustment and advice of a run in order of decision."""
-    kept = [(item, False) for item in (*state.plan.adjustments, *state.advice)]
-    gone = [(item, True) for item in state.forgotten]
-    ordered = sorted(kept + gone, key=lambda pair: pair[0].decision)
-    return [
-        pb.Adjustment(
-            effective=item.effective,
-            decided_at=item.decided_at,
-            source=item.source,
-            action="multiply",
-            factor=item.multiply.factor,
-            reason=item.multiply.reason,
-            before=item.before,
-            after=item.after,
-            mode=item.mode,
-            seq=item.seq,
-            forgotten=forgotten,
-        )
-        for item, forgotten in ordered
-    ]
-
-
-def _newest(adjustments: list[pb.Adjustment]) -> list[pb.Adjustment]:
-    kept: list[pb.Adjustment] = []
-    room = MAX_ADJUSTMENTS_BYTES
-    for item in reversed(adjustments):
-        room -= item.ByteSize()
-        if room < 0:
-            break
-        kept.append(item)
-    return kept[::-1]
-
-
-def event_message(row: LogRow, late: Set[tuple[int, int]]) -> pb.Event:
-    """Return one row of a log as people see it; `late` is that of LiveRun."""
-    event = core.decode(row.payload)
-    message = pb.Event(
-        seq=row.seq,
-        digest=row.digest,
-        recorded_at=_timestamp(row.recorded_at_ns),
-        kind=event.kind,
-        attempt=getattr(event, "attempt", 0),
-    )
-    match event:
-        case core.Created():
-            message.summary = "created by a trainer" if event.by_trainer else "created"
-        case core.Attached():
-            message.summary = "a trainer gave the spec of the run"
-        case core.Opened():
-            message.progress = event.begin
-            message.summary = f"attempt {event.attempt} opened at progress {event.begin}"
-            if event.lost_seq:
-                message.summary += (
-                    f", restored from a state of a lost log (seq {event.lost_seq}, digest "
-                    f"{event.lost_digest[:12]})"
-                )
-            elif event.fold is not None:
-                message.summary += ", from a state whose past is not the log's"
-        case core.Joined():
-            message.summary = "the reporter joined"
-        case core.Reported():
-            message.progress = event.reports[0].progress
-            message.losses.extend(
-                pb.LossRecord(
-                    progress=item.progress,
-                    loss=item.loss,
-                    weight=item.weight,
-                    late=item.loss is not None and (row.seq, item.progress) in late,
-                )
-                for item in event.reports
-            )
-            first, last = event.reports[0], event.reports[-1]
-            message.summary = (
-                f"reported progress {first.progress}, moved to {last.moves_to}"
-                if len(event.reports) == 1
-                else f"reported {len(event.reports)} steps, progress {first.progress} to "
-                f"{last.progress}, moved to {last.moves_to}"
-            )
-        case core.Recorded():
-            message.progress = event.begin
-            message.summary = (
-                f"values recorded from progress {event.begin} on, stride {event.stride}"
-            )
-        case core.Waived():
-            message.progress = event.until
-            message.summary = f"missing losses below progress {event.until} waived"
-        case core.Revised():
-            if event.effective is None:
-                message.summary = "new spec from where the next attempt opens"
-            else:
-                message.progress = event.effective
-                message.summary = f"new spec from progress {event.effective} on"
-        case core.Finished():
-            message.summary = "finished"
-    return message
-
-
-def _run_state(state: core.RunState) -> pb.RunState.ValueType:
-    if state.finished:
-        return pb.RUN_STATE_FINISHED
-    return pb.RUN_STATE_RUNNING if state.attempt else pb.RUN_STATE_CREATED
-
-
 def _refuse_live(run: LiveRun, verb: str) -> None:
     state = run.state
     if not state.attempt or state.finished or state.frontier >= state.spec.total:
@@ -341,9 +288,3 @@ def _page_start(token: str) -> int:
             [core.Violation("page_token", repr(token), "next_page_token of the page before")],
         )
     return int(token or 0)
-
-
-def _timestamp(nanoseconds: int) -> Timestamp:
-    stamp = Timestamp()
-    stamp.FromNanoseconds(nanoseconds)
-    return stamp

@@ -23,6 +23,9 @@ MAX_WAIT_S = 30.0
 MAX_REPORTS = 4096
 """Most reports in one call."""
 
+MAX_DIRECTIVES = 16
+"""Most directives in one answer, the newest."""
+
 MAX_CACHED_BLOCKS = 4096
 """Serialized blocks kept per run; dropped all at once, since they are cheap to make again."""
 
@@ -30,6 +33,19 @@ _OUTCOMES = {
     core.Outcome.RECORDED: pb.REPORT_OUTCOME_RECORDED,
     core.Outcome.REPEATED: pb.REPORT_OUTCOME_REPEATED,
     core.Outcome.LATE: pb.REPORT_OUTCOME_LATE,
+}
+
+_DIRECTIVE_KINDS = {
+    "rollback": pb.DIRECTIVE_KIND_ROLLBACK,
+    "skip": pb.DIRECTIVE_KIND_SKIP,
+    "evaluate": pb.DIRECTIVE_KIND_EVALUATE,
+    "stop": pb.DIRECTIVE_KIND_STOP,
+}
+
+_DIRECTIVE_OUTCOMES: Mapping[int, str] = {
+    pb.DIRECTIVE_OUTCOME_DONE: "done",
+    pb.DIRECTIVE_OUTCOME_FAILED: "failed",
+    pb.DIRECTIVE_OUTCOME_UNHANDLED: "unhandled",
 }
 
 
@@ -49,6 +65,7 @@ class TrainerService:
             "GetValues": self.get_values,
             "ReportLosses": self.report_losses,
             "SaveState": self.save_state,
+            "AcknowledgeDirective": self.acknowledge_directive,
         }
 
     @property
@@ -60,6 +77,7 @@ class TrainerService:
             "GetValuesRequest": pb.GetValuesRequest,
             "ReportLossesRequest": pb.ReportLossesRequest,
             "SaveStateRequest": pb.SaveStateRequest,
+            "AcknowledgeDirectiveRequest": pb.AcknowledgeDirectiveRequest,
         }
 
     def drain(self) -> None:
@@ -108,9 +126,10 @@ class TrainerService:
             progress=request.progress if request.HasField("progress") else None,
             saved=saved,
             rank=request.rank,
-            reporter=request.reporter,
+            reporters=_reporters(request),
             incarnation=request.incarnation,
             token=secrets.token_hex(16),
+            directive=request.directive,
         )
         if saved is not None:
             digest = await self._ledger.digest_at(request.run, saved.seq)
@@ -166,7 +185,11 @@ class TrainerService:
             block = await self._wait(run, request.attempt, wanted, end_s, blocked=False)
         _seen(run)
         state = run.state
-        rest = pb.GetValuesResponse(horizon=state.horizon, frontier=state.frontier)
+        rest = pb.GetValuesResponse(
+            horizon=state.horizon,
+            frontier=state.frontier,
+            directives=[] if block is None else _directives(state, block),
+        )
         # Serialized messages that follow each other are merged when they are read.
         return (b"" if block is None else _block_bytes(run, block)) + rest.SerializeToString()
 
@@ -179,15 +202,7 @@ class TrainerService:
                 [core.Violation("reports", str(len(request.reports)), f"at most {MAX_REPORTS}")],
             )
         require("incarnation", request.incarnation)
-        reports = [
-            core.Report(
-                progress=item.progress,
-                loss=item.loss if item.HasField("loss") else None,
-                weight=item.weight or 1.0,
-                moves_to=item.moves_to,
-            )
-            for item in request.reports
-        ]
+        reports = [_report(item) for item in request.reports]
 
         def evaluate(
             state: core.RunState,
@@ -201,17 +216,7 @@ class TrainerService:
         seq, outcomes = await self._ledger.transact(run, evaluate)
         state = run.state
         for adjustment in state.decided_since(seq):
-            logger.info(
-                "run %s: %s (%s) decided at progress %d, effective at %d: LR %s -> %s: %s",
-                state.name,
-                adjustment.source,
-                adjustment.mode,
-                adjustment.decided_at,
-                adjustment.effective,
-                ", ".join(f"{lr:.6g}" for lr in adjustment.before),
-                ", ".join(f"{lr:.6g}" for lr in adjustment.after),
-                adjustment.multiply.reason,
-            )
+            log_adjustment(state.name, adjustment)
         _seen(run)
         return pb.ReportLossesResponse(
             outcomes=[_OUTCOMES[outcome] for outcome in outcomes],
@@ -247,6 +252,46 @@ class TrainerService:
             else:
                 _seen(run)
                 return pb.SaveStateResponse(state=saved)
+
+    async def acknowledge_directive(
+        self, request: pb.AcknowledgeDirectiveRequest
+    ) -> pb.AcknowledgeDirectiveResponse:
+        """See the proto file."""
+        require("run", request.run)
+        require("directive", request.directive)
+        run = await self._ledger.run(request.run)
+        outcome = _DIRECTIVE_OUTCOMES.get(request.outcome)
+        if outcome is None:
+            raise core.InvalidRequest(
+                "the outcome is invalid",
+                [core.Violation("outcome", str(request.outcome), "done, failed or unhandled")],
+            )
+
+        def evaluate(state: core.RunState) -> tuple[list[core.Event], bool]:
+            _check(state, request.attempt)
+            events = core.acknowledge_directive(
+                state,
+                rank=request.rank,
+                directive=request.directive,
+                outcome=outcome,
+                progress=request.progress,
+                detail=request.detail,
+            )
+            return events, bool(events)
+
+        if await self._ledger.transact(run, evaluate):
+            level = logging.INFO if outcome == "done" else logging.WARNING
+            logger.log(
+                level,
+                "run %s: directive %s was met at progress %d: %s%s",
+                request.run,
+                request.directive,
+                request.progress,
+                outcome,
+                f" ({request.detail})" if request.detail else "",
+            )
+        _seen(run)
+        return pb.AcknowledgeDirectiveResponse()
 
     async def _block(
         self, run: LiveRun, attempt: pb.Attempt, wanted: core.ValuesRequest
@@ -315,6 +360,83 @@ class TrainerService:
                 frontier,
                 run.state.frontier - 1,
             )
+
+
+def log_adjustment(run: str, adjustment: core.Adjustment) -> None:
+    """Write one line for people about what was decided."""
+    # What asks for someone to look stands out.
+    is_alert = isinstance(adjustment.change, (core.Direct, core.Note)) or adjustment.mode != "act"
+    values = ""
+    if adjustment.before != adjustment.after:
+        before = ", ".join(f"{lr:.6g}" for lr in adjustment.before)
+        after = ", ".join(f"{lr:.6g}" for lr in adjustment.after)
+        values = f" (LR {before} -> {after})"
+    logger.log(
+        logging.WARNING if is_alert else logging.INFO,
+        "run %s: %s (%s, id %s) decided at progress %d, effective at %d: %s%s: %s",
+        run,
+        adjustment.source,
+        adjustment.mode,
+        adjustment.id,
+        adjustment.decided_at,
+        adjustment.effective,
+        adjustment.summary,
+        values,
+        adjustment.reason,
+    )
+
+
+def _reporters(request: pb.OpenAttemptRequest) -> tuple[int, ...]:
+    reporters = tuple(request.reporters) or (request.reporter,)
+    if request.reporters and request.reporter not in (0, reporters[0]):
+        raise core.InvalidRequest(
+            "the reporters are invalid",
+            [
+                core.Violation(
+                    "reporter", str(request.reporter), f"the first of reporters, {reporters[0]}"
+                )
+            ],
+        )
+    return reporters
+
+
+def _report(item: pb.LossReport) -> core.Report:
+    return core.Report(
+        progress=item.progress,
+        loss=item.loss if item.HasField("loss") else None,
+        weight=item.weight or 1.0,
+        moves_to=item.moves_to,
+        skipped=item.skipped,
+        tries=getattr(item, "try"),
+        validation=dict(item.validation_losses),
+        gradient_norm=item.gradient_norm if item.HasField("gradient_norm") else None,
+        batch=item.batch or None,
+    )
+
+
+def _directives(state: core.RunState, block: core.Block) -> list[pb.Directive]:
+    """Return the newest directives of the attempt that the values of a block reach.
+
+    They are known by then: whatever decides one moves the horizon past it only afterwards.
+    """
+    last = block.end - block.stride
+    return [
+        _directive(item, item.change)
+        for item in state.plan.directives(state.begin, last)[-MAX_DIRECTIVES:]
+        if isinstance(item.change, core.Direct)
+    ]
+
+
+def _directive(adjustment: core.Adjustment, change: core.Direct) -> pb.Directive:
+    return pb.Directive(
+        id=adjustment.id,
+        kind=_DIRECTIVE_KINDS[change.directive],
+        progress=adjustment.effective,
+        reason=change.reason,
+        before=change.before or 0,
+        until=change.until or 0,
+        factor=change.factor or 0.0,
+    )
 
 
 def _check(state: core.RunState, attempt: pb.Attempt) -> None:

@@ -1,0 +1,139 @@
+"""What an operator asks for, read from the wire, and what it does, to be shown before and after."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lrpilot import core
+from lrpilot.server._ledger import LiveRun
+from lrpilot.server._messages import adjustment_message
+from lrpilot.v1 import runs_pb2 as pb
+
+PREVIEW_POINTS = 240
+"""Most points of a preview; fewer where there are many groups."""
+
+MAX_PREVIEW_VALUES = 16_000
+"""Most numbers in a preview: it must fit into one message."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What became, or would become, of an operator's request."""
+
+    run: LiveRun
+    effective: int
+    """First progress at which it shows."""
+    adjustment: pb.Adjustment | None = None
+    preview: Sequence[pb.PreviewPoint] = ()
+    changes: Sequence[pb.SpecChange] = ()
+    unchanged: bool = False
+    repeated: bool = False
+    summary: str = ""
+    """One line for the log of the server."""
+
+
+def read_action(request: pb.AdjustRunRequest) -> core.Action:
+    """Return the action of a request. Raises InvalidRequest."""
+    match request.WhichOneof("action"):
+        case "scale_lr":
+            return core.ScaleLearningRate(request.scale_lr)
+        case "set_lr":
+            return core.SetLearningRate(request.set_lr)
+        case "scale_weight_decay":
+            return core.ScaleDecay(request.scale_weight_decay)
+        case "begin_decay":
+            wanted = request.begin_decay
+            length = int(wanted.length) if wanted.length.isdecimal() else wanted.length
+            return core.DecayNow(length, wanted.style or "minus_sqrt")
+        case "next_stage" if request.next_stage:
+            return core.EnterNextStage()
+        case "total":
+            return core.SetTotal(request.total)
+        case "hold" if request.hold:
+            return core.HoldValues()
+        case "release" if request.release:
+            return core.ReleaseValues()
+        case "undo":
+            return core.TakeBack(request.undo)
+        case "directive":
+            asked = request.directive
+            return core.Ask(asked.kind, asked.before, asked.factor or 0.5, asked.until)
+    wanted_actions = ", ".join(
+        field.name for field in request.DESCRIPTOR.oneofs_by_name["action"].fields
+    )
+    raise core.InvalidRequest(
+        "the request says nothing to do",
+        [core.Violation("action", "nothing", f"one of {wanted_actions}")],
+    )
+
+
+def shown_change(run: LiveRun, state: core.RunState, events: Sequence[core.Event]) -> Change:
+    """Return what the events of an operator do to the plan of a state."""
+    at = state.horizon
+    if not events:
+        return Change(run=run, effective=at, unchanged=True)
+    plan = core.planned(state, events)
+    event = events[0]
+    adjustment, changes, summary = None, [], ""
+    if isinstance(event, core.Adjusted):
+        # The event is to be the next one of the log.
+        made = core.made_next(state, event)
+        adjustment = adjustment_message(made, "planned")
+        summary = (
+            f"{event.author} adjusts from progress {event.effective} on: {made.summary} "
+            f"(id {made.id}): {made.reason}"
+        )
+    elif isinstance(event, core.Revised):
+        changes = [
+            pb.SpecChange(field=field, before=before, after=after)
+            for field, before, after in core.spec_difference(state.spec, plan.spec)
+        ]
+        summary = (
+            f"{event.author or 'somebody'} gives a new spec from progress {event.effective} on: "
+            f"{', '.join(item.field for item in changes)}: {event.reason or 'no reason given'}"
+        )
+    return Change(
+        run=run,
+        effective=at,
+        adjustment=adjustment,
+        preview=preview(state, plan, at),
+        changes=changes,
+        summary=summary,
+    )
+
+
+def repeated_change(run: LiveRun, state: core.RunState, request_id: str, effective: int) -> Change:
+    """Return the first answer once more, without its preview."""
+    made = state.plan.find(state.made.get(request_id, ""))
+    return Change(
+        run=run,
+        effective=effective,
+        adjustment=None if made is None else adjustment_message(made, "planned"),
+        repeated=True,
+    )
+
+
+def preview(state: core.RunState, plan: core.Plan, at: int) -> list[pb.PreviewPoint]:
+    """Return the values of the run before and after, from its attempt's begin to its end.
+
+    Where a change shows, the progress just before it and its first one are both there.
+    """
+    before = state.plan
+    end = max(before.spec.total, plan.spec.total, at + 1)
+    groups = len(before.spec.group_names)
+    count = max(2, min(PREVIEW_POINTS, MAX_PREVIEW_VALUES // (4 * groups)))
+    begin = min(state.begin, at)
+    points = {begin + (end - begin) * index // (count - 1) for index in range(count)}
+    points |= {at - 1, at} if at > begin else {at}
+    return [_point(before, plan, progress) for progress in sorted(points)]
+
+
+def _point(before: core.Plan, after: core.Plan, progress: int) -> pb.PreviewPoint:
+    old, old_decays = before.values(progress)
+    new, new_decays = after.values(progress)
+    return pb.PreviewPoint(
+        progress=progress,
+        before=old,
+        after=new,
+        weight_decay_before=old_decays or (),
+        weight_decay_after=new_decays or (),
+    )
