@@ -117,11 +117,29 @@ def test_the_bar_is_a_share_of_the_best_or_of_what_was_gained(
     assert (proposed != []) is fires
 
 
-def test_a_rise_that_noise_explains_is_none() -> None:
-    losses = means(2.0, 2.0)
-    noisy = [2.0, 4.0, 2.0, 4.0] * 4  # mean 3, but neighbours are 2 apart
-    assert Stand(divergence(**SMALL)).run(losses + noisy) == []
-    assert Stand(divergence(**SMALL)).run(losses + means(3.0, 3.0)) != []
+def test_a_rise_that_the_noise_so_far_explains_is_none() -> None:
+    noisy = [1.0, 3.0] * 8  # means of 2 whose neighbours are 2 apart
+    assert Stand(divergence(**SMALL)).run(noisy + means(3.0, 3.0)) == []
+    assert Stand(divergence(**SMALL)).run(means(2.0, 2.0, 3.0, 3.0)) != []
+
+
+def test_a_rise_hides_in_no_noise_of_its_own() -> None:
+    wild = [2.0, 400.0] * 8
+    proposed = Stand(divergence(**SMALL)).run(means(2.0, 2.0) + wild)
+    assert [(n, type(change)) for n, change in proposed] == [(15, Multiply)]
+
+
+def test_the_errors_of_the_means_settle_and_those_of_a_rise_do_not_count() -> None:
+    stand = Stand(divergence(**SMALL))
+    stand.run([1.0, 3.0, 1.0, 3.0])
+    error = 6.0 / 3 / (2.0 / math.sqrt(math.pi)) / math.sqrt(4)
+    # The first one is taken as it is, and then once more: exactly as much.
+    assert stand.state.noise == error
+    stand.run(means(2.0), 4)
+    assert stand.state.noise == error + (0.0 - error) * 0.125
+    before = stand.state.noise
+    stand.run([2.0, 400.0] * 2, 8)
+    assert (stand.state.high, stand.state.noise) == (1, before)
 
 
 def test_fewer_means_than_patience_propose_nothing() -> None:
@@ -267,14 +285,14 @@ def test_fields_that_are_refused(fields: dict[str, Any], message: str) -> None:
 
 GOOD: dict[str, Any] = {
     "seen": 0, "total": 0.0, "travel": 0.0, "last": 0.0, "began": 0, "first": "inf",
-    "first_end": 0, "best": "inf", "best_at": 0, "high": 0, "onset": None, "tried": None,
-    "settled": 0,
+    "first_end": 0, "best": "inf", "best_at": 0, "noise": 0.0, "high": 0, "onset": None,
+    "tried": None, "settled": 0,
 }  # fmt: skip
 
 
 def test_a_state_survives_its_plain_form() -> None:
     policy = divergence()
-    state = DivergenceState(3, -0.5, 0.25, 0.1, 9, math.inf, 7, -1.5, 5, 2, 3, 0, 16)
+    state = DivergenceState(3, -0.5, 0.25, 0.1, 9, math.inf, 7, -1.5, 5, 0.5, 2, 3, 0, 16)
     data = _canonical.to_bytes(policy.encode(state))
     assert policy.decode(_canonical.from_bytes(data)) == state
     assert policy.decode(GOOD) == policy.initial()

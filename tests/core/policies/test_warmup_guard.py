@@ -115,6 +115,16 @@ def test_after_a_stretch_only_a_further_rise_stretches_again_and_at_most_so_ofte
     assert stand.run(means(*[9.0, 10.0, 11.0, 12.0] * 5), 108) == []
 
 
+def test_what_the_noise_so_far_explains_is_neither() -> None:
+    noisy = [1.0, 3.0] * 4  # means of 2 whose neighbours are 2 apart
+    assert warming(**SMALL).run(noisy + means(*[3.0, 2.0] * 4, 3.0, 3.0, 3.0)) == []
+    quiet = means(2.0, 2.0)
+    assert warming(**SMALL).run(quiet + means(*[3.0, 2.0] * 4)) != []
+    assert warming(**SMALL).run(quiet + means(3.0, 3.0, 3.0)) != []
+    # The noise of what is too high does not count.
+    assert warming(**SMALL).run(quiet + [2.0, 400.0] * 4) != []
+
+
 # ---------------------------------------------------------------------------------------------
 # What changes nothing.
 
@@ -226,13 +236,13 @@ def test_fields_that_are_refused(fields: dict[str, Any], message: str) -> None:
 
 GOOD: dict[str, Any] = {
     "seen": 0, "total": 0.0, "travel": 0.0, "last": 0.0, "began": 0, "first": "inf", "best": "inf",
-    "previous": 0.0, "high": 0, "turns": 0, "is_up": False, "stretched": 0,
+    "previous": 0.0, "noise": 0.0, "high": 0, "turns": 0, "is_up": False, "stretched": 0,
 }  # fmt: skip
 
 
 def test_a_state_survives_its_plain_form() -> None:
     policy = guard()
-    state = WarmupGuardState(3, -0.5, 0.25, 0.1, 9, math.inf, -1.5, 7.5, 2, 3, True, 1)
+    state = WarmupGuardState(3, -0.5, 0.25, 0.1, 9, math.inf, -1.5, 7.5, 0.5, 2, 3, True, 1)
     data = _canonical.to_bytes(policy.encode(state))
     assert policy.decode(_canonical.from_bytes(data)) == state
     assert policy.decode(GOOD) == policy.initial()

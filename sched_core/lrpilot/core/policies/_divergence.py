@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from lrpilot.core._changes import Change, Direct, Multiply
 from lrpilot.core._fields import count, number, one_of
 from lrpilot.core.policies._interface import Mode, Observation, PolicySpec, Quiet, View
-from lrpilot.core.policies._means import Filling, Window, fill, reach
+from lrpilot.core.policies._means import Filling, Window, fill, reach, settle
 from lrpilot.core.policies._state import Stateful
 
 _ERRORS = 6.0
@@ -59,6 +59,8 @@ class DivergenceState(Filling):
     best: float = math.inf
     best_at: int = 0
     """The least mean, and the progress of its last loss."""
+    noise: float = 0.0
+    """Running mean of the errors of the means that were not too high."""
     high: int = 0
     """Means in a row above the bar."""
     onset: int | None = None
@@ -72,8 +74,8 @@ class DivergenceState(Filling):
 class Divergence(Stateful[DivergenceState]):
     """Cuts the LR on a sustained rise, and asks for a rollback if that does not bring it back.
 
-    More precisely, with `a` the mean of each `window` losses, `e` its standard error, `a0` the
-    first mean and `best` the least one:
+    More precisely, with `a` the mean of each `window` losses, `a0` the first one, `best` the least
+    one, and `e` the running mean of their standard errors:
 
     1. The bar is `best + max(rise * max(|best|, a0 - best), 6 * e)`, so that losses near 0 and
        below it have one, and noise alone does not reach it. A rise begins with the first mean more
@@ -86,9 +88,10 @@ class Divergence(Stateful[DivergenceState]):
        `a0 - stuck_gain * |a0|`: propose the cut and a rollback to before the end of the first
        window. Once; later stages start from a trained model and are not asked.
 
-    `e` is estimated from the distances of neighbouring losses. So a corrupted batch, which widens
-    them, or a NaN, which is passed over, is no rise: it would take `patience` windows. A loss that
-    hovers around 0 all the time, as of a policy gradient, has no scale to measure by.
+    A standard error is estimated from the distances of neighbouring losses; those of means above
+    the bar do not count. A corrupted batch raises one mean, which `patience` bears; a NaN is passed
+    over. A loss that hovers around 0 all the time, as that of a policy gradient, has no
+    scale but its noise to measure by.
 
     Sources: OPT-175B answered divergence with a lower LR and an earlier checkpoint (arXiv
     2205.01068, 2.5), PaLM with a checkpoint from before it (arXiv 2204.02311, 5.1). Cutting
@@ -130,7 +133,7 @@ class Divergence(Stateful[DivergenceState]):
         if window is None:
             return state, ()
         if state.first == math.inf:
-            state = replace(state, first=window.mean, first_end=n)
+            state = replace(state, first=window.mean, first_end=n, noise=window.error)
         if window.mean < state.best:
             state = replace(state, best=window.mean, best_at=n)
         state, proposed = self._rise(state, window)
@@ -141,20 +144,23 @@ class Divergence(Stateful[DivergenceState]):
         self, state: DivergenceState, window: Window
     ) -> tuple[DivergenceState, tuple[Change, ...]]:
         spec, best, mean = self._spec, state.best, window.mean
-        margin = max(spec.rise * reach(best, state.first), _ERRORS * window.error)
+        margin = max(spec.rise * reach(best, state.first), _ERRORS * state.noise)
+        if mean > best + margin:
+            state = replace(state, high=state.high + 1)
+        else:
+            state = replace(state, high=0, noise=settle(state.noise, window.error))
         if not mean > best + _ONSET * margin:
-            return replace(state, high=0, onset=None, tried=None), ()
+            return replace(state, onset=None, tried=None), ()
         onset = window.began if state.onset is None else state.onset
-        high = state.high + 1 if mean > best + margin else 0
-        state = replace(state, high=high, onset=onset)
+        state = replace(state, onset=onset)
         why = (
             f"mean of {spec.window} losses {mean:.6g}, bar {best + margin:.6g}, best {best:.6g} at"
             f" {state.best_at}; rising since {onset}"
         )
         if state.tried is None:
-            if high < spec.patience:
+            if state.high < spec.patience:
                 return state, ()
-            reason = f"{why}; above the bar {high} times in a row (patience {spec.patience})"
+            reason = f"{why}; above the bar {state.high} times in a row (patience {spec.patience})"
             return replace(state, tried=0), (Multiply(spec.factor, reason),)
         tried = state.tried + 1
         if tried < spec.recovery:

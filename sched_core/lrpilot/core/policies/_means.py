@@ -7,6 +7,9 @@ from typing import TypeVar
 _MEAN_STEP = 2.0 / math.sqrt(math.pi)
 """Mean distance of two draws from a normal distribution, in standard deviations."""
 
+_NEWEST = 0.125
+"""Weight of the newest error in their running mean: one alone is off by a fifth or more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Filling:
@@ -55,6 +58,11 @@ def fill(state: FillingT, loss: float, progress: int, size: int) -> tuple[Fillin
     if not (math.isfinite(mean) and math.isfinite(error)):
         return empty, None
     return empty, Window(mean, error, state.began)
+
+
+def settle(noise: float, error: float) -> float:
+    """Return the running mean of the errors, in which the newest counts for an eighth."""
+    return noise + (error - noise) * _NEWEST
 
 
 def reach(best: float, first: float) -> float:

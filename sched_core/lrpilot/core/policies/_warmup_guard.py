@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from lrpilot.core._changes import Change, StretchWarmup
 from lrpilot.core._fields import count, number, one_of
 from lrpilot.core.policies._interface import Observation, PolicySpec, Quiet, View
-from lrpilot.core.policies._means import Filling, Window, fill, reach
+from lrpilot.core.policies._means import Filling, Window, fill, reach, settle
 from lrpilot.core.policies._state import Stateful
 
 _ERRORS = 6.0
@@ -49,6 +49,8 @@ class WarmupGuardState(Filling):
     """The least mean since the last stretch; before the first one, of all."""
     previous: float = 0.0
     """The last mean."""
+    noise: float = 0.0
+    """Running mean of the errors of the means that were not too high."""
     high: int = 0
     """Means in a row that were too high."""
     turns: int = 0
@@ -62,9 +64,9 @@ class WarmupGuardState(Filling):
 class WarmupGuard(Stateful[WarmupGuardState]):
     """Makes what is left of the warmup `factor` times longer when the loss swings or rises in it.
 
-    More precisely, while the base schedule warms up, with `a` the mean of each `window` losses, `e`
-    its standard error, `a0` the first mean, `best` the least one, and
-    `scale = max(|best|, a0 - best)`:
+    More precisely, while the base schedule warms up, with `a` the mean of each `window` losses,
+    `a0` the first one, `best` the least one, `scale = max(|best|, a0 - best)`, and `e` the running
+    mean of their standard errors:
 
     1. Rising: `patience` means in a row above `best + max(rise * scale, 6 * e)`.
     2. Oscillating: `swings` steps in a row from one mean to the next that are each longer than
@@ -72,7 +74,8 @@ class WarmupGuard(Stateful[WarmupGuardState]):
     3. On either, unless it was done `limit` times: propose the stretch. Both counts and the best
        begin anew from this mean, so that the next one needs a further rise.
 
-    `e` is estimated from the distances of neighbouring losses, so that noise alone is neither.
+    A standard error is estimated from the distances of neighbouring losses, so that noise alone is
+    neither; those of means that are too high do not count.
     Where the warmup ends, all of it begins anew, for that of a later stage.
 
     Sources: warmup lets training reach regions where a higher LR is stable, and the loss rises
@@ -115,7 +118,7 @@ class WarmupGuard(Stateful[WarmupGuardState]):
             return self.initial(), ()
         if state.first == math.inf:
             mean = window.mean
-            return replace(state, first=mean, best=mean, previous=mean), ()
+            return replace(state, first=mean, best=mean, previous=mean, noise=window.error), ()
         return self._judge(state, window)
 
     def _judge(
@@ -123,22 +126,29 @@ class WarmupGuard(Stateful[WarmupGuardState]):
     ) -> tuple[WarmupGuardState, tuple[Change, ...]]:
         spec, mean = self._spec, window.mean
         best = min(state.best, mean)
-        scale, noise = reach(best, state.first), _ERRORS * window.error
+        scale, least = reach(best, state.first), _ERRORS * state.noise
 
-        bar = best + max(spec.rise * scale, noise)
-        high = state.high + 1 if mean > bar else 0
+        bar = best + max(spec.rise * scale, least)
+        if mean > bar:
+            high, noise = state.high + 1, state.noise
+        else:
+            high, noise = 0, settle(state.noise, window.error)
 
-        step, least = mean - state.previous, max(spec.swing * scale, noise)
+        step, length = mean - state.previous, max(spec.swing * scale, least)
         turns, is_up = 0, step > 0.0
-        if abs(step) > least:
+        if abs(step) > length:
             turns = state.turns + 1 if state.turns and is_up is not state.is_up else 1
 
-        now = replace(state, best=best, previous=mean, high=high, turns=turns, is_up=is_up)
+        now = replace(
+            state, best=best, previous=mean, noise=noise, high=high, turns=turns, is_up=is_up
+        )
         what = f"mean of {spec.window} losses {mean:.6g}"
         if high >= spec.patience:
             why = f"{what}: {high} in a row above {bar:.6g} (patience {spec.patience})"
         elif turns >= spec.swings:
-            why = f"{what}: {turns} swings in a row of more than {least:.6g} (swings {spec.swings})"
+            why = (
+                f"{what}: {turns} swings in a row of more than {length:.6g} (swings {spec.swings})"
+            )
         else:
             return now, ()
         if state.stretched >= spec.limit:
