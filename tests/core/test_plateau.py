@@ -74,16 +74,19 @@ class Run:
 
     def step(self, loss: float) -> list[str]:
         """Observe the loss at this progress and return the LR per group at the next one."""
-        self.observers, decided = self.observers.observe(self.plan, self.progress, loss, 1)
-        self.decided += decided
+        observation = Observation(self.progress, loss)
+        self.observers, decided = self.observers.observe(self.plan, observation, 1)
+        # The detectors that watch every run speak as well, and change nothing.
+        self.decided += [item for item in decided if item.kind == "plateau"]
         self.progress += 1
         return [lr.hex() for lr in self.plan.values(self.progress)[0]]
 
     @property
     def state(self) -> PlateauState:
-        (watch,) = self.observers.watches
-        assert isinstance(watch.state, PlateauState)
-        return watch.state
+        (state,) = (
+            watch.state for watch in self.observers.watches if isinstance(watch.state, PlateauState)
+        )
+        return state
 
 
 def real_scheduler(config: Mapping[str, Any], rates: Sequence[float]) -> Any:
@@ -435,6 +438,29 @@ def test_it_is_quiet_in_the_stable_phase_unless_told_otherwise() -> None:
     always = {"hold", "dip", "stage change"}
     assert parse_policy({"kind": "plateau"}).quiet == {*always, "stable phase"}
     assert parse_policy({"kind": "plateau", "in_stable_phase": True}).quiet == always
+
+
+@pytest.mark.parametrize(("told", "decided"), [(False, [33, 36]), (True, [13, 16])])
+def test_a_run_leaves_the_stable_phase_alone_unless_told_otherwise(
+    told: bool, decided: list[int]
+) -> None:
+    decay = {"style": "wsd", "end": 60, "anneal": 30, "anneal_style": "linear"}
+    spec = parse_spec(
+        {
+            "name": "wsd",
+            "total": 60,
+            "learning_rate": {"peak": 1.0, "warmup": 10, "decay": decay},
+            "policies": [
+                {"kind": "plateau", "patience": 2, "in_stable_phase": told, "objective": "max"}
+            ],
+            "feedback": {"delay": 1},
+        }
+    )
+    run = Run(spec)
+    # It improves in the warmup, and then no more.
+    for n in range(60):
+        run.step(float(min(n, 10)))
+    assert [item.decided_at for item in run.decided][:2] == decided
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from lrpilot.core import _canonical
 from lrpilot.core._changes import Change, Divide, EndOwn, Multiply
 from lrpilot.core._errors import InvalidSpec, InvalidState
+from lrpilot.core._observers import Observers
+from lrpilot.core._plan import Plan, Revision
 from lrpilot.core._spec import parse_policy, parse_spec
 from lrpilot.core.policies import Greedy, GreedySpec, GreedyState, Observation
 from tests.core.policies.checks import assert_one_changes_nothing, refusal
@@ -105,6 +107,34 @@ def test_golden_series(golden: Golden) -> None:
             compared += 1
     assert compared == sum(len(row["losses"]) for row in rows) > 2000
     assert smoothed > 200
+
+
+def test_golden_series_in_a_whole_run(golden: Golden) -> None:
+    compared = 0
+    for row in golden("greedy"):
+        # In a run the base is the ceiling, where the real class may be told a higher one.
+        if "losses" not in row or min(row["init_lrs"]) < row["config"]["max_lr"]:
+            continue
+        spec = parse_spec(
+            {
+                "name": "greedy",
+                "total": 10_000,
+                "learning_rate": {"peak": 1.0},
+                "groups": [
+                    {"name": f"group {index}", "peak": rate}
+                    for index, rate in enumerate(row["init_lrs"])
+                ],
+                "policies": [{"kind": "greedy", **policy_fields(row["config"])}],
+                "feedback": {"delay": 1},
+            }
+        )
+        plan, observers = Plan([Revision(0, 0, spec)], []), Observers()
+        for n, loss in enumerate(row["losses"]):
+            observers, _ = observers.observe(plan, Observation(n, float(loss)), 1)
+            rates = plan.values(n + 1)[0]
+            assert [rate.hex() for rate in rates] == row["lr_hex"][n], (row["id"], n)
+            compared += 1
+    assert compared > 500
 
 
 def test_golden_arguments_that_are_refused(golden: Golden) -> None:
