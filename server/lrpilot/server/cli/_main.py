@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from lrpilot.server.cli import _presets, _runs
+from lrpilot.server.cli import _advise, _presets, _runs
 from lrpilot.server.cli._curve import curve
 from lrpilot.server.cli._options import CONTEXT, examples
 from lrpilot.server.cli._serve import serve
+from lrpilot.server.cli._simulate import simulate
 
 app = typer.Typer(
     name="lrpilot",
@@ -61,6 +62,14 @@ app.command(
         "lrpilot curve preset:gpt3-175b -o curve.png",
     )
 )(curve)
+app.command(
+    epilog=examples(
+        "lrpilot simulate spec.yaml --losses losses.csv",
+        "lrpilot simulate spec.yaml --losses losses.jsonl --format jsonl",
+        "lrpilot simulate spec.yaml --losses runs/my-run --tag 'lm loss' -o simulation.png",
+    )
+)(simulate)
+app.add_typer(_advise.app)
 app.add_typer(_runs.app)
 app.add_typer(_presets.app)
 
