@@ -71,6 +71,13 @@ def test_a_rise_waits_for_the_training_loss_to_fall() -> None:
     assert [n for n, _ in feed(stand(window=10, patience=1), steps)] == [99]
 
 
+def test_the_next_step_waits_for_a_further_fall() -> None:
+    steps = [(3.0 if n < 20 else 2.0, 2.0 if n < 20 else 2.5) for n in range(100)]
+    policy = stand(window=10, patience=2)
+    assert [n for n, _ in feed(policy, steps)] == [29]
+    assert [n for n, _ in feed(policy, [(1.9, 2.5)] * 20, begin=100)] == [109]
+
+
 @pytest.mark.parametrize(
     ("values", "fires"),
     [

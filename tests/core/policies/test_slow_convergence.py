@@ -77,6 +77,13 @@ def test_only_the_second_half_of_the_decades_is_read() -> None:
     assert "falls by 0 per decade of progress over the last 16/16" in change.reason
 
 
+@pytest.mark.parametrize(("after", "n", "width"), [(56, 57, 14), (57, 65, 15), (99, 100, 16)])
+def test_the_part_in_the_middle_is_read(after: int, n: int, width: int) -> None:
+    ((at, change),) = stand(after=after).run([3.0] * 120)
+    assert at == n
+    assert f"over the last {width}/16 of a decade before {n}," in change.reason
+
+
 def test_it_speaks_once_and_then_waits() -> None:
     found = stand(after=50, again=35).run([3.0] * 117)
     # 56 losses seen, then at least 91.

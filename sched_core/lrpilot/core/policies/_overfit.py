@@ -150,7 +150,7 @@ class Overfit(Stateful[OverfitState]):
         )
         state = replace(state, above=0, reference=mean)
         rates, bound = view.weight_decay, spec.max_weight_decay
-        if rates is not None and any(min(x * spec.factor, max(x, bound)) > x for x in rates):
+        if rates is not None and any(min(x * spec.factor, bound) > x for x in rates):
             return state, (ScaleWeightDecay(spec.factor, reason, max_weight_decay=bound),)
         left = view.phase.end - view.at
         if left < 1:
