@@ -58,7 +58,9 @@ class DivergenceState(Filling):
     """Progress of the last loss in it."""
     best: float = math.inf
     best_at: int = 0
-    """The least mean, and the progress of its last loss."""
+    """The least level, and the progress at which it was reached."""
+    previous: float = math.inf
+    """The mean before."""
     noise: float = 0.0
     """Running mean of the errors of the means that were not too high."""
     high: int = 0
@@ -75,7 +77,8 @@ class Divergence(Stateful[DivergenceState]):
     """Cuts the LR on a sustained rise, and asks for a rollback if that does not bring it back.
 
     More precisely, with `a` the mean of each `window` losses, `a0` the first one, `best` the least
-    one, and `e` the running mean of their standard errors:
+    value that two of them in a row did not exceed, and `e` the running mean of their standard
+    errors:
 
     1. The bar is `best + max(rise * max(|best|, a0 - best), 6 * e)`, so that losses near 0 and
        below it have one, and noise alone does not reach it. A rise begins with the first mean more
@@ -89,9 +92,9 @@ class Divergence(Stateful[DivergenceState]):
        window. Once; later stages start from a trained model and are not asked.
 
     A standard error is estimated from the distances of neighbouring losses; those of means above
-    the bar do not count. A corrupted batch raises one mean, which `patience` bears; a NaN is passed
-    over. A loss that hovers around 0 all the time, as that of a policy gradient, has no
-    scale but its noise to measure by.
+    the bar do not count. A corrupted batch moves one mean: up, which `patience` bears, or down,
+    which `best` does not follow. A NaN is passed over. A loss that hovers around 0 all the time, as
+    that of a policy gradient, has no scale but its noise to measure by.
 
     Sources: OPT-175B answered divergence with a lower LR and an earlier checkpoint (arXiv
     2205.01068, 2.5), PaLM with a checkpoint from before it (arXiv 2204.02311, 5.1). Cutting
@@ -104,11 +107,11 @@ class Divergence(Stateful[DivergenceState]):
     >>> from lrpilot.core.policies import Phase
     >>> class View:
     ...     at, phase = 0, Phase("", 0, "constant", 0, 0.0, 100.0, 100)
-    >>> for n, loss in enumerate([10.0, 10.0, 2.0, 2.0, *[8.0] * 10]):
+    >>> for n, loss in enumerate([10.0, 10.0, *[2.0] * 4, *[8.0] * 10]):
     ...     state, proposed = policy.observe(state, Observation(n, loss), View())
     ...     said += [(n, change.action) for change in proposed]
     >>> said
-    [(7, 'multiply'), (13, 'directive')]
+    [(9, 'multiply'), (15, 'directive')]
     """
 
     kind: ClassVar[str] = "divergence"
@@ -132,11 +135,13 @@ class Divergence(Stateful[DivergenceState]):
         state, window = fill(state, loss, n, self._spec.window)
         if window is None:
             return state, ()
+        level = max(window.mean, state.previous)
         if state.first == math.inf:
-            state = replace(state, first=window.mean, first_end=n, noise=window.error)
-        if window.mean < state.best:
-            state = replace(state, best=window.mean, best_at=n)
-        state, proposed = self._rise(state, window)
+            level = window.mean
+            state = replace(state, first=level, first_end=n, noise=window.error)
+        if level < state.best:
+            state = replace(state, best=level, best_at=n)
+        state, proposed = self._rise(replace(state, previous=window.mean), window)
         state, stuck = self._stuck(state, view)
         return state, proposed or stuck
 

@@ -46,7 +46,7 @@ class WarmupGuardState(Filling):
     first: float = math.inf
     """The first mean; infinite before it."""
     best: float = math.inf
-    """The least mean since the last stretch; before the first one, of all."""
+    """The least level since the last stretch; before the first one, of all."""
     previous: float = 0.0
     """The last mean."""
     noise: float = 0.0
@@ -65,8 +65,8 @@ class WarmupGuard(Stateful[WarmupGuardState]):
     """Makes what is left of the warmup `factor` times longer when the loss swings or rises in it.
 
     More precisely, while the base schedule warms up, with `a` the mean of each `window` losses,
-    `a0` the first one, `best` the least one, `scale = max(|best|, a0 - best)`, and `e` the running
-    mean of their standard errors:
+    `a0` the first one, `best` the least value that two of them in a row did not exceed,
+    `scale = max(|best|, a0 - best)`, and `e` the running mean of their standard errors:
 
     1. Rising: `patience` means in a row above `best + max(rise * scale, 6 * e)`.
     2. Oscillating: `swings` steps in a row from one mean to the next that are each longer than
@@ -87,7 +87,7 @@ class WarmupGuard(Stateful[WarmupGuardState]):
     >>> from lrpilot.core.policies import Phase
     >>> class View:
     ...     phase = Phase("", 0, "warmup", 0, 100.0, 100.0, 100)
-    >>> for n, loss in enumerate([8.0, 8.0, 6.0, 6.0, 7.0, 7.0, 8.0, 8.0]):
+    >>> for n, loss in enumerate([8.0, 8.0, *[6.0] * 4, 7.0, 7.0, 8.0, 8.0]):
     ...     state, proposed = policy.observe(state, Observation(n, loss), View())
     >>> proposed[0].factor, proposed[0].reason
     (2.0, 'mean of 2 losses 8: 2 in a row above 6.6 (patience 2), best 6; stretch 1 of 3')
@@ -125,7 +125,7 @@ class WarmupGuard(Stateful[WarmupGuardState]):
         self, state: WarmupGuardState, window: Window
     ) -> tuple[WarmupGuardState, tuple[Change, ...]]:
         spec, mean = self._spec, window.mean
-        best = min(state.best, mean)
+        best = min(state.best, max(mean, state.previous))
         scale, least = reach(best, state.first), _ERRORS * state.noise
 
         bar = best + max(spec.rise * scale, least)
