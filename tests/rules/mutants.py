@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from lrpilot import core
-from lrpilot.core import _canonical, _observers, _plan, _requests
+from lrpilot.core import _canonical, _requests
 from lrpilot.core._observers import Observers
 from lrpilot.core._plan import Plan
 from lrpilot.core._records import Records
 from lrpilot.core._state import RunState
+from lrpilot.core.policies import Observation
 from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._ledger import Ledger, LiveRun
 from lrpilot.server._memory_store import MemoryStore
@@ -146,11 +147,13 @@ def a_decision_shows_a_step_late(patch: pytest.MonkeyPatch) -> None:
 
 
 def _shift_decisions(patch: pytest.MonkeyPatch, steps: int) -> None:
-    def shifted(*args: Any, **kwargs: Any) -> Any:
-        decided = _plan.decide(*args, **kwargs)
+    stated = Plan.stated
+
+    def shifted(plan: Plan, adjustment: core.Adjustment) -> core.Adjustment:
+        decided = stated(plan, adjustment)
         return replace(decided, effective=decided.effective + steps)
 
-    patch.setattr(_observers, "decide", shifted)
+    patch.setattr(Plan, "stated", shifted)
 
 
 @mutant("nothing_is_handed_out_beyond_the_horizon")
@@ -187,7 +190,8 @@ def a_policy_decides_the_same_thing_twice(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("non_finite_losses_stay_out_of_policies_and_averages")
 def a_nan_enters_the_average(patch: pytest.MonkeyPatch) -> None:
-    def averaged(self: Observers, loss: float) -> Observers:
+    def averaged(self: Observers, observation: Observation) -> Observers:
+        loss = observation.loss or 0.0
         return replace(self, nonfinite=self.nonfinite + 1, average=loss, average_weight=1.0)
 
     patch.setattr(Observers, "_averaged", averaged)
@@ -205,6 +209,7 @@ def what_is_passed_is_waited_for(patch: pytest.MonkeyPatch) -> None:
         before = state.frontier
         report(state, replace(event, reports=reports))
         state.frontier = min(state.frontier, before + len(reports))
+        state.reporters.positions[0] = state.frontier
 
     patch.setattr(RunState, "_report", step_by_step)
 
@@ -216,9 +221,8 @@ def a_late_loss_is_observed(patch: pytest.MonkeyPatch) -> None:
     def let_in(state: RunState, event: Any) -> None:
         for item in event.reports:
             if item.progress < state.frontier and item.loss is not None:
-                state.observers, _ = state.observers.observe(
-                    state.plan, item.progress, item.loss, state.seq
-                )
+                seen = Observation(item.progress, item.loss)
+                state.observers, _ = state.observers.observe(state.plan, seen, state.seq)
         report(state, event)
 
     patch.setattr(RunState, "_report", let_in)
@@ -377,8 +381,8 @@ def every_join_is_welcome(patch: pytest.MonkeyPatch) -> None:
 def a_change_lands_at_the_frontier(patch: pytest.MonkeyPatch) -> None:
     revise = core.revise_run
 
-    def early(state: RunState, *args: Any) -> Any:
-        (event,) = revise(state, *args)
+    def early(state: RunState, *args: Any, **options: Any) -> Any:
+        (event,) = revise(state, *args, **options)
         assert isinstance(event, core.Revised)
         return [replace(event, effective=state.frontier)]
 

@@ -388,7 +388,7 @@ class World:
         }
         wanted = {at: loss.hex() for at, loss in reference.losses.items()}
         promise(kept == wanted, f"losses in the log {kept}, acknowledged {wanted}")
-        late = {at: loss.hex() for at, loss in state.late.items()}
+        late = {at: loss.hex() for (at, _), loss in state.late.items()}
         promise(late == {at: x.hex() for at, x in reference.late.items()}, f"late losses {late}")
         promise(
             (state.frontier, state.horizon) == (reference.frontier, reference.horizon),
