@@ -30,7 +30,7 @@ ASSUMED_WARMUP = 0.05
 """Share of the losses that is taken for warmup where no spec says."""
 LONGEST_WARMUP = 2000
 REPORTS = 50
-"""Reports into which the plateau policy divides the losses unless the spec says otherwise."""
+"""Reports into which a plateau policy divides the losses unless the spec says otherwise."""
 SHORTEST_REPORT = 20
 """Losses in such a report at least: the mean of fewer is noise."""
 LONGEST_MEAN = 100
@@ -159,7 +159,8 @@ def _defaults(spec: RunSpec, rows: Sequence[LossRow]) -> dict[str, dict[str, Any
     """
     fields: dict[str, dict[str, Any]] = {kind: {"kind": kind} for kind in KINDS}
     losses = sum(row.loss is not None for row in rows)
-    fields["plateau"]["window"] = max(SHORTEST_REPORT, losses // REPORTS)
+    for kind in ("plateau", "decay-on-plateau"):
+        fields[kind]["window"] = max(SHORTEST_REPORT, losses // REPORTS)
     warming = _warming(spec, rows)
     fields["warmup-guard"]["window"] = min(WINDOW, max(2, warming // WINDOW))
     if warming < WINDOW:
