@@ -285,7 +285,7 @@ async def test_what_happens_is_logged(program: Program) -> None:
     assert "run small: attempt 1 opened at progress 0" in log
     assert (
         "run small: policies.0 (plateau) (act) decided at progress 1, effective at 3: "
-        "LR 0.001 -> 0.0005: loss 1: none below" in log
+        "LR x 0.5 (LR 0.001 -> 0.0005): loss 1: none below" in log
     )
     assert "ranks waited 0.1 s for the values at progress 4 while no loss came" in log
     assert "the missing losses from 2 up to 3 are final as absent" in log

@@ -35,6 +35,8 @@ RUN_SERIES = {
     "lrpilot_run_losses",
     "lrpilot_run_nonfinite_losses",
     "lrpilot_run_late_losses",
+    "lrpilot_run_skipped_updates",
+    "lrpilot_run_rollbacks",
     "lrpilot_run_adjustments_total",
     "lrpilot_run_waivers_total",
     "lrpilot_run_ranks_waiting",

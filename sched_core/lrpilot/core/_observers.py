@@ -93,7 +93,9 @@ class Observers:
         view = _Moment(plan, spec, n=n, seq=seq, known=known or {})
         watches = []
         decided: list[Adjustment] = []
-        for (order, source), watch in self._watching(spec, stage.name):
+        watching = self._watching(spec, stage.name)
+        view.sources = {source for (_, source), _ in watching}
+        for (order, source), watch in watching:
             if watch.mode == "off" or n < watch.muted_until or not view.is_heard(watch):
                 watches.append(watch)
                 continue
@@ -210,6 +212,9 @@ class _Moment:
         known: Mapping[tuple[int, int], int],
     ) -> None:
         self.at = n + spec.delay
+        self.sources: set[str] = set()
+        """Names of all who watch now. What one of them did under a name that nobody has any more
+        is its own still: a revision may have moved it."""
         self._plan = plan
         self._n = n
         self._spec = spec
@@ -239,7 +244,7 @@ class _Moment:
         kind = "stage" if isinstance(watch.spec, StageSpec) else watch.spec.kind
         held_back = mode == "act" and self._comes_too_soon(changes)
         made = []
-        for part, change in enumerate(self._resolved(changes, kind)):
+        for part, change in enumerate(self._resolved(changes, kind, source)):
             adjustment = self._plan.stated(
                 Adjustment(
                     effective=self.at,
@@ -248,7 +253,9 @@ class _Moment:
                     part=part,
                     kind=kind,
                     source=source,
-                    mode="held back" if held_back and isinstance(change, ENDABLE) else mode,
+                    mode="held back"
+                    if held_back and isinstance(change, (*ENDABLE, Undo))
+                    else mode,
                     change=change,
                     before=(),
                     after=(),
@@ -263,13 +270,15 @@ class _Moment:
             made.append(adjustment)
         return made
 
-    def _resolved(self, changes: Sequence[Change], kind: str) -> Iterator[Change]:
+    def _resolved(self, changes: Sequence[Change], kind: str, source: str) -> Iterator[Change]:
         for change in changes:
             if isinstance(change, EndOwn):
                 own = tuple(
                     item.id
                     for item in self._plan.in_force(self.at)
-                    if item.kind == kind and isinstance(item.change, ENDABLE)
+                    if item.kind == kind
+                    and item.source not in self.sources - {source}
+                    and isinstance(item.change, ENDABLE)
                 )
                 if own:
                     yield Undo(own, change.reason)

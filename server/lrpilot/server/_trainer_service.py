@@ -206,15 +206,23 @@ class TrainerService:
 
         def evaluate(
             state: core.RunState,
-        ) -> tuple[list[core.Event], tuple[int, list[core.Outcome]]]:
+        ) -> tuple[list[core.Event], tuple[int, int, list[core.Outcome]]]:
             _check(state, request.attempt)
             events, outcomes = core.report_losses(
                 state, reports, rank=request.rank, incarnation=request.incarnation
             )
-            return events, (state.seq, outcomes)
+            return events, (state.seq, state.observers.nonfinite, outcomes)
 
-        seq, outcomes = await self._ledger.transact(run, evaluate)
+        seq, nonfinite, outcomes = await self._ledger.transact(run, evaluate)
         state = run.state
+        if state.observers.nonfinite > nonfinite:
+            logger.warning(
+                "run %s: %d losses up to progress %d are not finite, %d in all",
+                state.name,
+                state.observers.nonfinite - nonfinite,
+                state.frontier - 1,
+                state.observers.nonfinite,
+            )
         for adjustment in state.decided_since(seq):
             log_adjustment(state.name, adjustment)
         _seen(run)
@@ -373,16 +381,16 @@ def log_adjustment(run: str, adjustment: core.Adjustment) -> None:
         values = f" (LR {before} -> {after})"
     logger.log(
         logging.WARNING if is_alert else logging.INFO,
-        "run %s: %s (%s, id %s) decided at progress %d, effective at %d: %s%s: %s",
+        "run %s: %s (%s) decided at progress %d, effective at %d: %s%s: %s (id %s)",
         run,
         adjustment.source,
         adjustment.mode,
-        adjustment.id,
         adjustment.decided_at,
         adjustment.effective,
         adjustment.summary,
         values,
         adjustment.reason,
+        adjustment.id,
     )
 
 

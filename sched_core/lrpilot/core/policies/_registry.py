@@ -40,11 +40,7 @@ POLICIES: Mapping[str, Registered] = {
 }
 """By kind."""
 
-DETECTORS: tuple[PolicySpec, ...] = tuple(
-    POLICIES[kind].spec(kind=kind)
-    for kind in ("nonfinite", "spike", "divergence")
-    if kind in POLICIES
-)
+DETECTORS: tuple[PolicySpec, ...] = (SpikeSpec(), DivergenceSpec())
 """Policies that watch every run in mode advise, unless its spec names them."""
 
 
