@@ -82,6 +82,10 @@ class FakeTrainer:
         self.faults: dict[str, deque[Fault]] = defaultdict(deque)
         self.always: dict[str, Fault] = {}
         self.losses: dict[int, float | None] = {}
+        self.reports: list[pb.LossReport] = []
+        """Every report, in order of arrival."""
+        self.directives: list[pb.Directive] = []
+        self.attempt = 1
         self.outcome = pb.REPORT_OUTCOME_RECORDED
         self.frontier = 0
         self.horizon: int | None = None
@@ -141,6 +145,10 @@ class FakeTrainer:
 
     # What calls do.
 
+    @staticmethod
+    def token(attempt: int) -> bytes:
+        return b"0123456789abcde" + str(attempt).encode()
+
     def fixed(self) -> int:
         if self.horizon is not None:
             return self.horizon
@@ -153,8 +161,12 @@ class FakeTrainer:
         if request.HasField("progress"):
             self.begin = request.progress
             self.frontier = max(self.frontier, self.begin)
+        if request.directive:
+            # A rollback: what came after is forgotten.
+            self.attempt += 1
+            self.frontier = self.begin
         return pb.OpenAttemptResponse(
-            attempt=pb.Attempt(number=1, token=b"0123456789abcdef"),
+            attempt=pb.Attempt(number=self.attempt, token=self.token(self.attempt)),
             begin=self.begin,
             delay=self.delay,
             horizon=self.fixed(),
@@ -181,9 +193,11 @@ class FakeTrainer:
                     answer.block.learning_rates.append(self.rate(at, group))
                     if self.has_weight_decay:
                         answer.block.weight_decays.append(self.decay(at, group))
+            answer.directives.extend(item for item in self.directives if item.progress <= steps[-1])
         return answer
 
     def report_losses(self, request: pb.ReportLossesRequest) -> pb.ReportLossesResponse:
+        self.reports.extend(request.reports)
         for report in request.reports:
             self.losses[report.progress] = report.loss if report.HasField("loss") else None
             self.frontier = max(self.frontier, report.moves_to)
@@ -196,6 +210,11 @@ class FakeTrainer:
     def save_state(self, request: pb.SaveStateRequest) -> pb.SaveStateResponse:
         return pb.SaveStateResponse(state=self.state)
 
+    def acknowledge_directive(
+        self, request: pb.AcknowledgeDirectiveRequest
+    ) -> pb.AcknowledgeDirectiveResponse:
+        return pb.AcknowledgeDirectiveResponse()
+
 
 class _Service:
     def __init__(self, trainer: FakeTrainer) -> None:
@@ -205,6 +224,7 @@ class _Service:
             "GetValues": trainer.get_values,
             "ReportLosses": trainer.report_losses,
             "SaveState": trainer.save_state,
+            "AcknowledgeDirective": trainer.acknowledge_directive,
         }
         for method, behaviour in behaviours.items():
             setattr(self, method, self._served(trainer, method, behaviour))

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     from tests.client.conftest import FakeTrainer
 
 ALL = """
-AttemptNotOpen AttemptOpen AttemptSuperseded BacklogFull BeforeAttempt BelowResumePoint
-BeyondHorizon ClientFailed ConnectRefused GroupMismatch InvalidArgument InvalidFields
-InvalidRequest InvalidSpec InvalidState JoinRefused LossConflict LossUnreadable LossesPending
-LrpilotError NotReporter Pilot PilotClosed ResumePointRequired RevisionRefused RunExists
-RunFinished RunLive RunNotFound Scheduler ServerError ServerUnavailable SpecChanged StateMismatch
-ValuesDiffer ValuesPending Violation connect
+AdjustmentNotFound AdjustmentRefused AdviceExpired AttemptNotOpen AttemptOpen AttemptSuperseded
+BacklogFull BeforeAttempt BelowResumePoint BeyondHorizon ClientFailed ConnectRefused Directive
+DirectiveDeclined GroupMismatch InvalidArgument InvalidFields InvalidRequest InvalidSpec
+InvalidState JoinRefused LossConflict LossUnreadable LossesPending LrpilotError NotReporter Pilot
+PilotClosed PlanChanged ResumePointRequired RevisionRefused RunExists RunFinished RunLive
+RunNotFound Scheduler ServerError ServerUnavailable SpecChanged StateMismatch ValuesDiffer
+ValuesPending Violation connect
 """
 
 
@@ -42,14 +43,24 @@ def test_signatures() -> None:
         "outage_timeout_s",
     ]
     assert str(inspect.signature(lrpilot.Pilot.report)) == (
-        "(self, n: int, loss: Any, weight: float = 1.0) -> None"
+        "(self, n: int, loss: Any, weight: float = 1.0, *, "
+        "val_losses: collections.abc.Mapping[str, typing.Any] | None = None, grad_norm: Any = "
+        "None, batch: int | None = None, skipped: bool = False) -> None"
     )
     assert list(inspect.signature(lrpilot.Pilot.scheduler).parameters)[1:] == [
         "optimizer",
         "state",
         "defer",
     ]
-    assert list(inspect.signature(lrpilot.Scheduler.step).parameters)[1:] == ["increment", "loss"]
+    assert list(inspect.signature(lrpilot.Scheduler.step).parameters)[1:] == [
+        "increment",
+        "loss",
+        "weight",
+        "val_losses",
+        "grad_norm",
+        "batch",
+        "skipped",
+    ]
 
 
 def test_using_it_imports_neither_torch_nor_the_server(trainer: FakeTrainer) -> None:

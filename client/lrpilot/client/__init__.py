@@ -1,6 +1,10 @@
 """The trainer's side of lrpilot: LR and WD from the server, losses to it."""
 
+from lrpilot.client._directives import Directive
 from lrpilot.client._errors import (
+    AdjustmentNotFound,
+    AdjustmentRefused,
+    AdviceExpired,
     AttemptNotOpen,
     AttemptOpen,
     AttemptSuperseded,
@@ -10,6 +14,7 @@ from lrpilot.client._errors import (
     BeyondHorizon,
     ClientFailed,
     ConnectRefused,
+    DirectiveDeclined,
     GroupMismatch,
     InvalidArgument,
     InvalidFields,
@@ -23,6 +28,7 @@ from lrpilot.client._errors import (
     LrpilotError,
     NotReporter,
     PilotClosed,
+    PlanChanged,
     ResumePointRequired,
     RevisionRefused,
     RunExists,
@@ -41,6 +47,9 @@ from lrpilot.client._pilot import Pilot, connect
 from lrpilot.client._scheduler import Scheduler
 
 __all__ = [
+    "AdjustmentNotFound",
+    "AdjustmentRefused",
+    "AdviceExpired",
     "AttemptNotOpen",
     "AttemptOpen",
     "AttemptSuperseded",
@@ -50,6 +59,8 @@ __all__ = [
     "BeyondHorizon",
     "ClientFailed",
     "ConnectRefused",
+    "Directive",
+    "DirectiveDeclined",
     "GroupMismatch",
     "InvalidArgument",
     "InvalidFields",
@@ -64,6 +75,7 @@ __all__ = [
     "NotReporter",
     "Pilot",
     "PilotClosed",
+    "PlanChanged",
     "ResumePointRequired",
     "RevisionRefused",
     "RunExists",

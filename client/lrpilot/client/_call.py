@@ -70,11 +70,11 @@ class Backoff:
 
 
 class Link:
-    """The connection of one pilot, and what its threads must tell each other about it."""
+    """The connection of one attempt, and what its threads must tell each other about it."""
 
     def __init__(
         self,
-        channel: grpc.Channel,
+        make_channel: Callable[[], grpc.Channel],
         *,
         address: str,
         run: str,
@@ -86,7 +86,9 @@ class Link:
         self.rank = rank
         self.outage_timeout_s = outage_timeout_s
         """How long a training thread waits without any contact to the server."""
-        self.stub = TrainerServiceStub(channel)
+        self._make_channel = make_channel
+        self._channel = make_channel()
+        self.stub = TrainerServiceStub(self._channel)
         self.closing = threading.Event()
         self.contact_s: float | None = None
         """When the server last answered, on the monotonic clock; None: not yet."""
@@ -99,8 +101,20 @@ class Link:
         self.failure_raised = False
         self.undelivered: Callable[[], int] = lambda: 0
         """Returns the number of reports that wait for delivery."""
-        self._channel = channel
         self._lock = threading.Lock()
+
+    def successor(self) -> "Link":
+        """Return a connection of its own for another attempt: what this one meets is no more its.
+
+        Ending this one then ends the threads and calls of the old attempt alone.
+        """
+        return Link(
+            self._make_channel,
+            address=self.address,
+            run=self.run,
+            rank=self.rank,
+            outage_timeout_s=self.outage_timeout_s,
+        )
 
     # Calls.
 

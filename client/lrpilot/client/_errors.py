@@ -142,6 +142,22 @@ class LossesPending(LrpilotError):
     """Losses below the progress to save at are not final yet."""
 
 
+class AdjustmentNotFound(LrpilotError):
+    """No adjustment, advice or directive of the run has that id."""
+
+
+class AdjustmentRefused(LrpilotError):
+    """An operator's change cannot be made or taken back; the message says why."""
+
+
+class AdviceExpired(LrpilotError):
+    """The advice lies too far back to be approved."""
+
+
+class PlanChanged(LrpilotError):
+    """The plan is no longer the one that was looked at."""
+
+
 # Errors of the client alone.
 
 
@@ -191,6 +207,10 @@ class BacklogFull(LrpilotError):
 
 class LossUnreadable(LrpilotError):
     """A loss that was reported as a tensor could not be read from its device."""
+
+
+class DirectiveDeclined(LrpilotError):
+    """Raised by a handler that cannot do what a directive asks: training goes on without it."""
 
 
 class ClientFailed(LrpilotError):

@@ -8,11 +8,13 @@ import math
 import struct
 import threading
 import time
+from collections.abc import Collection
 from itertools import repeat
 from typing import TypeAlias
 
 from lrpilot.client import _timing
 from lrpilot.client._call import Backoff, Link, Unanswered
+from lrpilot.client._directives import Directive, read_directive
 from lrpilot.client._errors import (
     AttemptSuperseded,
     BeforeAttempt,
@@ -42,18 +44,23 @@ class Lease:
         self,
         link: Link,
         opened: pb.OpenAttemptResponse,
-        reporter_rank: int,
+        reporters: tuple[int, ...],
         reporter: Reporter | None,
+        carried_out: Collection[str] = (),
     ) -> None:
+        """Begin to renew values; the directives named by `carried_out` are met no more."""
         self._link = link
         self._attempt = opened.attempt
         self._begin = opened.begin
         self._delay = opened.delay
-        self._reporter_rank = reporter_rank
+        self._reporters = reporters
         self._reporter = reporter
         self._groups = len(opened.groups)
         self._has_weight_decay = opened.has_weight_decay
         self._known: dict[int, Values] = {}
+        self._directives: dict[str, Directive] = {}
+        """Directives that were not met yet, by id, in the order in which they came."""
+        self._met = set(carried_out)
         self._lock = threading.Lock()
         self._in_use = opened.begin
         # The increment is known once a second value was asked for; that of iterations at once.
@@ -92,6 +99,22 @@ class Lease:
             self._renew_at = math.inf
             self._wake.set()
         return found
+
+    def next_due(self, progress: int) -> Directive | None:
+        """Return the first directive that is due at a progress in use; it is met now."""
+        with self._lock:
+            due = [item for item in self._directives.values() if item.progress <= progress]
+            if not due:
+                return None
+            first = min(due, key=lambda item: item.progress)
+            del self._directives[first.id]
+            self._met.add(first.id)
+            return first
+
+    def awaits_rollback(self) -> bool:
+        """Return whether a rollback was asked for and not met yet."""
+        with self._lock:
+            return any(item.kind == "rollback" for item in self._directives.values())
 
     def close(self) -> None:
         """Let the background thread end; its call was ended with the link."""
@@ -230,10 +253,10 @@ class Lease:
             )
         else:
             logger.warning(
-                "%s: no loss is final from progress %d on, and rank %d is the one to report",
+                "%s: no loss is final from progress %d on, and rank %s is the one to report",
                 self._waits(progress, seconds),
                 link.frontier,
-                self._reporter_rank,
+                " or ".join(map(str, self._reporters)),
             )
 
     # On the background thread.
@@ -336,6 +359,10 @@ class Lease:
             zip(rates, decays or repeat(None, len(rates)), strict=True)
         )
         with self._lock:
+            # Before the values: whoever sees those must find the directives that they reach.
+            for sent in answer.directives:
+                if sent.id not in self._met:
+                    self._directives.setdefault(sent.id, read_directive(sent))
             for step in range(steps):
                 progress = block.begin + step * block.stride
                 values = tuple(pairs[step * self._groups : (step + 1) * self._groups])

@@ -1,4 +1,4 @@
-"""A loss as it comes from a training loop: a number, or a tensor on any device."""
+"""A loss or norm as it comes from a training loop: a number, or a tensor on any device."""
 
 import struct
 import sys
@@ -13,7 +13,7 @@ ALLOWED = "a number, or a tensor with one element"
 
 
 class PendingLoss:
-    """A loss on a device: copied there on the training thread, read on another."""
+    """A number on a device: copied there on the training thread, read on another."""
 
     __slots__ = ("_event", "_tensor")
 
@@ -37,34 +37,34 @@ class PendingLoss:
 Number: TypeAlias = float | PendingLoss
 
 
-def take(loss: Loss) -> Number:
-    """Return a loss as a float, or as a pending one where reading it could wait for a device.
+def take(loss: Loss, name: str = "loss") -> Number:
+    """Return a number as a float, or as a pending one where reading it could wait for a device.
 
-    Raises InvalidArgument.
+    `name` is the argument's. Raises InvalidArgument.
     """
     if type(loss) is float:
         return loss
     if hasattr(loss, "detach") and hasattr(loss, "device"):
         if loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}"
-            raise invalid_argument("loss", _Verbatim(got), ALLOWED)
+            raise invalid_argument(name, _Verbatim(got), ALLOWED)
         if loss.device.type != "cpu":
             return PendingLoss(loss)
         loss = loss.detach().item()
-    return _number(loss)
+    return _number(loss, name)
 
 
-def _number(loss: Loss) -> float:
+def _number(loss: Loss, name: str) -> float:
     number = loss
     if getattr(loss, "size", None) == 1 and hasattr(loss, "item"):
         number = loss.item()  # An array of NumPy with one element.
     is_number = hasattr(number, "__float__") or hasattr(number, "__index__")
     if isinstance(number, bool) or not is_number:
-        raise invalid_argument("loss", loss, ALLOWED)
+        raise invalid_argument(name, loss, ALLOWED)
     try:
         return float(number)
     except (TypeError, ValueError, OverflowError):
-        raise invalid_argument("loss", loss, ALLOWED) from None
+        raise invalid_argument(name, loss, ALLOWED) from None
 
 
 def same_bits(a: float, b: float) -> bool:

@@ -3,7 +3,7 @@
 import atexit
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal
 
@@ -12,10 +12,12 @@ import grpc
 from lrpilot.client import _timing
 from lrpilot.client._arguments import Spec, integer, positive, spec_reader, text
 from lrpilot.client._call import Link
+from lrpilot.client._directives import Directive, Handler, Kind
 from lrpilot.client._errors import ConnectRefused, LrpilotError, invalid_argument
 from lrpilot.client._launch import find_place
 from lrpilot.client._lease import Values
 from lrpilot.client._loss import Loss
+from lrpilot.client._metrics import Said, metric_name
 from lrpilot.client._scheduler import Scheduler
 from lrpilot.client._session import Session, agree
 from lrpilot.v1 import trainer_pb2 as pb
@@ -49,7 +51,7 @@ def connect(
     run: str,
     spec: Spec = None,
     on_change: Literal["refuse", "revise"] = "refuse",
-    reporter: int = 0,
+    reporter: int | Sequence[int] = 0,
     resume_at: int | None = None,
     key: str | None = None,
     rank: int | None = None,
@@ -69,7 +71,8 @@ def connect(
             the last one that a trainer gave. None: the run must exist.
         on_change: what to do where the spec differs: "refuse" it with the difference, or
             "revise" the run, which holds from where the attempt opens.
-        reporter: global rank whose loss counts.
+        reporter: global rank whose loss counts. A sequence of ranks: a step's loss is the mean of
+            theirs by weight, summed in this order, and is final when all have reported.
         resume_at: progress to open the attempt at where no state is given, in the run's unit.
             None: 0, for a run without losses.
         key: shared by all ranks of one start of the job, and new at every start: for several
@@ -92,7 +95,7 @@ def connect(
         read_spec = spec_reader(spec)
         if on_change not in _ON_CHANGE:
             raise invalid_argument("on_change", on_change, "'refuse' or 'revise'")
-        reporter = integer("reporter", reporter, 0, place.world_size - 1)
+        reporters = _reporters(reporter, place.world_size)
         if resume_at is not None:
             resume_at = integer("resume_at", resume_at, 0, _timing.MAX_PROGRESS)
         outage_timeout_s = positive("outage_timeout_s", outage_timeout_s)
@@ -106,19 +109,34 @@ def connect(
         "connect every rank alike",
     )
     link = Link(
-        grpc.insecure_channel(address, options=_OPTIONS),
+        lambda: grpc.insecure_channel(address, options=_OPTIONS),
         address=address,
         run=run,
         rank=place.rank,
         outage_timeout_s=outage_timeout_s,
     )
-    session = Session(link, place, reporter=reporter, resume_at=resume_at, key=key)
+    session = Session(link, place, reporters=reporters, resume_at=resume_at, key=key)
     try:
         session.attach(read_spec, _ON_CHANGE[on_change])
     except BaseException:
         link.close()
         raise
     return Pilot(session)
+
+
+def _reporters(given: int | Sequence[int], world_size: int) -> tuple[int, ...]:
+    if not isinstance(given, Sequence):
+        return (integer("reporter", given, 0, world_size - 1, ", or a sequence of them"),)
+    allowed = f"different ranks from 0 to {world_size - 1}, at least one"
+    ranks: list[int] = []
+    for item in given:
+        rank = integer("reporter", item, 0, world_size - 1)
+        if rank in ranks:
+            raise invalid_argument("reporter", given, allowed)
+        ranks.append(rank)
+    if not ranks:
+        raise invalid_argument("reporter", given, allowed)
+    return tuple(ranks)
 
 
 class Pilot:
@@ -179,22 +197,83 @@ class Pilot:
         n = integer("n", n, 0, _timing.MAX_PROGRESS)
         if self._session.opened is None:
             self._session.open(None)
-        return self._session.values(n)
+        values = self._session.values(n)
+        self._session.meet(n)
+        return values
 
-    def report(self, n: int, loss: Loss, weight: float = 1.0) -> None:
-        """Report the loss at progress `n`; delivered in the background, ignored off the reporter.
+    def report(
+        self,
+        n: int,
+        loss: Loss,
+        weight: float = 1.0,
+        *,
+        val_losses: Mapping[str, Loss] | None = None,
+        grad_norm: Loss = None,
+        batch: int | None = None,
+        skipped: bool = False,
+    ) -> None:
+        """Report the loss at progress `n`; delivered in the background, ignored off the reporters.
 
-        Says that the reporter moves on to n + 1. The same loss again is harmless. `weight`, above
-        0, is recorded with the loss; no average uses it yet.
+        Says that the reporter moves on to n + 1, or with `skipped` that it stays. The same loss
+        again is harmless and adds nothing; each call with `skipped` is another try. The other
+        arguments are those of `Scheduler.step`.
 
         Raises InvalidArgument, AttemptNotOpen, BelowResumePoint, LossConflict, and what a
         background thread met.
         """
         n = integer("n", n, 0, _timing.MAX_PROGRESS - 1)
-        weight = positive("weight", weight)
+        said = Said(loss, weight, val_losses, grad_norm, batch, skipped)
         if loss is None:
             raise invalid_argument("loss", loss, "a number, or a tensor with one element")
-        self._session.report(n, loss, weight, n + 1)
+        self._session.report(n, said, n + 1)
+
+    def report_validation(self, name: str, loss: Loss) -> None:
+        """Let a validation loss ride in the next report, as `Scheduler.report_validation` does."""
+        self._session.report_validation(metric_name("name", name), loss)
+
+    def on_directive(self, kind: Kind, handler: Handler | None = None) -> Any:
+        """Register what is done on a directive: one handler for each kind, alike on every rank.
+
+        `kind` is "rollback", "skip", "evaluate" or "stop". Without a handler a directive is
+        logged and stays an alert on the server. Without `handler` it returns a decorator:
+
+            @pilot.on_directive("stop")
+            def stop(directive):
+                stopping.set()
+
+        The handler is called with the Directive on the training thread, inside
+        `Scheduler.step` or `Pilot.values`, at the same step on every rank, after LR and WD of the
+        step were written. When it returns, the directive is acknowledged as done; when it raises,
+        as failed, and the training loop gets the exception. DirectiveDeclined alone is kept from
+        it: the handler could not do it, and training goes on.
+
+        Raises InvalidArgument.
+        """
+        if handler is None:
+            return self._register(kind)
+        self._session.handlers.add(kind, handler)
+        return handler
+
+    def _register(self, kind: Kind) -> Callable[[Handler], Handler]:
+        def register(handler: Handler) -> Handler:
+            self._session.handlers.add(kind, handler)
+            return handler
+
+        return register
+
+    def roll_back(self, directive: Directive, progress: int) -> None:
+        """Go back to `progress` in this process: a new attempt, which a directive asked for.
+
+        Every rank calls it at the same point, inside its handler or later between two steps. It
+        delivers the queued reports for at most half a minute, opens the attempt with the cut that
+        the directive asks for, moves every scheduler of this pilot to `progress` and writes its
+        LR and WD. Model, optimizer and data are the caller's; loading the optimizer's state
+        afterwards needs `Scheduler.apply()`. RollbackHandler does all of it.
+
+        Raises InvalidArgument, AttemptNotOpen, JoinRefused, AdjustmentNotFound,
+        AttemptSuperseded, ServerUnavailable, …; with a process group on every rank.
+        """
+        self._session.roll_back(directive, progress)
 
     def close(self) -> None:
         """Deliver the queued reports, for at most half a minute, and end the connection.

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from lrpilot.client import _timing
@@ -17,11 +17,16 @@ from lrpilot.client._errors import (
     LossUnreadable,
     LrpilotError,
     PilotClosed,
+    invalid_argument,
 )
 from lrpilot.client._loss import Number, PendingLoss, same_bits
+from lrpilot.client._metrics import MAX_VALIDATION_LOSSES, Metrics, norm
 from lrpilot.v1 import trainer_pb2 as pb
 
 logger = logging.getLogger("lrpilot.client")
+
+
+NOTHING = Metrics()
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,11 @@ class _Entry:
     """One report in the queue."""
 
     progress: int
-    loss: Number | None
-    weight: float
+    metrics: Metrics
     moves_to: int
+    tries: int = 0
+    """Skipped updates at this progress before this one."""
+    skipped: bool = False
     repeats: bool = False
     """A loss was given for this progress before; it could not be compared yet."""
 
@@ -51,6 +58,10 @@ class Reporter:
         """Progress that this rank has said it moves to."""
         self._given: dict[int, Number] = {}
         """Losses given for each progress, the newest of them."""
+        self._skips = (opened.begin, 0)
+        """A progress, and how many updates were skipped there."""
+        self._validation: dict[str, Number] = {}
+        """Validation losses that ride in the next report of a completed step."""
         self._queue: deque[_Entry] = deque()
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="lrpilot-report", daemon=True)
@@ -61,33 +72,61 @@ class Reporter:
         """Return the number of reports that the server has not confirmed."""
         return len(self._queue)
 
-    def report(self, progress: int, loss: Number | None, weight: float, moves_to: int) -> None:
-        """Queue the loss at `progress` and the move to `moves_to`.
+    def report(self, progress: int, metrics: Metrics, moves_to: int) -> None:
+        """Queue what is known of the step at `progress`, and the move to `moves_to`.
 
-        A repeat with the same bits adds nothing. Raises BelowResumePoint, LossConflict,
-        BacklogFull.
+        A repeat with the same bits adds nothing; what else comes for a progress that was passed
+        is a late loss. Raises BelowResumePoint, LossConflict, BacklogFull.
         """
         with self._changed:
-            if progress < self._begin:
-                raise BelowResumePoint(
-                    f"the loss at progress {progress} lies below progress {self._begin}, where "
-                    f"attempt {self._attempt.number} of run {self._link.run!r} opened",
-                    facts={
-                        "run": self._link.run,
-                        "progress": progress,
-                        "begin": self._begin,
-                    },
-                )
-            if len(self._queue) >= _timing.MAX_BACKLOG:
-                raise BacklogFull(
-                    f"run {self._link.run!r}: {len(self._queue)} reports wait for the server at "
-                    f"{self._link.address}; no more are kept in memory",
-                    facts={"run": self._link.run, "undelivered": len(self._queue)},
-                )
-            if loss is not None:
-                self._give(progress, loss, weight, moves_to)
+            self._check(progress)
+            loss = metrics.loss
+            first = None if loss is None else self._given.get(progress)
+            if loss is not None and first is not None:
+                self._repeat(progress, first, loss)
+            else:
+                self._validation.update(metrics.validation)
+                if progress >= self.until:
+                    self._pass(progress, metrics, moves_to)
+                elif loss is not None:
+                    bare = replace(metrics, validation={})
+                    self._queue.append(_Entry(progress, bare, moves_to))
+                if loss is not None:
+                    self._given[progress] = loss
+                    if len(self._given) > 2 * _timing.KEPT_LOSSES:
+                        kept = islice(self._given.items(), _timing.KEPT_LOSSES, None)
+                        self._given = dict(kept)
             self._move(moves_to)
             self._changed.notify_all()
+
+    def skip(self, progress: int, metrics: Metrics, tries: int | None) -> None:
+        """Queue an update at `progress` that the optimizer refused: it comes once more.
+
+        `tries` is how many the caller had refused there before; None: each call is another one.
+        Raises BelowResumePoint, BacklogFull, InvalidArgument.
+        """
+        with self._changed:
+            self._check(progress)
+            count = self._tries(progress)
+            is_known = progress < self.until or (tries is not None and tries < count)
+            if is_known and tries is not None:
+                # Another scheduler of this rank has spoken of it.
+                return
+            if is_known:
+                raise invalid_argument(
+                    "n", progress, f"with skipped=True a progress not passed yet, {self.until} on"
+                )
+            self._move(progress)
+            self._validation.update(metrics.validation)
+            refused = replace(metrics, validation={})
+            self._queue.append(_Entry(progress, refused, progress, tries=count, skipped=True))
+            self._skips = (progress, count + 1)
+            self._changed.notify_all()
+
+    def report_validation(self, name: str, loss: Number) -> None:
+        """Keep a validation loss for the next report of a completed step."""
+        with self._changed:
+            self._validation[name] = loss
 
     def move_to(self, progress: int) -> None:
         """Say that this rank goes on at `progress`: what it passed without a loss has none."""
@@ -109,31 +148,61 @@ class Reporter:
         """Let the background thread end; its call was ended with the link."""
         if threading.current_thread() is self._thread:
             return
+        if self._validation:
+            logger.warning(
+                "run %s: no report came after the validation losses %s; they were not sent",
+                self._link.run,
+                sorted(self._validation),
+            )
         with self._changed:
             self._changed.notify_all()
         self._thread.join(_timing.JOIN_S)
 
     # On the training thread, inside the lock.
 
-    def _give(self, progress: int, loss: Number, weight: float, moves_to: int) -> None:
-        first = self._given.get(progress)
-        if first is not None:
-            if isinstance(first, PendingLoss) or isinstance(loss, PendingLoss):
-                self._queue.append(_Entry(progress, loss, weight, progress + 1, repeats=True))
-            else:
-                self._compare(progress, first, loss)
-            return
+    def _check(self, progress: int) -> None:
+        if progress < self._begin:
+            raise BelowResumePoint(
+                f"the loss at progress {progress} lies below progress {self._begin}, where "
+                f"attempt {self._attempt.number} of run {self._link.run!r} opened",
+                facts={
+                    "run": self._link.run,
+                    "progress": progress,
+                    "begin": self._begin,
+                },
+            )
+        if len(self._queue) >= _timing.MAX_BACKLOG:
+            raise BacklogFull(
+                f"run {self._link.run!r}: {len(self._queue)} reports wait for the server at "
+                f"{self._link.address}; no more are kept in memory",
+                facts={"run": self._link.run, "undelivered": len(self._queue)},
+            )
+
+    def _repeat(self, progress: int, first: Number, loss: Number) -> None:
+        if isinstance(first, PendingLoss) or isinstance(loss, PendingLoss):
+            self._queue.append(_Entry(progress, Metrics(loss), progress + 1, repeats=True))
+        else:
+            self._compare(progress, first, loss)
+
+    def _pass(self, progress: int, metrics: Metrics, moves_to: int) -> None:
         # What was passed without a loss is final as absent.
         self._move(progress)
-        self._given[progress] = loss
-        if len(self._given) > 2 * _timing.KEPT_LOSSES:
-            self._given = dict(islice(self._given.items(), _timing.KEPT_LOSSES, None))
-        self._queue.append(_Entry(progress, loss, weight, moves_to))
-        self.until = max(self.until, moves_to)
+        names = list(self._validation)[:MAX_VALIDATION_LOSSES]
+        riding = {name: self._validation.pop(name) for name in names}
+        known = replace(metrics, validation=riding)
+        if known.is_empty:
+            # Steps without a report go out together.
+            return
+        self._queue.append(_Entry(progress, known, moves_to, tries=self._tries(progress)))
+        self.until = moves_to
+
+    def _tries(self, progress: int) -> int:
+        at, count = self._skips
+        return count if at == progress else 0
 
     def _move(self, to: int) -> None:
         if to > self.until:
-            self._queue.append(_Entry(self.until, None, 1.0, to))
+            self._queue.append(_Entry(self.until, NOTHING, to, tries=self._tries(self.until)))
             self.until = to
 
     def _compare(self, progress: int, first: float, loss: float) -> None:
@@ -182,33 +251,49 @@ class Reporter:
     def _batch(self, head: list[_Entry]) -> tuple[int, list[pb.LossReport]]:
         """Return how many entries to take from the queue, and the reports they make."""
         reports: list[pb.LossReport] = []
-        taken = 0
+        taken = size = 0
         reached = self._begin
         for entry in head:
-            pending = isinstance(entry.loss, PendingLoss)
-            if reports and isinstance(entry.loss, PendingLoss) and not entry.loss.ready():
+            if reports and not entry.metrics.ready():
                 # What is known goes out now; this thread waits for the device afterwards.
                 break
             if reports and entry.progress < reached:
                 # A report out of order: the contract wants each batch in order.
                 break
-            loss = self._read(entry)
+            report = self._report(entry)
+            size += report.ByteSize()
+            if reports and size > _timing.BATCH_BYTES:
+                break
             taken += 1
             if entry.repeats:
                 first = self._given.get(entry.progress)
-                if isinstance(first, float) and loss is not None:
-                    self._compare(entry.progress, first, loss)
+                if isinstance(first, float):
+                    self._compare(entry.progress, first, report.loss)
                 continue
-            if pending and loss is not None:
-                self._now_known(entry.progress, loss)
-            report = pb.LossReport(
-                progress=entry.progress, weight=entry.weight, moves_to=entry.moves_to
-            )
-            if loss is not None:
-                report.loss = loss
+            if isinstance(entry.metrics.loss, PendingLoss) and not entry.skipped:
+                self._now_known(entry.progress, report.loss)
             reports.append(report)
             reached = max(reached, entry.moves_to)
         return taken, reports
+
+    def _report(self, entry: _Entry) -> pb.LossReport:
+        known = entry.metrics
+        report = pb.LossReport(
+            progress=entry.progress,
+            weight=known.weight,
+            moves_to=entry.moves_to,
+            skipped=entry.skipped,
+            batch=known.batch,
+        )
+        setattr(report, "try", entry.tries)  # A word of Python.
+        if known.loss is not None:
+            report.loss = self._read(entry.progress, "loss", known.loss)
+        if known.gradient_norm is not None:
+            report.gradient_norm = self._read(entry.progress, "norm", known.gradient_norm)
+            norm(report.gradient_norm)
+        for name, loss in known.validation.items():
+            report.validation_losses[name] = self._read(entry.progress, f"loss {name!r}", loss)
+        return report
 
     def _now_known(self, progress: int, loss: float) -> None:
         with self._changed:
@@ -216,16 +301,16 @@ class Reporter:
             if progress in self._given:
                 self._given[progress] = loss
 
-    def _read(self, entry: _Entry) -> float | None:
-        if not isinstance(entry.loss, PendingLoss):
-            return entry.loss
+    def _read(self, progress: int, what: str, number: Number) -> float:
+        if not isinstance(number, PendingLoss):
+            return number
         try:
-            return entry.loss.read()
+            return number.read()
         except Exception as error:
             raise LossUnreadable(
-                f"run {self._link.run!r}: the loss at progress {entry.progress} could not be "
+                f"run {self._link.run!r}: the {what} at progress {progress} could not be "
                 f"read from its device: {error}",
-                facts={"run": self._link.run, "progress": entry.progress},
+                facts={"run": self._link.run, "progress": progress},
             ) from error
 
     def _deliver(self, reports: list[pb.LossReport]) -> None:

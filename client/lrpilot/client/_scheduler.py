@@ -9,6 +9,7 @@ from lrpilot.client._arguments import integer
 from lrpilot.client._errors import AttemptNotOpen, invalid_argument
 from lrpilot.client._groups import Groups
 from lrpilot.client._loss import Loss
+from lrpilot.client._metrics import Said, metric_name
 from lrpilot.client._session import Session
 from lrpilot.client._state import SavedState, decode, encode
 
@@ -31,6 +32,8 @@ class Scheduler:
         self._groups = Groups(optimizer)
         self._progress: int | None = None
         self._increment = 0
+        self._tries = 0
+        """Updates that were skipped at the current progress."""
         self._is_late = session.opened is not None
         """Whether the attempt was open already: others may have made steps."""
         self._hook: Any = None
@@ -54,26 +57,58 @@ class Scheduler:
             )
         return self._progress
 
-    def step(self, increment: int = 1, loss: Loss = None) -> None:
+    def step(
+        self,
+        increment: int = 1,
+        loss: Loss = None,
+        *,
+        weight: float = 1.0,
+        val_losses: Mapping[str, Loss] | None = None,
+        grad_norm: Loss = None,
+        batch: int | None = None,
+        skipped: bool = False,
+    ) -> None:
         """Report the loss at the current progress, move on, write LR and WD of the new one.
 
-        Call it after an optimizer step that updated the parameters, not after a skipped one.
+        Then it calls the handlers of directives that are due there (`Pilot.on_directive`); after
+        a rollback the progress is the one gone back to.
 
-        `increment` is what the step consumed, in the run's unit, at least 1. `loss` is the
-        reduced loss, a number or a tensor with one element on any device, and is read on the
-        reporter alone; NaN and infinities are data. None says that this step has none.
+        Args:
+            increment: what the step consumed, in the run's unit, at least 1.
+            loss: the reduced loss, a number or a tensor with one element on any device, read on
+                the reporters alone; NaN and infinities are data. None: this step has none.
+            weight: of the loss in the mean over several reporters, above 0; say its tokens.
+            val_losses: validation losses by name (1 to 64 of a-z A-Z 0-9 . _ / -).
+            grad_norm: norm of the gradient, at least 0; NaN and infinity are data.
+            batch: global batch size in samples.
+            skipped: the optimizer refused the update, such as after an fp16 overflow: the
+                progress stays, whatever the increment, and the same values are written again.
 
         Raises InvalidArgument, AttemptNotOpen, LossConflict, ServerUnavailable,
-        AttemptSuperseded, …, and what a background thread met since the last call. After
-        ServerUnavailable the step is made and reported, and `apply()` tries again for its values.
+        AttemptSuperseded, …, what a background thread met since the last call, and what a
+        handler raises. After ServerUnavailable the step is made and reported, and `apply()` tries
+        again for its values.
         """
         here = self.progress
         increment = integer("increment", increment, 1, _timing.MAX_PROGRESS - here, _BY_NAME)
-        there = here + increment
-        self._session.report(here, loss, 1.0, there)
-        self._progress, self._increment = there, increment
-        self._session.progress = max(self._session.progress, there)
+        said = Said(loss, weight, val_losses, grad_norm, batch, skipped)
+        there = here if skipped else here + increment
+        self._session.report(here, said, there, self._tries)
+        if skipped:
+            self._tries += 1
+        else:
+            self._progress, self._increment, self._tries = there, increment, 0
+            self._session.progress = max(self._session.progress, there)
         self._write()
+        self._session.arrive()
+
+    def report_validation(self, name: str, loss: Loss) -> None:
+        """Let a validation loss ride in the next report, and act as that report does.
+
+        For an evaluation between two steps: its loss then counts as one of the step to come. A
+        skipped step does not carry it. Ignored off the reporters. Raises as `step` does.
+        """
+        self._session.report_validation(metric_name("name", name), loss)
 
     def apply(self) -> None:
         """Write LR and WD of the current progress once more; open the attempt where deferred.
@@ -84,6 +119,12 @@ class Scheduler:
             self._open(None)
         else:
             self._write()
+            self._session.arrive()
+
+    def go_to(self, progress: int) -> None:
+        """Stand at another progress and write its values; a rollback of the pilot calls it."""
+        self._progress, self._tries = progress, 0
+        self._write()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint needs to resume at the current progress: plain types alone.
@@ -120,6 +161,7 @@ class Scheduler:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        self._session.schedulers.add(self)
         self._write()
 
     def _before_first_step(self, *_: Any) -> None:

@@ -8,25 +8,32 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 from lrpilot.client import _timing
+from lrpilot.client._arguments import integer
 from lrpilot.client._call import Backoff, Link
+from lrpilot.client._directives import Directive, Handlers
 from lrpilot.client._errors import (
     AttemptNotOpen,
     AttemptOpen,
+    AttemptSuperseded,
     ClientFailed,
     ConnectRefused,
+    DirectiveDeclined,
     JoinRefused,
     LossesPending,
     LrpilotError,
     RunFinished,
     ServerError,
     ServerUnavailable,
+    invalid_argument,
 )
 from lrpilot.client._launch import Group, Place
 from lrpilot.client._lease import Lease, Values
 from lrpilot.client._loss import Loss, take
+from lrpilot.client._metrics import Said
 from lrpilot.client._reporter import Reporter
 from lrpilot.client._state import SavedState, decode
 from lrpilot.v1 import trainer_pb2 as pb
@@ -34,11 +41,28 @@ from lrpilot.v1 import trainer_pb2 as pb
 logger = logging.getLogger("lrpilot.client")
 
 
+class Follower(Protocol):
+    """A scheduler, as the session knows it."""
+
+    @property
+    def progress(self) -> int:
+        """Progress at which it stands."""
+
+    def go_to(self, progress: int) -> None:
+        """Stand at another progress, and write its values."""
+
+
 class Session:
     """What a pilot and its schedulers share."""
 
     def __init__(
-        self, link: Link, place: Place, *, reporter: int, resume_at: int | None, key: str | None
+        self,
+        link: Link,
+        place: Place,
+        *,
+        reporters: tuple[int, ...],
+        resume_at: int | None,
+        key: str | None,
     ) -> None:
         self.link = link
         self.place = place
@@ -46,7 +70,18 @@ class Session:
         """The server's answer that opened the attempt; None: it has not opened yet."""
         self.progress = 0
         """Where the scheduler that is furthest stands; at first where the attempt opened."""
-        self._reporter_rank = reporter
+        self.handlers = Handlers()
+        self.schedulers: WeakSet[Follower] = WeakSet()
+        """Those that have begun. One that nobody holds any more makes no steps."""
+        self.after_step: list[Callable[[], None]] = []
+        """Called on the training thread once every scheduler has moved on, at the same step on
+        every rank."""
+        self._arrived = 0
+        """Progress at which the last scheduler of all stood after a step."""
+        self._is_meeting = False
+        self._carried_out: set[str] = set()
+        """Ids of the rollbacks that this process has made."""
+        self._reporters = reporters
         self._resume_at = resume_at
         self._key = key
         self._incarnation = uuid.uuid4().hex
@@ -115,25 +150,91 @@ class Session:
             "load the same checkpoint on every rank",
         )
         opened = pb.OpenAttemptResponse.FromString(
-            self._once(lambda: self._open(progress, saved.blob))
+            self._once(lambda: self._open(progress, saved.blob, self._key or "", ""))
         )
-        self.link.heard(opened.begin, opened.horizon)
-        if self.place.rank == self._reporter_rank:
-            self._reporter = Reporter(
-                self.link, opened, rank=self.place.rank, incarnation=self._incarnation
-            )
-        self._lease = Lease(self.link, opened, self._reporter_rank, self._reporter)
+        self._begin(opened)
+        return opened
+
+    def _begin(self, opened: pb.OpenAttemptResponse) -> None:
+        """Take up an attempt that has opened."""
+        link, rank = self.link, self.place.rank
+        link.heard(opened.begin, opened.horizon)
+        self._reporter = None
+        if rank in self._reporters:
+            self._reporter = Reporter(link, opened, rank=rank, incarnation=self._incarnation)
+        self._lease = Lease(link, opened, self._reporters, self._reporter, self._carried_out)
         self.opened = opened
-        self.progress = opened.begin
+        self.progress = self._arrived = opened.begin
         logger.info(
             "run %s: rank %d is in attempt %d, which began at progress %d%s",
-            self.link.run,
-            self.place.rank,
+            link.run,
+            rank,
             opened.attempt.number,
             opened.begin,
             " (the server restored the run from the state)" if opened.restored else "",
         )
-        return opened
+
+    def roll_back(self, directive: Directive, progress: int) -> None:
+        """Open a new attempt at `progress`, as a directive asks, and move every scheduler there.
+
+        With a process group every rank calls it at the same point. Reports of the old attempt
+        that cannot be delivered within `_timing.ROLL_BACK_FLUSH_S` are dropped. Raises what a
+        background thread met, AttemptNotOpen, InvalidArgument, JoinRefused,
+        AdjustmentNotFound, ServerUnavailable, …; with a process group on every rank.
+        """
+        problem: LrpilotError | None = None
+        try:
+            if not self._has_successor():
+                self.link.check()
+            if self._lease is None:
+                raise self._not_open()
+            if not isinstance(directive, Directive) or directive.kind != "rollback":
+                raise invalid_argument("directive", directive, "one of kind 'rollback'")
+            progress = integer("progress", progress, 0, directive.progress)
+        except LrpilotError as error:
+            problem = error
+        if problem is None and self._reporter is not None:
+            self._reporter.flush(_timing.ROLL_BACK_FLUSH_S)
+        agree(
+            self.place.group,
+            problem,
+            {"the directive": repr(directive), "the progress to go back to": progress},
+            JoinRefused,
+            "roll every rank back to the same progress",
+        )
+        key = f"{self._key}/{directive.id}" if self._key else ""
+        opened = pb.OpenAttemptResponse.FromString(
+            self._once(lambda: self._open(progress, b"", key, directive.id))
+        )
+        link, lease, reporter = self.link, self._lease, self._reporter
+        dropped = link.undelivered()
+        if dropped:
+            logger.warning(
+                "run %s: %d reports of attempt %d were not delivered before the rollback",
+                link.run,
+                dropped,
+                opened.attempt.number - 1,
+            )
+        self.link = link.successor()
+        self._carried_out.add(directive.id)
+        self._begin(opened)
+        # What the calls of the old attempt still meet concerns nobody.
+        link.close()
+        if lease is not None:
+            lease.close()
+        if reporter is not None:
+            reporter.close()
+        for scheduler in list(self.schedulers):
+            scheduler.go_to(opened.begin)
+
+    def _has_successor(self) -> bool:
+        """Return whether another rank may have opened the attempt of a rollback already.
+
+        Ranks that share a key do not wait for each other: one may get there before this one, whose
+        requests are then refused before it meets the directive.
+        """
+        awaits = self._is_meeting or (self._lease is not None and self._lease.awaits_rollback())
+        return self._key is not None and isinstance(self.link.failure, AttemptSuperseded) and awaits
 
     def refuse_other(self, saved: SavedState, progress: int) -> None:
         """Raise AttemptOpen unless a state leaves the open attempt at `progress`."""
@@ -150,16 +251,18 @@ class Session:
                 },
             )
 
-    def _open(self, progress: int | None, blob: bytes) -> bytes:
+    def _open(self, progress: int | None, blob: bytes, key: str, directive: str) -> bytes:
         link = self.link
         request = pb.OpenAttemptRequest(
             run=link.run,
             request_id=uuid.uuid4().hex,
-            key=self._key or "",
+            key=key,
             state=blob,
             rank=self.place.rank,
-            reporter=self._reporter_rank,
+            reporter=self._reporters[0],
+            reporters=self._reporters if len(self._reporters) > 1 else (),
             incarnation=self._incarnation,
+            directive=directive,
         )
         if progress is not None:
             request.progress = progress
@@ -192,23 +295,138 @@ class Session:
         Raises what a background thread met, AttemptNotOpen, BeforeAttempt, BeyondHorizon,
         ServerUnavailable, AttemptSuperseded, ….
         """
-        self.link.check()
-        if self._lease is None:
-            raise self._not_open()
-        return self._lease.values(progress, stride)
+        return self._ready().values(progress, stride)
 
-    def report(self, progress: int, loss: Loss, weight: float, moves_to: int) -> None:
-        """Queue the loss at `progress` and the move to `moves_to`; nothing on other ranks.
+    def report(self, progress: int, said: Said, moves_to: int, tries: int | None = None) -> None:
+        """Queue what was said of the step at `progress`; nothing on ranks that do not report.
 
-        Raises what a background thread met, AttemptNotOpen, InvalidArgument, BelowResumePoint,
-        LossConflict, BacklogFull.
+        A completed step moves to `moves_to`; of a skipped one `tries` is how many the caller had
+        skipped there before. Raises what a background thread met, AttemptNotOpen,
+        InvalidArgument, BelowResumePoint, LossConflict, BacklogFull.
         """
-        self.link.check()
+        self._ready()
+        if self._reporter is None:
+            return
+        if said.skipped:
+            self._reporter.skip(progress, said.read(), tries)
+        else:
+            self._reporter.report(progress, said.read(), moves_to)
+
+    def report_validation(self, name: str, loss: Loss) -> None:
+        """Let a validation loss ride in the next report; nothing on ranks that do not report.
+
+        Raises what a background thread met, AttemptNotOpen, InvalidArgument.
+        """
+        self._ready()
+        if self._reporter is not None:
+            self._reporter.report_validation(name, take(loss, "loss"))
+
+    def _ready(self) -> Lease:
+        """Return the lease. Raises what a background thread met, AttemptNotOpen."""
+        if not self._has_successor():
+            self.link.check()
         if self._lease is None:
             raise self._not_open()
-        if self._reporter is not None:
-            number = None if loss is None else take(loss)
-            self._reporter.report(progress, number, weight, moves_to)
+        return self._lease
+
+    # Directives.
+
+    def arrive(self) -> None:
+        """Carry out what is due once every scheduler has arrived at a step.
+
+        Raises what a handler raises.
+        """
+        if self._is_meeting:
+            # A handler writes values; what else is due comes after it.
+            return
+        arrived, opened = min(item.progress for item in self.schedulers), self.opened
+        self.meet(arrived)
+        if self.opened is opened and arrived > self._arrived:
+            self._arrived = arrived
+            for hook in self.after_step:
+                hook()
+
+    def meet(self, progress: int) -> None:
+        """Call the handlers of the directives that are due at a progress in use, each once.
+
+        Raises what a handler raises, after the server was told that it failed.
+        """
+        lease = self._lease
+        if self._is_meeting or lease is None:
+            return
+        self._is_meeting = True
+        try:
+            # What the old attempt had asked for beside a rollback is gone with it.
+            while lease is self._lease and (directive := lease.next_due(progress)) is not None:
+                self._follow(directive, progress)
+        finally:
+            self._is_meeting = False
+
+    def _follow(self, directive: Directive, progress: int) -> None:
+        run, opened = self.link.run, self.opened
+        asked = f"run {run}: directive {directive.id}, due at progress {directive.progress}, asks"
+        handler = self.handlers.get(directive.kind)
+        if handler is None:
+            logger.warning(
+                "%s for %s (%s). No handler is registered for it: training goes on unchanged",
+                asked,
+                directive.kind,
+                directive.reason,
+            )
+            self._acknowledge(directive, progress, pb.DIRECTIVE_OUTCOME_UNHANDLED, "")
+            return
+        logger.info("%s for %s (%s)", asked, directive.kind, directive.reason)
+        try:
+            handler(directive)
+        except DirectiveDeclined as error:
+            logger.warning(
+                "%s for %s, which was not done: %s. Training goes on unchanged",
+                asked,
+                directive.kind,
+                error,
+            )
+            self._acknowledge(directive, progress, pb.DIRECTIVE_OUTCOME_FAILED, str(error))
+        except BaseException as error:
+            text = f"{type(error).__name__}: {error}"
+            self._acknowledge(directive, progress, pb.DIRECTIVE_OUTCOME_FAILED, text)
+            raise
+        else:
+            if self.opened is opened:
+                # The attempt that a rollback opens says itself that it was made.
+                self._acknowledge(directive, progress, pb.DIRECTIVE_OUTCOME_DONE, "")
+
+    def _acknowledge(
+        self,
+        directive: Directive,
+        progress: int,
+        outcome: pb.DirectiveOutcome.ValueType,
+        detail: str,
+    ) -> None:
+        """Tell the server what became of a directive, for a bounded time; one rank does it."""
+        if self.place.rank != self._reporters[0] or self.opened is None:
+            return
+        link = self.link
+        try:
+            link.until(
+                link.stub.AcknowledgeDirective,
+                pb.AcknowledgeDirectiveRequest(
+                    run=link.run,
+                    attempt=self.opened.attempt,
+                    rank=self.place.rank,
+                    directive=directive.id,
+                    outcome=outcome,
+                    progress=progress,
+                    detail=detail,
+                ),
+                timeout_s=_timing.ACKNOWLEDGE_PATIENCE_S,
+                patience_s=_timing.ACKNOWLEDGE_PATIENCE_S,
+                doing=f"acknowledges directive {directive.id}",
+            )
+        except LrpilotError as error:
+            # The training is not at fault, and what it met is in its own log.
+            logger.warning(
+                "run %s: directive %s could not be acknowledged: %s", link.run, directive.id, error
+            )
 
     def save(self, progress: int) -> bytes:
         """Return the server's state from which a run resumes at `progress`.

@@ -49,6 +49,12 @@ LONGEST_WAIT_S = 86_400.0
 """How long values may be not fixed although the server answers. It ends such waits itself, by a
 waiver after `feedback.timeout`; this bound only keeps a promise that nothing hangs for ever."""
 
+ACKNOWLEDGE_PATIENCE_S = 10.0
+"""How long the training thread tries to say what became of a directive."""
+
+ROLL_BACK_FLUSH_S = 30.0
+"""How long a rollback waits for queued reports to be delivered before it drops them."""
+
 CLOSE_FLUSH_S = 30.0
 """How long `close()` waits for queued reports to be delivered."""
 
@@ -72,6 +78,9 @@ KEPT_PAST = 1024
 
 MAX_BATCH = 512
 """Most reports in one call."""
+
+BATCH_BYTES = 256 * 1024
+"""Most bytes of reports in one call: their validation losses have names."""
 
 MAX_BACKLOG = 1_000_000
 """Most reports that wait for delivery: about 100 MB, or weeks of an outage."""
