@@ -42,8 +42,7 @@ def read_action(request: pb.AdjustRunRequest) -> core.Action:
             return core.ScaleDecay(request.scale_weight_decay)
         case "begin_decay":
             wanted = request.begin_decay
-            length = int(wanted.length) if wanted.length.isdecimal() else wanted.length
-            return core.DecayNow(length, wanted.style or "minus_sqrt")
+            return core.DecayNow(_length(wanted.length), wanted.style or "minus_sqrt")
         case "next_stage" if request.next_stage:
             return core.EnterNextStage()
         case "total":
@@ -64,6 +63,12 @@ def read_action(request: pb.AdjustRunRequest) -> core.Action:
         "the request says nothing to do",
         [core.Violation("action", "nothing", f"one of {wanted_actions}")],
     )
+
+
+def _length(text: str) -> int | str:
+    # No progress has more digits than 19, and Python refuses to read thousands.
+    is_count = text.isascii() and text.isdigit() and len(text) < 20
+    return int(text) if is_count else text
 
 
 def shown_change(run: LiveRun, state: core.RunState, events: Sequence[core.Event]) -> Change:
@@ -115,21 +120,21 @@ def repeated_change(run: LiveRun, state: core.RunState, request_id: str, effecti
 def preview(state: core.RunState, plan: core.Plan, at: int) -> list[pb.PreviewPoint]:
     """Return the values of the run before and after, from its attempt's begin to its end.
 
-    Where a change shows, the progress just before it and its first one are both there.
+    Where a change shows, the progress just before it and its first one are both there. Values below
+    it are fixed: they are those that were handed out.
     """
-    before = state.plan
-    end = max(before.spec.total, plan.spec.total, at + 1)
-    groups = len(before.spec.group_names)
+    end = max(state.spec.total, plan.spec.total, at + 1)
+    groups = max(len(spec.group_names) for spec in (state.spec, plan.spec))
     count = max(2, min(PREVIEW_POINTS, MAX_PREVIEW_VALUES // (4 * groups)))
     begin = min(state.begin, at)
     points = {begin + (end - begin) * index // (count - 1) for index in range(count)}
     points |= {at - 1, at} if at > begin else {at}
-    return [_point(before, plan, progress) for progress in sorted(points)]
+    return [_point(state, plan, progress, at) for progress in sorted(points)]
 
 
-def _point(before: core.Plan, after: core.Plan, progress: int) -> pb.PreviewPoint:
-    old, old_decays = before.values(progress)
-    new, new_decays = after.values(progress)
+def _point(state: core.RunState, plan: core.Plan, progress: int, at: int) -> pb.PreviewPoint:
+    old, old_decays = state.values(progress)
+    new, new_decays = (old, old_decays) if progress < at else plan.values(progress)
     return pb.PreviewPoint(
         progress=progress,
         before=old,

@@ -166,7 +166,11 @@ def event_message(row: LogRow, late: Set[tuple[int, int]]) -> pb.Event:
                     f", rolled back as directive {event.directive} asked: LR x {event.factor:g}"
                 )
         case core.Joined():
-            message.summary = "the reporter joined"
+            message.summary = (
+                "the reporter joined"
+                if event.rank is None
+                else f"rank {event.rank} joined as a reporter"
+            )
         case core.Reported():
             message.progress = event.reports[0].progress
             message.losses.extend(
@@ -174,7 +178,8 @@ def event_message(row: LogRow, late: Set[tuple[int, int]]) -> pb.Event:
                 for item in event.reports
             )
             first, last = event.reports[0], event.reports[-1]
-            message.summary = (
+            who = "" if event.rank is None else f"rank {event.rank} "
+            message.summary = who + (
                 f"reported progress {first.progress}, moved to {last.moves_to}"
                 if len(event.reports) == 1
                 else f"reported {len(event.reports)} steps, progress {first.progress} to "
