@@ -162,6 +162,18 @@ def test_the_remedy_can_be_simulated_at_once(
     assert document == load_document(SPEC)
 
 
+def test_the_changed_spec_goes_through_a_pipe(
+    cli: Cli, losses: Losses, spec_file: SpecFile
+) -> None:
+    path, spec = losses(diverging), spec_file(SPEC)
+    result = cli("advise", "losses", path, spec, "-o", "-")
+    assert "1. divergence: 2 signs" in result.stderr
+    replay = cli("simulate", "-", "--losses", path, input=result.stdout)
+    assert "2 adjustments" in replay.stdout
+    both = cli("advise", "losses", path, spec, "-o", "-", "--json")
+    assert (both.exit_code, both.stdout) == (2, "")
+
+
 def test_what_a_divergence_brings_with_it_is_told_and_not_remedied(
     cli: Cli, losses: Losses
 ) -> None:

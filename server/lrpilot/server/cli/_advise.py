@@ -138,7 +138,7 @@ def losses(
     spec: Annotated[
         str | None,
         typer.Argument(
-            metavar="[SPEC]",
+            metavar="SPEC",
             help="The spec of the run: a YAML or JSON file, - for standard input, or preset:NAME. "
             "Without it a constant LR after a warmup of 5% is assumed.",
         ),
@@ -146,7 +146,13 @@ def losses(
     *,
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Write the spec with the remedies."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Write the spec with the remedies there; -: to standard output, and the text to "
+            "standard error.",
+        ),
     ] = None,
     as_json: AsJson = False,
     tag: LossTag = None,
@@ -158,6 +164,8 @@ def losses(
     """
     if output is not None and spec is None:
         raise typer.BadParameter("-o writes a changed spec: give SPEC too")
+    if output == "-" and as_json:
+        raise typer.BadParameter("--json and -o - both write to standard output")
     if source == "-" and spec == "-":
         raise typer.BadParameter("FILE and SPEC cannot both be standard input")
     document = None if spec is None else _document(spec)
@@ -175,15 +183,15 @@ def losses(
     if as_json:
         write_json(_as_mapping(diagnosis, rows, simulate))
         return
-    for line in _lines(diagnosis, rows, assumed=document is None):
-        typer.echo(line)
+    lines = list(_lines(diagnosis, rows, assumed=document is None))
     if simulate is not None:
-        typer.echo(f"\nwrote {written}; see what it would have done:\n  {simulate}")
+        lines += ["", f"wrote {written}; see what it would have done:", f"  {simulate}"]
     elif output is not None:
-        typer.echo(f"\n{output} is not written: there is nothing to change")
+        lines += ["", f"{output} is not written: there is nothing to change"]
     elif changed:
         again = ["lrpilot", "advise", "losses", source, spec or "SPEC", *tags, "-o", "better.yaml"]
-        typer.echo(f"\nto get the changed spec:\n  {shlex.join(again)}")
+        lines += ["", "to get the changed spec:", f"  {shlex.join(again)}"]
+    typer.echo("\n".join(lines), err=output == "-")
 
 
 def _document(source: str) -> dict[str, Any]:
