@@ -243,6 +243,8 @@ class _Moment:
         mode = watch.mode
         kind = "stage" if isinstance(watch.spec, StageSpec) else watch.spec.kind
         held_back = mode == "act" and self._comes_too_soon(changes)
+        # A decision is held back as a whole, save what only asks or says something.
+        waits = (*ENDABLE, Undo) if held_back else ()
         made = []
         for part, change in enumerate(self._resolved(changes, kind, source)):
             adjustment = self._plan.stated(
