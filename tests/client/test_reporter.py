@@ -346,3 +346,30 @@ def test_an_unforeseen_error_of_the_background_is_raised(
     with pytest.raises(lrpilot.ClientFailed, match=r"ZeroDivisionError.*seven"):
         pilot.close()
     assert "reporting losses failed" in caplog.text
+
+
+def test_norms_and_validation_losses_on_a_device_are_read_as_losses_are(
+    trainer: FakeTrainer, connect: Connect, device: Device
+) -> None:
+    with connect() as pilot:
+        pilot.values(0)
+        pilot.report(0, 1.0)
+        pilot.report(1, 2.0, grad_norm=device.tensor(0.5), val_losses={"val": device.tensor(3.0)})
+        # What is known goes out, the rest waits for the device.
+        trainer.wait(lambda: len(trainer.reports) == 1)
+        device.done.set()
+    assert (trainer.reports[1].gradient_norm, trainer.reports[1].loss) == (0.5, 2.0)
+    assert dict(trainer.reports[1].validation_losses) == {"val": 3.0}
+    assert device.readers == ["lrpilot-report"] * 2
+
+
+def test_a_negative_norm_on_a_device_is_refused_once_it_is_read(
+    trainer: FakeTrainer, connect: Connect, device: Device
+) -> None:
+    device.done.set()
+    pilot = connect()
+    pilot.values(0)
+    pilot.report(0, 1.0, grad_norm=device.tensor(-0.5))
+    with pytest.raises(lrpilot.InvalidArgument, match=r"grad_norm: got -0\.5"):
+        pilot.close()
+    assert trainer.reports == []
