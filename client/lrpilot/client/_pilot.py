@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, overload
 
 import grpc
 
@@ -23,6 +23,8 @@ from lrpilot.client._session import Session, agree
 from lrpilot.v1 import trainer_pb2 as pb
 
 logger = logging.getLogger("lrpilot.client")
+
+HandlerType = TypeVar("HandlerType", bound=Handler)
 
 _ON_CHANGE = {"refuse": pb.ON_CHANGE_REFUSE, "revise": pb.ON_CHANGE_REVISE}
 
@@ -231,7 +233,15 @@ class Pilot:
         """Let a validation loss ride in the next report, as `Scheduler.report_validation` does."""
         self._session.report_validation(metric_name("name", name), loss)
 
-    def on_directive(self, kind: Kind, handler: Handler | None = None) -> Any:
+    @overload
+    def on_directive(self, kind: Kind, handler: HandlerType) -> HandlerType: ...
+
+    @overload
+    def on_directive(
+        self, kind: Kind, handler: None = None
+    ) -> Callable[[HandlerType], HandlerType]: ...
+
+    def on_directive(self, kind: Kind, handler: Handler | None = None) -> object:
         """Register what is done on a directive: one handler for each kind, alike on every rank.
 
         `kind` is "rollback", "skip", "evaluate" or "stop". Without a handler a directive is
@@ -249,17 +259,12 @@ class Pilot:
 
         Raises InvalidArgument.
         """
-        if handler is None:
-            return self._register(kind)
-        self._session.handlers.add(kind, handler)
-        return handler
 
-    def _register(self, kind: Kind) -> Callable[[Handler], Handler]:
         def register(handler: Handler) -> Handler:
             self._session.handlers.add(kind, handler)
             return handler
 
-        return register
+        return register if handler is None else register(handler)
 
     def roll_back(self, directive: Directive, progress: int) -> None:
         """Go back to `progress` in this process: a new attempt, which a directive asked for.
