@@ -255,9 +255,7 @@ class _Moment:
                     part=part,
                     kind=kind,
                     source=source,
-                    mode="held back"
-                    if held_back and isinstance(change, (*ENDABLE, Undo))
-                    else mode,
+                    mode="held back" if isinstance(change, waits) else mode,
                     change=change,
                     before=(),
                     after=(),
