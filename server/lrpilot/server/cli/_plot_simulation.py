@@ -261,11 +261,11 @@ def _mark_edge(axes: Axes, at: Sequence[int], marker: str, color: str, label: st
 
 
 def _smoothed(points: Sequence[_Point], ceiling: float) -> list[_Point]:
-    """Return the exponential average of the losses, bias corrected, over about 2% of them.
+    """Return the exponential average of the losses, bias corrected, over about 0.5% of them.
 
     What lies above the ceiling counts as the ceiling, so that one outlier does not hide the curve.
     """
-    newest = 2.0 / (max(5.0, len(points) / 50.0) + 1.0)
+    newest = 2.0 / (max(5.0, len(points) / 200.0) + 1.0)
     average = weight = 0.0
     smooth = []
     for at, value in points:
