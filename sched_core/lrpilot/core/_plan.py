@@ -1,7 +1,7 @@
 """The plan: base schedule plus adjustments, a pure function of the event log."""
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -220,6 +220,9 @@ class Plan:
         self._moves_stages = any(
             isinstance(item.change, (NextStage, StretchWarmup)) for item in self._adjustments
         )
+        self._has_spells = any(
+            isinstance(item.change, (Hold, Curve, BeginDecay)) for item in self._adjustments
+        )
         # Everything below is found again when it is needed.
         self._stage_lists: dict[int, tuple[StageSchedule, ...]] = {}
         self._chains: dict[tuple[int, int, bool], tuple[Adjustment, ...]] = {}
@@ -335,10 +338,21 @@ class Plan:
         revision = self._revision_at(progress)
         stages = self._stages(revision)
         first, last = self._span(stages[stage_at(stages, progress)], progress)
-        links = {*self._chain(first, last, decays=False), *self._chain(first, last, decays=True)}
+        links = (*self._chain(first, last, decays=False), *self._chain(first, last, decays=True))
+        ids = {id(item) for item in links}
         return tuple(
-            item for item in self._adjustments if item in links and not is_over(item, progress)
+            item
+            for item in self._adjustments[:last]
+            if id(item) in ids and not is_over(item, progress)
         )
+
+    def _spells(self, progress: int) -> Iterator[Change]:
+        """Yield the holds, curves and anneals in force at `progress`; seldom is there any."""
+        if not self._has_spells:
+            return
+        for item in self.in_force(progress):
+            if isinstance(item.change, (Hold, Curve, BeginDecay)):
+                yield item.change
 
     def directives(self, begin: int, last: int) -> list[Adjustment]:
         """Return the directives that take effect from `begin` up to and with `last`."""
@@ -375,7 +389,7 @@ class Plan:
         end = stage.decay_end
         if stage.until is not None:
             end = min(end, stage.until)
-        decays = any(isinstance(item.change, BeginDecay) for item in self.in_force(progress))
+        decays = any(isinstance(change, BeginDecay) for change in self._spells(progress))
         if progress > end:
             name = "ended"
         elif stage.warmup_end > stage.begin and progress <= stage.warmup_end:
@@ -400,10 +414,10 @@ class Plan:
     def quiet(self, progress: int) -> set[Quiet]:
         """Return why some policies observe nothing at `progress`."""
         reasons: set[Quiet] = set()
-        for item in self.in_force(progress):
-            if isinstance(item.change, Hold):
+        for change in self._spells(progress):
+            if isinstance(change, Hold):
                 reasons.add("hold")
-            elif isinstance(item.change, Curve):
+            elif isinstance(change, Curve):
                 reasons.add("dip")
         phase = self.phase(progress)
         if phase.index:
@@ -530,7 +544,7 @@ class Plan:
         lr = base
         for item in chain:
             lr = self._changed_rate(item, lr, group, progress, bounds)
-        if not any(_moves(item.change) for item in chain):
+        if not (self._has_spells and any(_moves(item.change) for item in chain)):
             self._memo[group] = (revision.effective, first, last, base, lr)
         return lr
 
