@@ -150,8 +150,11 @@ class Undo:
 
     action: ClassVar[str] = "undo"
     targets: tuple[str, ...]
-    """Ids of the adjustments."""
+    """Marks of the adjustments: what a policy decided on the same loss is the same decision in
+    every attempt."""
     reason: str
+    ids: tuple[str, ...] = ()
+    """Their ids at the time, for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,8 +246,9 @@ def change_from_mapping(data: Mapping[str, Any]) -> Change:
             content[name] = float(content[name])
     if "points" in content:
         content["points"] = tuple((at, float(factor)) for at, factor in content["points"])
-    if "targets" in content:
-        content["targets"] = tuple(content["targets"])
+    for name in ("targets", "ids"):
+        if name in content:
+            content[name] = tuple(content[name])
     change: Change = _ACTIONS[action](**content)
     return change
 
@@ -279,7 +283,7 @@ def summary_of(change: Change) -> str:
         case EndOwn():
             return "end its own changes"
         case Undo():
-            return f"take back {', '.join(change.targets)}"
+            return f"take back {', '.join(change.ids or change.targets)}"
         case Direct():
             return _directive_summary(change)
         case Note():

@@ -14,6 +14,7 @@ from lrpilot.core._plan import (
     Adjustment,
     Plan,
     PlanView,
+    taking_back,
 )
 from lrpilot.core._spec import Condition, RunSpec, StageSpec, parse_policy
 from lrpilot.core._stage_end import StageEnd
@@ -273,15 +274,15 @@ class _Moment:
     def _resolved(self, changes: Sequence[Change], kind: str, source: str) -> Iterator[Change]:
         for change in changes:
             if isinstance(change, EndOwn):
-                own = tuple(
-                    item.id
+                own = [
+                    item
                     for item in self._plan.in_force(self.at)
                     if item.kind == kind
                     and item.source not in self.sources - {source}
                     and isinstance(item.change, ENDABLE)
-                )
+                ]
                 if own:
-                    yield Undo(own, change.reason)
+                    yield taking_back(own, change.reason)
             elif isinstance(change, Direct) and change.directive == "rollback":
                 yield limited(change, self._plan.rollbacks, self._n)
             elif isinstance(change, NextStage) and self._plan.stage(self.at).name != change.leaves:

@@ -36,7 +36,7 @@ from lrpilot.core._errors import (
 from lrpilot.core._events import Adjusted, Event, Revised
 from lrpilot.core._fields import LARGEST_RATE, LENGTH, length_of
 from lrpilot.core._observers import limited
-from lrpilot.core._plan import ENDABLE, Adjustment, Plan, Revision
+from lrpilot.core._plan import ENDABLE, Adjustment, Plan, Revision, taking_back
 from lrpilot.core._requests import (
     adjustment_not_found,
     refuse_changed_plan,
@@ -283,7 +283,7 @@ def _resolved(state: RunState, action: Action, reason: str) -> Change | None:
             return None if _holds(plan, at) else Hold(None, reason)
         case ReleaseValues():
             held = _holds(plan, at)
-            return Undo(held, reason) if held else None
+            return taking_back(held, reason) if held else None
         case TakeBack(name):
             return _undo(state, name, reason)
         case Ask():
@@ -333,7 +333,7 @@ def _undo(state: RunState, name: str, reason: str) -> Undo | None:
             f"back: {kinds}",
         )
     at = state.horizon
-    return None if name in state.plan.undone(at) else Undo((name,), reason)
+    return None if found.mark in state.plan.undone(at) else taking_back([found], reason)
 
 
 def _directive(state: RunState, action: Ask, reason: str) -> Direct:
@@ -404,8 +404,8 @@ def _approved(state: RunState, advice: Adjustment) -> Change:
     return change
 
 
-def _holds(plan: Plan, at: int) -> tuple[str, ...]:
-    return tuple(item.id for item in plan.in_force(at) if isinstance(item.change, Hold))
+def _holds(plan: Plan, at: int) -> list[Adjustment]:
+    return [item for item in plan.in_force(at) if isinstance(item.change, Hold)]
 
 
 def _refuse_unopened(state: RunState) -> None:

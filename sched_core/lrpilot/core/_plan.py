@@ -104,6 +104,16 @@ class Adjustment:
         return f"{name}-{self.part}" if self.part else name
 
     @property
+    def mark(self) -> str:
+        """What tells a decision apart in whatever attempt it is made: the loss and who decides.
+
+        Of an operator's it is the id: that one is made once.
+        """
+        if self.order >= ORDER_OF_OPERATORS:
+            return self.id
+        return f"n{self.decided_at}-{self.order}-{self.part}"
+
+    @property
     def reason(self) -> str:
         """Why, as one phrase with the numbers."""
         return self.change.reason
@@ -322,7 +332,7 @@ class Plan:
         return next((item for item in self._adjustments if item.id == name), None)
 
     def undone(self, progress: int) -> set[str]:
-        """Return the ids of the adjustments that are taken back at `progress`."""
+        """Return the marks of the adjustments that are taken back at `progress`."""
         last = bisect_right(self._effectives, progress)
         return {
             target
@@ -523,7 +533,7 @@ class Plan:
                 for index, item in enumerate(before)
                 if isinstance(item.change, kinds)
                 and (index >= first or isinstance(item.change, Hold))
-                and not (undone and item.id in undone)
+                and not (undone and item.mark in undone)
             )
             self._chains[first, last, decays] = known
         return known
@@ -675,6 +685,12 @@ class PlanView:
     def rollbacks(self) -> tuple[Rollback, ...]:
         """The rollbacks of the run so far."""
         return self.plan.rollbacks
+
+
+def taking_back(adjustments: Sequence[Adjustment], reason: str) -> Undo:
+    """Return the change that takes adjustments back."""
+    marks = tuple(item.mark for item in adjustments)
+    return Undo(marks, reason, ids=tuple(item.id for item in adjustments))
 
 
 def curve_factor(curve: Curve, offset: int) -> float:

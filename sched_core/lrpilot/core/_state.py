@@ -667,7 +667,7 @@ def _renumbered(
         if isinstance(new.change, Undo):
             targets = tuple(names.get(target, target) for target in new.change.targets)
             new = replace(new, change=replace(new.change, targets=targets))
-        names[item.id] = new.id
+        names[item.mark] = new.mark
         moved.append(new)
     acting = [item for item in moved if item.mode == "act"]
     return acting, [item for item in moved if item.mode != "act"]

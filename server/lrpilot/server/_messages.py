@@ -116,7 +116,7 @@ class _Status:
             return "expired" if state.horizon >= item.expires else "advice"
         if isinstance(item.change, core.Direct) and item.id in state.outcomes:
             return state.outcomes[item.id]
-        if item.id in self._undone:
+        if item.mark in self._undone:
             return "undone"
         if item.effective > state.progress:
             return "planned"
