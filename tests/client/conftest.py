@@ -86,6 +86,7 @@ class FakeTrainer:
         """Every report, in order of arrival."""
         self.directives: list[pb.Directive] = []
         self.attempt = 1
+        self.keys: set[str] = set()
         self.outcome = pb.REPORT_OUTCOME_RECORDED
         self.frontier = 0
         self.horizon: int | None = None
@@ -161,10 +162,11 @@ class FakeTrainer:
         if request.HasField("progress"):
             self.begin = request.progress
             self.frontier = max(self.frontier, self.begin)
-        if request.directive:
+        if request.directive and not (request.key and request.key in self.keys):
             # A rollback: what came after is forgotten.
             self.attempt += 1
             self.frontier = self.begin
+        self.keys.add(request.key)
         return pb.OpenAttemptResponse(
             attempt=pb.Attempt(number=self.attempt, token=self.token(self.attempt)),
             begin=self.begin,
@@ -236,6 +238,8 @@ class _Service:
                 trainer.changed.notify_all()
                 staged = trainer.faults[method]
                 fault = staged.popleft() if staged else trainer.always.get(method)
+                if hasattr(request, "attempt") and request.attempt.number != trainer.attempt:
+                    fault = refusal("AttemptSuperseded", "another attempt has opened")
                 answer = None
                 if fault is None or fault.after:
                     answer = behaviour(request)

@@ -87,9 +87,13 @@ def test_one_between_two_used_progresses_is_met_at_the_second(
     trainer.directives = [asked("d1", "stop", 100), asked("d2", "evaluate", 65)]
     pilot = connect()
     met: list[tuple[str, int]] = []
-    for kind in ("stop", "evaluate"):
-        pilot.on_directive(kind, lambda item: met.append((item.id, scheduler.progress)))
     scheduler = pilot.scheduler(optimizer)
+
+    def note(directive: lrpilot.Directive) -> None:
+        met.append((directive.id, scheduler.progress))
+
+    pilot.on_directive("stop", note)
+    pilot.on_directive("evaluate", note)
     for _ in range(4):
         scheduler.step(64, loss=1.0)
     # In order of progress.

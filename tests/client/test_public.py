@@ -17,9 +17,9 @@ AdjustmentNotFound AdjustmentRefused AdviceExpired AttemptNotOpen AttemptOpen At
 BacklogFull BeforeAttempt BelowResumePoint BeyondHorizon ClientFailed ConnectRefused Directive
 DirectiveDeclined GroupMismatch InvalidArgument InvalidFields InvalidRequest InvalidSpec
 InvalidState JoinRefused LossConflict LossUnreadable LossesPending LrpilotError NotReporter Pilot
-PilotClosed PlanChanged ResumePointRequired RevisionRefused RunExists RunFinished RunLive
-RunNotFound Scheduler ServerError ServerUnavailable SpecChanged StateMismatch ValuesDiffer
-ValuesPending Violation connect
+PilotClosed PlanChanged ResumePointRequired RevisionRefused RollbackHandler RunExists RunFinished
+RunLive RunNotFound Scheduler ServerError ServerUnavailable SnapshotCost SpecChanged StateMismatch
+ValuesDiffer ValuesPending Violation connect
 """
 
 

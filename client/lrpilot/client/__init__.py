@@ -44,6 +44,7 @@ from lrpilot.client._errors import (
     Violation,
 )
 from lrpilot.client._pilot import Pilot, connect
+from lrpilot.client._rollback import RollbackHandler, SnapshotCost
 from lrpilot.client._scheduler import Scheduler
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "PlanChanged",
     "ResumePointRequired",
     "RevisionRefused",
+    "RollbackHandler",
     "RunExists",
     "RunFinished",
     "RunLive",
@@ -85,6 +87,7 @@ __all__ = [
     "Scheduler",
     "ServerError",
     "ServerUnavailable",
+    "SnapshotCost",
     "SpecChanged",
     "StateMismatch",
     "ValuesDiffer",
