@@ -96,7 +96,7 @@ def test_every_command_and_flag_of_the_pages_exists(root: Path) -> None:
     unknown = []
     for line in commands:
         words = shlex.split(line.split(" | ")[0].rstrip("&"), comments=True)[1:]
-        depth = 2 if words[0] in ("run", "preset") else 1
+        depth = 2 if words[0] in ("run", "preset", "advise") else 1
         text = _help(*words[:depth])
         flags = [word.split("=")[0] for word in words[depth:] if word.startswith("--")]
         unknown += [f"{line}: {flag}" for flag in flags if flag not in text]

@@ -45,6 +45,8 @@ _MARKS = 400
 _NEAR = 0.022
 """Share of the panel's width below which two numbers would touch."""
 _NUMBER_LINES = 3
+_WIDTH, _LEFT, _RIGHT = 10.0, 0.85, 0.2
+"""Width of the picture, and what is left of its panels and right of them, inches."""
 _MOST_GROUPS = 8
 
 
@@ -68,28 +70,52 @@ def draw_simulation(
     """
     told = _told(trace.decided)
     listed = list(_list_lines(told, len(trace.decided) - len(told)))
+    first, last = trace.progress[0], max(trace.progress[-1], trace.progress[0] + 1)
+    numbers = _number_lines([min(item.effective, last) for item in told], first, last)
+    bands = list(_bands(trace)) if any(trace.stages) else []
     with picture_style():
-        space = 0.25 + _LINE * len(listed)
-        figure = Figure(figsize=(10, 6.3 + space), layout="constrained")
-        loss_axes, rate_axes, list_axes = figure.subplots(
-            3, 1, gridspec_kw={"height_ratios": (3.3, 2.7, space)}
+        # Heights from the top. No layout engine: what it finds differs in the last bit.
+        rows = (
+            ("title", 0.6),
+            ("stages", 0.5 if bands else 0.05),
+            ("loss", 2.7),
+            ("numbers", 0.2 + 0.24 * (1 + max(filter(None, numbers), default=0))),
+            ("rate", 2.2),
+            ("label", 0.6),
+            ("list", _LINE * len(listed)),
+            ("foot", 0.12),
         )
-        loss_axes.sharex(rate_axes)
-        _draw_losses(loss_axes, trace, log=log)
-        _draw_rates(rate_axes, spec, groups, trace)
-        bands = list(_bands(trace))
-        first, last = trace.progress[0], max(trace.progress[-1], trace.progress[0] + 1)
-        for axes in (loss_axes, rate_axes):
-            axes.set_xlim(first, last)
-            if any(trace.stages):
-                draw_bands(axes, bands, first, last, named=axes is loss_axes)
-        _mark_decisions(loss_axes, rate_axes, trace, told)
-        loss_axes.tick_params(labelbottom=False)
-        rate_axes.set_xlabel(f"progress ({spec.unit})")
-        _write_list(list_axes, listed)
+        figure = Figure(figsize=(_WIDTH, sum(height for _, height in rows)))
+        panels = _panels(figure, rows)
+        _draw_losses(panels["loss"], trace, log=log)
+        _draw_rates(panels["rate"], spec, groups, trace)
+        for name in ("loss", "rate"):
+            panels[name].set_xlim(first, last)
+            draw_bands(panels[name], bands, first, last, named=name == "loss")
+        _mark_decisions(panels["loss"], panels["rate"], trace, told, numbers)
+        panels["loss"].tick_params(labelbottom=False)
+        panels["rate"].set_xlabel(f"progress ({spec.unit})")
+        _write_list(panels["list"], listed)
+        handles, labels = panels["loss"].get_legend_handles_labels()
+        panels["title"].axis("off")
+        panels["title"].legend(
+            handles, labels, loc="lower right", ncols=4, frameon=False, fontsize=9,
+            borderaxespad=0.0,
+        )  # fmt: skip
         title = f"{spec.name}: simulation of {counted(trace.count, 'loss')}"
-        figure.suptitle(title, x=0.01, ha="left", weight="bold", size=12)
+        figure.text(0.01, 1 - 0.21 / figure.get_figheight(), title, weight="bold", size=12)
         return rendered(figure, form)
+
+
+def _panels(figure: Figure, rows: Sequence[tuple[str, float]]) -> dict[str, Axes]:
+    """Return the panels of a figure; each row is a name and a height in inches, from the top."""
+    height, top, panels = figure.get_figheight(), figure.get_figheight(), {}
+    for name, tall in rows:
+        top -= tall
+        if name in ("title", "loss", "rate", "list"):
+            place = (_LEFT / _WIDTH, top / height, 1 - (_LEFT + _RIGHT) / _WIDTH, tall / height)
+            panels[name] = figure.add_axes(place)
+    return panels
 
 
 def _draw_losses(axes: Axes, trace: Trace, *, log: bool) -> None:
@@ -114,11 +140,6 @@ def _draw_losses(axes: Axes, trace: Trace, *, log: bool) -> None:
         axes.set_ylim(low - 0.05 * (ceiling - low), ceiling)
         _mark_edge(axes, above, "^", _SMOOTH, f"above {decimal(ceiling)}")
     _mark_edge(axes, missing, "x", _ALERT, "not finite")
-    # Above the panel and its stage names: inside it would hide a curve that may go anywhere.
-    axes.legend(
-        loc="lower right", bbox_to_anchor=(1.0, 1.08 if any(trace.stages) else 1.0), ncols=4,
-        frameon=False, fontsize=9, borderaxespad=0.2,
-    )  # fmt: skip
 
 
 def _draw_rates(axes: Axes, spec: RunSpec, groups: Sequence[int], trace: Trace) -> None:
@@ -161,12 +182,14 @@ def _label_decades(axes: Axes, low: float, high: float) -> None:
 
 
 def _mark_decisions(
-    loss_axes: Axes, rate_axes: Axes, trace: Trace, decided: Sequence[Adjustment]
+    loss_axes: Axes,
+    rate_axes: Axes,
+    trace: Trace,
+    decided: Sequence[Adjustment],
+    number_lines: Sequence[int | None],
 ) -> None:
-    first, last = trace.progress[0], trace.progress[-1]
-    # Where the last number of each line above the panel stands, as a share of its width.
-    ends = [-1.0] * _NUMBER_LINES
-    for number, item in sorted(enumerate(decided, 1), key=lambda pair: pair[1].effective):
+    last = trace.progress[-1]
+    for number, (item, line) in enumerate(zip(decided, number_lines, strict=True), 1):
         color = _ACT if item.mode == "act" else _ADVICE
         at = min(item.effective, last)
         for axes in (loss_axes, rate_axes):
@@ -178,11 +201,8 @@ def _mark_decisions(
                 [item.decided_at], [min(max(loss, low), high)], "o", markersize=4.5,
                 color="white" if item.mode != "act" else color, markeredgecolor=color, zorder=5,
             )  # fmt: skip
-        share = (at - first) / max(last - first, 1)
-        line = next((line for line, end in enumerate(ends) if share - end >= _NEAR), None)
         if line is None:
             continue
-        ends[line] = share
         rate_axes.annotate(
             str(number),
             (at, 1.0),
@@ -200,6 +220,20 @@ def _mark_decisions(
                 "edgecolor": color,
             },
         )
+
+
+def _number_lines(at: Sequence[int], first: int, last: int) -> list[int | None]:
+    """Return the line above the panel in which each number finds room; None: in none."""
+    # Where the last number of each line stands, as a share of the panel's width.
+    ends = [-1.0] * _NUMBER_LINES
+    lines: list[int | None] = [None] * len(at)
+    for index in sorted(range(len(at)), key=at.__getitem__):
+        share = (at[index] - first) / (last - first)
+        line = next((line for line, end in enumerate(ends) if share - end >= _NEAR), None)
+        lines[index] = line
+        if line is not None:
+            ends[line] = share
+    return lines
 
 
 def _told(decided: Sequence[Adjustment]) -> list[Adjustment]:
