@@ -32,6 +32,9 @@ def adjustment(**changes: Any) -> runs_pb2.Adjustment:
         "after": [1e-4, 5e-5],
         "mode": "act",
         "seq": 7,
+        "id": "7-132-0",
+        "summary": "LR x 0.5",
+        "status": "in force",
     }
     return runs_pb2.Adjustment(**(fields | changes))
 
@@ -65,6 +68,12 @@ def run_message(document: str, **changes: Any) -> runs_pb2.Run:
         "digest": "ab" * 32,
         "created_at": CREATED,
         "updated_at": CREATED,
+        "stage": "",
+        "held": False,
+        "validation_losses": {"wiki": 2.75, "code": 1.5},
+        "skipped": 1,
+        "rollbacks": 0,
+        "etag": "00ff",
     }
     return runs_pb2.Run(**(fields | changes))
 
@@ -140,12 +149,25 @@ def test_json_of_a_run(run: Cli, server: Any, specs: Any) -> None:
                 "mode": "act",
                 "seq": 7,
                 "forgotten": False,
+                "id": "7-132-0",
+                "summary": "LR x 0.5",
+                "weight_decay_before": [],
+                "weight_decay_after": [],
+                "author": "",
+                "expires": 0,
+                "status": "in force",
             }
         ],
         "seq": 9007199254740993,
         "digest": "ab" * 32,
         "created_at": "2025-11-24T20:40:46.123456789Z",
         "updated_at": "2025-11-24T20:40:46.123456789Z",
+        "stage": "",
+        "held": False,
+        "validation_losses": {"code": 1.5, "wiki": 2.75},
+        "skipped": 1,
+        "rollbacks": 0,
+        "etag": "00ff",
     }
     # JSON readers that know only doubles are not our concern: the digits are all there.
     assert '"seq": 9007199254740993' in result.stdout
@@ -163,12 +185,34 @@ def test_json_of_a_new_run_has_nulls(run: Cli, server: Any, specs: Any) -> None:
 
 
 def test_show_for_people(run: Cli, server: Any, specs: Any) -> None:
+    advice: dict[str, Any] = {"mode": "advise", "status": "advice", "expires": 464}
+    directive: dict[str, Any] = {
+        "source": "operator",
+        "action": "directive",
+        "summary": "ask for stop",
+        "author": "ann@node",
+        "reason": "budget",
+        "after": [2e-4, 1e-4],
+    }
     adjustments = [
         adjustment(),
-        adjustment(mode="advise", effective=300),
-        adjustment(forgotten=True, effective=500, before=[2e-4], after=[1e-4]),
+        adjustment(id="8-268-0", effective=300, **advice),
+        adjustment(id="9-268-0", action="note", summary="note", reason="look", **advice),
+        adjustment(status="forgotten", effective=500, before=[2e-4], after=[1e-4]),
+        adjustment(
+            source="operator",
+            author="bob@node",
+            action="scale weight decay",
+            summary="WD x 2",
+            after=[2e-4, 1e-4],
+            weight_decay_before=[0.0, 0.1],
+            weight_decay_after=[0.0, 0.2],
+            status="planned",
+        ),
+        adjustment(id="12-300-3000", status="in force", **directive),
+        adjustment(id="13-300-3000", status="failed", **directive),
     ]
-    message = run_message(specs.grouped, adjustments=adjustments)
+    message = run_message(specs.grouped, adjustments=adjustments, stage="second", held=True)
     message.values[0].ClearField("weight_decay")
     server.answers["GetRun"] = lambda _: runs_pb2.GetRunResponse(run=message)
     result = run("show", "grouped")
@@ -179,29 +223,56 @@ def test_show_for_people(run: Cli, server: Any, specs: Any) -> None:
         "grouped",
         "running",
         "progress 140 of 1,000 iterations (14.0%)",
+        "stage second",
+        "held LR and WD are frozen, until `lrpilot run release grouped --reason …`",
         "fixed losses below 141 (frontier), values below 173 (horizon), delay 32",
         "loss 2.5, smoothed 2.625",
-        "counts 41 losses, 1 of them not finite; 2 late losses; 0 waivers",
+        "validation code 1.5, wiki 2.75",
+        "counts 41 losses, 1 of them not finite; 2 late losses; 0 waivers; 1 skipped update; "
+        "0 rollbacks",
         "attempt 2, opened at 100",
         "created 2025-11-24 20:40:46Z",
+        "plan etag 00ff",
         "no_decay 0.0002 -",
         "embedding 0.0002 0.1",
-        "policies.0 (plateau)",
-        "0.0002 → 0.0001 (+1 group)",
-        "no loss below 2.5 [for 11 losses]",
-        "(advice)",
-        "(forgotten)",
+        "7-132-0 164 LR x 0.5",
+        "in force policies.0 (plateau)",
+        "LR 0.0002 → 0.0001",
+        "no loss below 2.5",
+        "forgotten",
+        "WD 0.1 → 0.2",
+        "planned bob@node",
+        "12-300-3000 164 ask for stop no answer yet ann@node budget",
+        "13-300-3000 164 ask for stop failed ann@node budget",
+        "advice 8-268-0: LR x 0.5, LR 0.0002 → 0.0001 (+1 group)",
+        "approve it while the horizon is below 464: lrpilot run approve grouped 8-268-0",
     ):
         assert part in text, part
+    # There is nothing in a note to approve.
+    assert "lrpilot run approve grouped 9-268-0" not in text
+
+
+def test_show_has_the_newest_adjustments_and_says_where_the_others_are(
+    run: Cli, server: Any, specs: Any
+) -> None:
+    adjustments = [adjustment(id=f"{seq}-132-0") for seq in range(100, 128)]
+    message = run_message(specs.plain, adjustments=adjustments)
+    server.answers["GetRun"] = lambda _: runs_pb2.GetRunResponse(run=message)
+    text = run("show", "small").stdout
+    assert "102-132-0" not in text
+    assert "103-132-0" in text
+    assert "127-132-0" in text
+    assert "3 older ones: lrpilot run history small" in text
 
 
 def test_show_of_a_run_without_groups_losses_or_attempt(run: Cli, server: Any, specs: Any) -> None:
     message = run_message(specs.plain, attempt=0, adjustments=[], state=runs_pb2.RUN_STATE_CREATED)
     message.ClearField("loss")
+    message.ClearField("validation_losses")
     server.answers["GetRun"] = lambda _: runs_pb2.GetRunResponse(run=message)
     text = run("show", "small").stdout
     assert "created" in text
-    for part in ("smoothed", "attempt", "group", "why"):
+    for part in ("smoothed", "attempt", "group", "why", "validation", "stage", "held", "directive"):
         assert part not in text
 
 
@@ -256,7 +327,10 @@ def events() -> list[runs_pb2.Event]:
             attempt=1,
             progress=131,
             losses=[loss(131, loss=2.75), loss(132, loss=math.nan), loss(133)],
-            adjustments=[adjustment(seq=3)],
+            adjustments=[
+                adjustment(seq=3),
+                adjustment(seq=3, id="7-133-1", mode="advise", status="expired"),
+            ],
             summary="reported 3 steps, progress 131 to 133, moved to 134",
             **common,
         ),
@@ -267,6 +341,37 @@ def events() -> list[runs_pb2.Event]:
             progress=90,
             losses=[loss(90, loss=2.5, late=True)],
             summary="reported progress 90, moved to 91",
+            **common,
+        ),
+        runs_pb2.Event(
+            seq=5,
+            kind="reported",
+            attempt=1,
+            progress=134,
+            losses=[
+                loss(134, loss=9.0, skipped=True),
+                loss(134, loss=2.5, validation_losses={"wiki": 2.75, "code": 1.5}),
+            ],
+            summary="rank 4 reported 2 steps, progress 134 to 134, moved to 135",
+            **common,
+        ),
+        runs_pb2.Event(
+            seq=6,
+            kind="adjusted",
+            progress=167,
+            adjustments=[adjustment(seq=6, source="operator", id="6-135-3000", status="undone")],
+            summary="LR x 0.5 from progress 167 on",
+            author="ann@node",
+            reason="oscillates",
+            **common,
+        ),
+        runs_pb2.Event(
+            seq=7,
+            kind="acknowledged",
+            attempt=1,
+            progress=170,
+            summary="directive 4-1-0 failed",
+            reason="no snapshot",
             **common,
         ),
     ]
@@ -285,23 +390,43 @@ def test_history_reads_every_page_and_gives_reasons(run: Cli, server: Any) -> No
     assert (result.exit_code, result.stderr) == (0, "")
     at = "2025-11-24 20:40:46Z"
     assert result.stdout.splitlines() == [
-        f"     1  {at}  created               created",
-        f"     2  {at}  opened    attempt 1   attempt 1 opened at progress 0",
-        f"     3  {at}  reported  attempt 1   reported 3 steps, progress 131 to 133, moved to 134; "
-        "loss 2.75 … none",
-        "        policies.0 (plateau) at 132: multiply by 0.5 from 164 on, LR 0.0002 → 0.0001 "
+        f"     1  {at}  created                   created",
+        f"     2  {at}  opened        attempt 1   attempt 1 opened at progress 0",
+        f"     3  {at}  reported      attempt 1   reported 3 steps, progress 131 to 133, moved to "
+        "134; loss 2.75 … none",
+        "        7-132-0 policies.0 (plateau) at 132: LR x 0.5 from 164 on, LR 0.0002 → 0.0001 "
         "(+1 group): no loss below 2.5 [for 11 losses]",
-        f"     4  {at}  reported  attempt 1   reported progress 90, moved to 91; loss 2.5 (1 late)",
+        "        7-133-1 policies.0 (plateau) at 132: LR x 0.5 (expired) from 164 on, LR 0.0002 → "
+        "0.0001 (+1 group): no loss below 2.5 [for 11 losses]",
+        f"     4  {at}  reported      attempt 1   reported progress 90, moved to 91; loss 2.5 "
+        "(1 late)",
+        f"     5  {at}  reported      attempt 1   rank 4 reported 2 steps, progress 134 to 134, "
+        "moved to 135; loss 9 … 2.5 (1 skipped), code 1.5, wiki 2.75",
+        f"     6  {at}  adjusted                  LR x 0.5 from progress 167 on, by ann@node: "
+        "oscillates",
+        "        6-135-3000: LR 0.0002 → 0.0001 (+1 group) (undone)",
+        f"     7  {at}  acknowledged  attempt 1   directive 4-1-0 failed: no snapshot",
     ]
     assert {request.run for request in server.requests} == {"my-run"}
 
     parsed = [json.loads(line) for line in run("history", "my-run", "--json").stdout.splitlines()]
-    assert [fields["seq"] for fields in parsed] == [1, 2, 3, 4]
+    assert [fields["seq"] for fields in parsed] == [1, 2, 3, 4, 5, 6, 7]
+    common = {
+        "weight": 1.0,
+        "late": False,
+        "skipped": False,
+        "validation_losses": {},
+        "gradient_norm": None,
+        "batch": 0,
+        "rank": 0,
+    }
     assert parsed[2]["losses"] == [
-        {"progress": 131, "loss": 2.75, "weight": 1.0, "late": False},
-        {"progress": 132, "loss": "nan", "weight": 1.0, "late": False},
-        {"progress": 133, "loss": None, "weight": 1.0, "late": False},
+        {"progress": 131, "loss": 2.75, **common},
+        {"progress": 132, "loss": "nan", **common},
+        {"progress": 133, "loss": None, **common},
     ]
+    assert parsed[4]["losses"][1]["validation_losses"] == {"code": 1.5, "wiki": 2.75}
+    assert (parsed[5]["author"], parsed[5]["reason"]) == ("ann@node", "oscillates")
     assert parsed[2]["adjustments"][0]["reason"] == "no loss below 2.5 [for 11 losses]"
     assert parsed[0] == {
         "seq": 1,
@@ -313,6 +438,8 @@ def test_history_reads_every_page_and_gives_reasons(run: Cli, server: Any) -> No
         "losses": [],
         "adjustments": [],
         "summary": "created",
+        "author": "",
+        "reason": "",
     }
 
 
@@ -322,13 +449,14 @@ def test_revise_names_the_run_that_the_spec_names(
     server.answers["ReviseRun"] = lambda request: runs_pb2.ReviseRunResponse(
         effective=1173, run=run_message(request.spec_document)
     )
-    result = run("revise", spec_file())
+    result = run("revise", spec_file(), "--reason", "longer")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == "revised small: the new spec shows from progress 1,173 on\n"
+    assert result.stdout == "small: new spec from progress 1,173 on\n"
     (request,) = server.requests
     assert (request.run, request.spec_document) == ("small", specs.plain)
+    assert (request.reason, request.dry_run) == ("longer", False)
     assert request.request_id
-    fields = json.loads(run("revise", spec_file(), "--json").stdout)
+    fields = json.loads(run("revise", spec_file(), "--reason", "longer", "--json").stdout)
     assert (fields["effective"], fields["run"]["name"]) == (1173, "small")
 
 
@@ -342,7 +470,7 @@ def test_revise_names_the_run_that_the_spec_names(
     ],
 )  # fmt: skip
 def test_revise_needs_a_name(run: Cli, server: Any, text: str, violation: str) -> None:
-    result = run("revise", "-", input=text)
+    result = run("revise", "-", "--reason", "longer", input=text)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.splitlines()[1] == f"  {violation}"
     assert server.requests == []
@@ -385,7 +513,8 @@ def test_an_invalid_spec_lists_every_violation(run: Cli, server: Any, spec_file:
         "CreateRun",
         grpc.StatusCode.INVALID_ARGUMENT,
         "InvalidSpec",
-        "the run spec is invalid",
+        # The text of the server has them, too.
+        "the run spec is invalid\n  total: got 0; allowed: 1 on",
         violations,
     )
     result = run("create", spec_file())
@@ -516,9 +645,9 @@ def test_a_timeout_that_is_none(cli: Cli, seconds: str) -> None:
     assert "--timeout-s" in result.stderr
 
 
-@pytest.mark.parametrize("command", ["create", "revise"])
-def test_a_spec_file_that_is_not_there(run: Cli, server: Any, command: str) -> None:
-    result = run(command, "absent.yaml")
+@pytest.mark.parametrize("command", [["create"], ["revise", "--reason", "longer"]])
+def test_a_spec_file_that_is_not_there(run: Cli, server: Any, command: list[str]) -> None:
+    result = run(*command, "absent.yaml")
     assert (result.exit_code, result.stderr) == (
         2,
         "error: absent.yaml: No such file or directory\n",

@@ -111,6 +111,16 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
+def group_text(names: Sequence[str]) -> str:
+    """Return the names of parameter groups that are shown as one.
+
+    >>> group_text(["a"]), group_text(["a", "b", "c", "d", "e"])
+    ('a', 'a, b, c and 2 more')
+    """
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
 def _is_terminal() -> bool:
     return sys.stdout.isatty()
 

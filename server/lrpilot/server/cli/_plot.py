@@ -17,6 +17,7 @@ from matplotlib.ticker import FuncFormatter
 
 from lrpilot.core._schedules import base_schedule, stage_schedules
 from lrpilot.core._spec import RunSpec
+from lrpilot.server.cli._output import group_text
 
 COLORS = ("#1f5fbf", "#d9601a", "#2a8a4a", "#a0348f", "#8a6d00", "#008b99", "#b02a37", "#555555")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
@@ -209,8 +210,7 @@ def draw_bands(axes: Axes, bands: Sequence[Band], first: int, last: int, *, name
 
 def group_label(names: Sequence[str]) -> str:
     """Return the legend's text for groups that share a line."""
-    shown = ", ".join(names[:3])
-    label = shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+    label = group_text(names)
     # What begins with an underscore is left out of legends.
     return f" {label}" if label.startswith("_") else label
 

@@ -31,6 +31,13 @@ _UNANSWERED = (
 )
 
 
+_HINTS = {
+    "RunLive": "repeat the command with --force",
+    "PlanChanged": "--dry-run shows what it does to the plan as it is now, and the new etag",
+}
+"""What to do about a refusal, by its reason."""
+
+
 class Runs:
     """The runs of one server. Every method raises CommandError for a call that fails."""
 
@@ -71,12 +78,19 @@ class Runs:
                 return
             request.page_token = page.next_page_token
 
-    def revise(self, run: str, document: str) -> runs_pb2.ReviseRunResponse:
-        """Give a run another spec from its horizon on."""
-        request = runs_pb2.ReviseRunRequest(
-            run=run, spec_document=document, request_id=_request_id()
-        )
-        answer: runs_pb2.ReviseRunResponse = self._change(self._stub.ReviseRun, request)
+    def adjust(self, request: runs_pb2.AdjustRunRequest) -> runs_pb2.AdjustRunResponse:
+        """Change the plan of a run from its horizon on, or show what that would do."""
+        answer: runs_pb2.AdjustRunResponse = self._operate(self._stub.AdjustRun, request)
+        return answer
+
+    def approve(self, request: runs_pb2.ApproveAdviceRequest) -> runs_pb2.ApproveAdviceResponse:
+        """Turn an advice into an adjustment, or show what that would do."""
+        answer: runs_pb2.ApproveAdviceResponse = self._operate(self._stub.ApproveAdvice, request)
+        return answer
+
+    def revise(self, request: runs_pb2.ReviseRunRequest) -> runs_pb2.ReviseRunResponse:
+        """Give a run another spec from its horizon on, or show what that would do."""
+        answer: runs_pb2.ReviseRunResponse = self._operate(self._stub.ReviseRun, request)
         return answer
 
     def finish(self, run: str, *, force: bool) -> runs_pb2.Run:
@@ -88,6 +102,12 @@ class Runs:
     def delete(self, run: str, *, force: bool) -> None:
         """Remove a run and its log."""
         self._change(self._stub.DeleteRun, runs_pb2.DeleteRunRequest(run=run, force=force))
+
+    def _operate(self, method: Callable[..., Any], request: Any) -> Any:
+        if request.dry_run:
+            return self._call(method, request)
+        request.request_id = _request_id()
+        return self._change(method, request)
 
     def _change(self, method: Callable[..., Any], request: Message) -> Any:
         return self._call(
@@ -143,9 +163,11 @@ def failure(error: Any, server: str, timeout_s: float, doubt: str | None = None)
         f"{item.field}: {item.description}" if item.field else item.description
         for item in bad.field_violations
     ]
-    hint = "repeat the command with --force" if info.reason == "RunLive" else None
+    if lines:
+        # The server's text lists them too.
+        message = message.partition("\n")[0]
     exit_code = INVALID if code is grpc.StatusCode.INVALID_ARGUMENT else REFUSED
-    return CommandError(message, exit_code, lines=lines, hint=hint)
+    return CommandError(message, exit_code, lines=lines, hint=_HINTS.get(info.reason))
 
 
 def _details(error: Any) -> tuple[errors_pb2.Status, errors_pb2.ErrorInfo, errors_pb2.BadRequest]:

@@ -1,0 +1,245 @@
+"""Runs, their adjustments and their events, written for people."""
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime, timezone
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from lrpilot.server.cli._messages import state_name
+from lrpilot.server.cli._output import counted, rate
+from lrpilot.v1 import runs_pb2
+
+_USUAL = ("planned", "in force", "ended", "")
+"""Statuses that a line of the history leaves out."""
+
+_MOST_SHOWN = 25
+"""Most adjustments in a panel, the newest; the history has all."""
+_MOST_PENDING = 3
+"""Most pieces of advice that a panel says how to approve, the newest."""
+
+
+def list_row(run: runs_pb2.Run) -> Sequence[str]:
+    """Return a run as the cells of a line in the list of runs."""
+    return (
+        run.name,
+        state_name(run.state),
+        str(run.attempt),
+        f"{run.progress:,}",
+        f"{run.total:,}",
+        run.unit,
+        rate(run.values[0].learning_rate) if run.values else "-",
+        rate(run.loss) if run.HasField("loss") else "-",
+        when(run.updated_at),
+    )
+
+
+def panel(run: runs_pb2.Run) -> RenderableType:
+    """Return a run as a panel: where it stands, its values, and what changed them."""
+    parts: list[RenderableType] = [_facts(run), Text(), _values_table(run)]
+    directives = [item for item in run.adjustments if item.action == "directive"]
+    others = [item for item in run.adjustments if item.action != "directive"]
+    pending = [item for item in others if item.status == "advice" and item.action != "note"]
+    if others:
+        parts += [Text(), _adjustments_table(others[-_MOST_SHOWN:])]
+    if len(others) > _MOST_SHOWN:
+        older = counted(len(others) - _MOST_SHOWN, "older one")
+        parts.append(Text(f"{older}: lrpilot run history {run.name}", style="dim"))
+    if directives:
+        parts += [Text(), _directives_table(directives[-_MOST_SHOWN:])]
+    for item in pending[-_MOST_PENDING:]:
+        parts += [Text(), *_pending(run.name, item)]
+    return Panel(
+        Group(*parts),
+        title=Text(run.name, style="bold"),
+        title_align="left",
+        subtitle=Text(state_name(run.state)),
+        subtitle_align="right",
+        padding=(0, 1),
+    )
+
+
+def event_lines(event: runs_pb2.Event) -> Iterator[str]:
+    """Yield the lines of one event: what happened, and below it what was decided on it and why."""
+    attempt = f"attempt {event.attempt}" if event.attempt else ""
+    losses = f"; {_losses(event.losses)}" if event.losses else ""
+    author = f", by {event.author}" if event.author else ""
+    reason = f": {event.reason}" if event.reason else ""
+    yield (
+        f"{event.seq:>6}  {when(event.recorded_at)}  {event.kind:<12}  {attempt:<10}  "
+        f"{event.summary}{losses}{author}{reason}"
+    ).rstrip()
+    for item in event.adjustments:
+        status = "" if item.status in _USUAL else f" ({item.status})"
+        if event.kind == "adjusted":
+            # The line above has said the rest.
+            yield f"        {item.id}: {change_text(item)}{status}"
+        else:
+            yield (
+                f"        {item.id} {item.source} at {item.decided_at:,}: {item.summary}{status} "
+                f"from {item.effective:,} on, {change_text(item)}: {item.reason}"
+            )
+
+
+def change_text(item: runs_pb2.Adjustment) -> str:
+    """Return what an adjustment does where it takes effect to the first group that it changes.
+
+    >>> change_text(runs_pb2.Adjustment(before=[2e-4, 1e-4], after=[1e-4, 5e-5]))
+    'LR 0.0002 → 0.0001 (+1 group)'
+    """
+    parts = []
+    for name, before, after in (
+        ("LR", item.before, item.after),
+        ("WD", item.weight_decay_before, item.weight_decay_after),
+    ):
+        moved = [pair for pair in zip(before, after, strict=False) if pair[0] != pair[1]]
+        if moved:
+            # The other groups move alike, up to their limits.
+            more = f" (+{counted(len(moved) - 1, 'group')})" if len(moved) > 1 else ""
+            parts.append(f"{name} {arrow(*moved[0])}{more}")
+    return ", ".join(parts) or "LR and WD as before"
+
+
+def arrow(before: float, after: float) -> str:
+    """Return a value before and after a change; once where it is the same.
+
+    >>> arrow(0.1, 0.05), arrow(0.1, 0.1)
+    ('0.1 → 0.05', '0.1')
+    """
+    return rate(after) if before == after else f"{rate(before)} → {rate(after)}"
+
+
+def when(stamp: Timestamp) -> str:
+    """Return a time in UTC, to the second."""
+    return f"{datetime.fromtimestamp(stamp.seconds, timezone.utc):%Y-%m-%d %H:%M:%S}Z"
+
+
+def _facts(run: runs_pb2.Run) -> Table:
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="dim")
+    facts.add_column()
+    share = f" ({run.progress / run.total:.1%})" if run.total else ""
+    facts.add_row("progress", f"{run.progress:,} of {run.total:,} {run.unit}{share}")
+    if run.stage:
+        facts.add_row("stage", Text(run.stage))
+    if run.held:
+        facts.add_row(
+            "held", f"LR and WD are frozen, until `lrpilot run release {run.name} --reason …`"
+        )
+    facts.add_row(
+        "fixed",
+        f"losses below {run.frontier:,} (frontier), values below {run.horizon:,} (horizon), "
+        f"delay {run.delay:,}",
+    )
+    if run.HasField("loss"):
+        smoothed = f", smoothed {rate(run.smoothed_loss)}" if run.HasField("smoothed_loss") else ""
+        facts.add_row("loss", f"{rate(run.loss)}{smoothed}")
+    if run.validation_losses:
+        facts.add_row("validation", Text(_named(run.validation_losses)))
+    facts.add_row(
+        "counts",
+        f"{counted(run.losses, 'loss')}, {run.nonfinite_losses:,} of them not finite; "
+        f"{counted(run.late_losses, 'late loss')}; {counted(run.waivers, 'waiver')}; "
+        f"{counted(run.skipped, 'skipped update')}; {counted(run.rollbacks, 'rollback')}",
+    )
+    if run.attempt:
+        facts.add_row("attempt", f"{run.attempt:,}, opened at {run.begin:,}")
+    facts.add_row("created", when(run.created_at))
+    facts.add_row("updated", f"{when(run.updated_at)}, event {run.seq:,}, log {run.digest[:12]}")
+    if run.etag:
+        facts.add_row("plan", f"etag {run.etag}")
+    return facts
+
+
+def _values_table(run: runs_pb2.Run) -> Table:
+    named = any(values.name for values in run.values)
+    table = _table()
+    for header in ("group",) if named else ():
+        table.add_column(header)
+    table.add_column("learning rate", justify="right")
+    table.add_column("weight decay", justify="right")
+    for values in run.values:
+        decay = "-"
+        if values.HasField("weight_decay"):
+            decay = rate(values.weight_decay)
+        name = (Text(values.name),) if named else ()
+        table.add_row(*name, rate(values.learning_rate), decay)
+    return table
+
+
+def _adjustments_table(adjustments: Sequence[runs_pb2.Adjustment]) -> Table:
+    table = _table()
+    table.add_column("adjustment", no_wrap=True)
+    table.add_column("from", justify="right", no_wrap=True)
+    for header in ("what", "effect", "status", "by"):
+        table.add_column(header, overflow="fold")
+    table.add_column("why", ratio=1)
+    for item in adjustments:
+        table.add_row(
+            item.id,
+            f"{item.effective:,}",
+            Text(item.summary),
+            Text(change_text(item)),
+            item.status if item.action != "note" else "-",
+            Text(item.author or item.source),
+            Text(item.reason),
+            style="dim" if item.status in ("forgotten", "undone", "expired") else None,
+        )
+    return table
+
+
+def _directives_table(directives: Sequence[runs_pb2.Adjustment]) -> Table:
+    table = _table()
+    table.add_column("directive", no_wrap=True)
+    table.add_column("due", justify="right", no_wrap=True)
+    for header in ("what", "outcome", "by"):
+        table.add_column(header, overflow="fold")
+    table.add_column("why", ratio=1)
+    for item in directives:
+        table.add_row(
+            item.id,
+            f"{item.effective:,}",
+            Text(item.summary),
+            # In force: no trainer has said what became of it.
+            "no answer yet" if item.status == "in force" else item.status,
+            Text(item.author or item.source),
+            Text(item.reason),
+        )
+    return table
+
+
+def _pending(run: str, item: runs_pb2.Adjustment) -> Iterator[Text]:
+    yield Text(f"advice {item.id}: {item.summary}, {change_text(item)}", style="bold")
+    yield Text(
+        f"  approve it while the horizon is below {item.expires:,}: "
+        f"lrpilot run approve {run} {item.id}"
+    )
+
+
+def _table() -> Table:
+    return Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+
+
+def _named(values: object) -> str:
+    return ", ".join(f"{name} {rate(value)}" for name, value in sorted(dict(values).items()))  # type: ignore[call-overload]
+
+
+def _losses(losses: Sequence[runs_pb2.LossRecord]) -> str:
+    shown = [rate(item.loss) if item.HasField("loss") else "none" for item in losses]
+    text = shown[0] if len(shown) == 1 else f"{shown[0]} … {shown[-1]}"
+    notes = [
+        f"{count:,} {word}"
+        for count, word in (
+            (sum(item.late for item in losses), "late"),
+            (sum(item.skipped for item in losses), "skipped"),
+        )
+        if count
+    ]
+    validation: dict[str, float] = {}
+    for item in losses:
+        validation |= item.validation_losses
+    more = f", {_named(validation)}" if validation else ""
+    return f"loss {text}" + (f" ({', '.join(notes)})" if notes else "") + more
