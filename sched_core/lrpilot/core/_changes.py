@@ -130,7 +130,7 @@ class ScaleWeightDecay:
 
     action: ClassVar[str] = "scale weight decay"
     factor: float
-    """Above 0."""
+    """From 0 on."""
     reason: str
     max_weight_decay: float | None = None
     """None: no bound."""

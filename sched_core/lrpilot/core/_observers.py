@@ -41,7 +41,8 @@ class Watch:
     """Name of the stage in which it watches: in another one it starts afresh."""
     state: Any
     muted_until: int = 0
-    """After its own decision at n a policy observes nothing in (n, n + D)."""
+    """After its own decision at n a policy observes nothing in (n, n + D). Where all of it was held
+    back, the policy stays as it was, and observes nothing until the interval is over."""
 
     @property
     def mode(self) -> str:
@@ -107,6 +108,9 @@ class Observers:
             state, changes = policy.observe(watch.state, observation, view.plan_view())
             made = view.decide(changes, watch, order, source)
             decided += made
+            if made and all(item.mode == "held back" for item in made):
+                watches.append(replace(watch, muted_until=view.free_from()))
+                continue
             waits = any(not isinstance(item.change, Note) for item in made)
             watches.append(replace(watch, state=state, muted_until=view.at if waits else 0))
         observers = replace(self, watches=tuple(watches))
@@ -285,20 +289,22 @@ class _Moment:
                     yield taking_back(own, change.reason)
             elif isinstance(change, Direct) and change.directive == "rollback":
                 yield limited(change, self._plan.rollbacks, self._n)
-            elif isinstance(change, NextStage) and self._plan.stage(self.at).name != change.leaves:
-                # An operator was faster.
+            elif isinstance(change, NextStage) and not self._plan.can_leave(change.leaves, self.at):
+                # An operator was faster, or it is the last stage and has ended already.
                 continue
             else:
                 yield change
 
-    def _comes_too_soon(self, changes: Sequence[Change]) -> bool:
+    def free_from(self) -> int:
+        """Return the first progress whose loss may change LR or WD once more."""
         interval = self._spec.feedback.interval
-        if not interval or not any(isinstance(change, ENDABLE) for change in changes):
-            return False
-        return any(
-            isinstance(item.change, ENDABLE) and self.at - interval < item.effective <= self.at
-            for item in self._plan.adjustments
-        )
+        last = self._plan.last_change(self.at)
+        if not interval or last is None:
+            return self._n
+        return last + interval - self._spec.delay
+
+    def _comes_too_soon(self, changes: Sequence[Change]) -> bool:
+        return self._n < self.free_from() and any(isinstance(change, ENDABLE) for change in changes)
 
     def _lifetime(self) -> int:
         return self._spec.feedback.advice_expires or max(1, self._spec.total // 20)

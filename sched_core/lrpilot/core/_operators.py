@@ -211,8 +211,9 @@ def with_total(spec: RunSpec, total: int) -> RunSpec:
         if isinstance(decays, dict) and decays.get("over") == old - begin:
             decays["over"] = total - begin
         if ends is not None:
-            if ends.get("until") == old:
-                ends["until"] = total
+            for name in ("until", "latest"):
+                if ends.get(name) == old:
+                    ends[name] = total
             begin = ends.get("until") or ends.get("latest") or begin
     return parse_spec(data)
 
@@ -278,9 +279,15 @@ def _resolved(state: RunState, action: Action, reason: str) -> Change | None:
             if stage.until is None:
                 what = f"stage {stage.name!r} is the last one" if stage.name else "it has no stages"
                 raise _refused(state, f"no stage comes next at progress {at}: {what}")
+            if stage.begin == at:
+                raise _refused(state, f"stage {stage.name!r} only begins at progress {at}")
             return NextStage(stage.name, reason)
         case HoldValues():
-            return None if _holds(plan, at) else Hold(None, reason)
+            # One that ends by itself is not what is asked for.
+            changes = (item.change for item in plan.in_force(at))
+            if any(isinstance(item, Hold) and item.length is None for item in changes):
+                return None
+            return Hold(None, reason)
         case ReleaseValues():
             held = _holds(plan, at)
             return taking_back(held, reason) if held else None

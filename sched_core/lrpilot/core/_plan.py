@@ -24,11 +24,10 @@ from lrpilot.core._changes import (
     change_to_mapping,
     summary_of,
 )
+from lrpilot.core._fields import LARGEST_RATE
 from lrpilot.core._schedules import StageSchedule, anneal_factor, stage_at, stage_schedules
 from lrpilot.core._spec import RunSpec, parse_spec
 from lrpilot.core.policies import Phase, Quiet, Rollback
-
-INFINITY = float("inf")
 
 ORDER_OF_STAGES = 1000
 """Order of what the end of a stage decides: behind every policy of the spec."""
@@ -237,6 +236,7 @@ class Plan:
         self._stage_lists: dict[int, tuple[StageSchedule, ...]] = {}
         self._chains: dict[tuple[int, int, bool], tuple[Adjustment, ...]] = {}
         self._anchors: dict[tuple[Adjustment, int, bool], float] = {}
+        self._inits: dict[tuple[int, int, bool], dict[int, float]] = {}
         # The last chain evaluated per group: on a constant piece of the base a finished chain
         # is looked up instead of being multiplied again at every step.
         self._memo: dict[int, tuple[int, int, int, float, float]] = {}
@@ -356,6 +356,14 @@ class Plan:
             if id(item) in ids and not is_over(item, progress)
         )
 
+    def last_change(self, progress: int) -> int | None:
+        """Return where the last change of LR or WD up to `progress` took effect, or None."""
+        last = bisect_right(self._effectives, progress)
+        for item in reversed(self._adjustments[:last]):
+            if isinstance(item.change, ENDABLE):
+                return item.effective
+        return None
+
     def _spells(self, progress: int) -> Iterator[Change]:
         """Yield the holds, curves and anneals in force at `progress`; seldom is there any."""
         if not self._has_spells:
@@ -385,6 +393,12 @@ class Plan:
         """Return the stage that holds `progress`."""
         stages = self._stages(self._revision_at(progress))
         return stages[stage_at(stages, progress)]
+
+    def can_leave(self, name: str, progress: int) -> bool:
+        """Return whether a stage is in force at `progress` and could be left there."""
+        stage = self.stage(progress)
+        has_ended = stage.stays_from is not None and stage.stays_from <= progress
+        return stage.name == name and stage.begin < progress and not has_ended
 
     def stages(self) -> tuple[StageSchedule, ...]:
         """Return the stages of the newest spec as they are planned now."""
@@ -483,11 +497,11 @@ class Plan:
             return revision.stages
         known = self._stage_lists.get(id(revision))
         if known is None:
-            left: dict[str, int] = {}
+            left: dict[str, list[int]] = {}
             stretches = []
             for item in self._adjustments:
                 if isinstance(item.change, NextStage):
-                    left.setdefault(item.change.leaves, item.effective)
+                    left.setdefault(item.change.leaves, []).append(item.effective)
                 elif isinstance(item.change, StretchWarmup):
                     stretches.append((item.effective, item.change.factor))
             known = stage_schedules(revision.spec, left, tuple(stretches))
@@ -501,14 +515,28 @@ class Plan:
         stage = stages[index]
         init = None
         if stage.init_current and index > 0:
-            if adjusted:
-                # The LR just before the stage begins.
-                first, _ = self._span(stages[index - 1], stage.begin)
-                span = (first, bisect_left(self._effectives, stage.begin))
-                init = self._learning_rate(revision, index - 1, group, stage.begin, span)
-            else:
-                init = self._base(revision, index - 1, group, stage.begin, adjusted=False)
+            init = self._init(revision, index, group, adjusted=adjusted)
         return stage.learning_rate(group, progress, init)
+
+    def _init(self, revision: Revision, index: int, group: int, *, adjusted: bool) -> float:
+        """Return the LR just before a stage begins that starts from it."""
+        stages = self._stages(revision)
+        known = self._inits.setdefault((id(revision), group, adjusted), {})
+        first = index
+        while first > 1 and stages[first - 1].init_current and first - 1 not in known:
+            first -= 1
+        # From the first that is not known on, so that a long row of such stages does not nest.
+        for at in range(first, index + 1):
+            if at in known:
+                continue
+            begin = stages[at].begin
+            if adjusted:
+                behind, _ = self._span(stages[at - 1], begin)
+                span = (behind, bisect_left(self._effectives, begin))
+                known[at] = self._learning_rate(revision, at - 1, group, begin, span)
+            else:
+                known[at] = self._base(revision, at - 1, group, begin, adjusted=False)
+        return known[index]
 
     def _span(self, stage: StageSchedule, progress: int) -> tuple[int, int]:
         """Return the first adjustment that takes effect inside a stage, and the first one behind
@@ -612,8 +640,9 @@ class Plan:
                 decay = self._anchor(item, group, decays=True)
             elif isinstance(item.change, ScaleWeightDecay):
                 bound = item.change.max_weight_decay
-                scaled = decay * item.change.factor
-                decay = scaled if bound is None else min(scaled, max(decay, bound))
+                if bound is None:
+                    bound = LARGEST_RATE
+                decay = min(decay * item.change.factor, max(decay, bound))
         return decay
 
     def _anchor(self, item: Adjustment, group: int, *, decays: bool = False) -> float:
@@ -725,9 +754,9 @@ def _moves(change: Change) -> bool:
 
 def _bounds(spec: RunSpec) -> tuple[float, float]:
     if spec.bounds is None:
-        return 0.0, INFINITY
-    low, high = spec.bounds.min_lr, spec.bounds.max_lr
-    return (0.0 if low is None else low), (INFINITY if high is None else high)
+        return 0.0, LARGEST_RATE
+    high = spec.bounds.max_lr
+    return spec.bounds.min_lr, LARGEST_RATE if high is None else high
 
 
 def _of_group(limits: tuple[float, ...], group: int) -> float:

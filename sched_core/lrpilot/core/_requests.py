@@ -351,8 +351,9 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
         asked_at, change = asked
         # What earlier rollbacks to here or further on cut is cut once more.
         factor = change.factor or 1.0
+        undone = state.plan.undone(MAX_PROGRESS)
         for cut in state.plan.cuts_from(opened.begin):
-            if isinstance(cut.change, Multiply):
+            if isinstance(cut.change, Multiply) and cut.mark not in undone:
                 factor *= cut.change.factor
         opened = replace(
             opened,
@@ -684,6 +685,11 @@ def report_losses(
             for name, value in report.validation.items():
                 _refuse_conflict(state, at, known.validation.get(name, value), value)
             outcome, kept = Outcome.REPEATED, _bare(report)
+        elif report.skipped and (at < passed or rank != state.reporters.ranks[0]):
+            # The update is one for all: the first reporter speaks for the others. And it says
+            # nothing of a step that is final.
+            kept = _bare(report)
+            outcome = Outcome.REPEATED if at < passed else Outcome.RECORDED
         elif at < passed:
             kept = _bare(report)
             outcome = Outcome.REPEATED if loss is None else Outcome.LATE
@@ -694,9 +700,6 @@ def report_losses(
                 else:
                     late[at] = loss
                     kept = replace(kept, loss=loss)
-        elif report.skipped and rank != state.reporters.ranks[0]:
-            # The update is one for all: the first reporter speaks for the others.
-            kept = _bare(report)
         elif report.has_metrics or report.skipped:
             seen[at, report.tries] = report
         if kept.has_metrics or kept.skipped or kept.moves_to > passed:
@@ -719,6 +722,8 @@ def _known(state: RunState, rank: int, report: Report) -> Report | Observation |
     if part is not None and part.tries == report.tries:
         return part
     found = state.observation(at, report.tries)
+    if found is not None and found.is_skipped and rank != reporters.ranks[0]:
+        return None
     if found is None or len(reporters.ranks) == 1 or found.is_skipped:
         return found
     members = reporters.members.get(at, {})

@@ -7,7 +7,7 @@ simplify `min + 1.0 * (peak - min)` to `peak`, nor `x**0.5` to `sqrt(x)`.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lrpilot.core._fields import length_of
@@ -314,6 +314,9 @@ class StageSchedule:
     """Progress at which the LR starts down."""
     decay_end: int
     """Progress at which the decay ends."""
+    stays_from: int | None
+    """Of the last stage, the progress from which on LR and WD stay as they are; None: they do not
+    before the total."""
     states_weight_decay: bool
     """Whether the stage states a WD of its own, or is the only one."""
     _rates: tuple[_GroupRates, ...]
@@ -362,13 +365,14 @@ class StageSchedule:
 
 
 def stage_schedules(
-    spec: RunSpec, left: Mapping[str, int] | None = None, stretches: Stretches = ()
+    spec: RunSpec, left: Mapping[str, Sequence[int]] | None = None, stretches: Stretches = ()
 ) -> tuple[StageSchedule, ...]:
     """Return the base schedule of every stage in order; a run without stages is one.
 
     The spec is one that `parse_spec` returned: its defaults are filled in. `left` says of stages
-    where they were left before their planned end. Of the last stage it says where its LR and WD
-    stay as they are, as they do at its `latest`.
+    where they were left before their planned end: at the first of these progresses that lies inside
+    the stage. Of the last stage it says where its LR and WD stay as they are, as they do at its
+    `latest`.
 
     >>> from lrpilot.core._spec import parse_spec
     >>> (stage,) = stage_schedules(parse_spec(
@@ -386,8 +390,15 @@ def stage_schedules(
     begin = 0
     for index, stage in enumerate(spec.stages):
         end = stage.end
-        early = (left or {}).get(stage.name)
-        if early is not None and begin < early and (end is None or early < end):
+        early = next(
+            (
+                at
+                for at in (left or {}).get(stage.name, ())
+                if begin < at and (end is None or at < end)
+            ),
+            None,
+        )
+        if early is not None:
             end = early
         last = index + 1 == len(spec.stages)
         stages.append(
@@ -397,7 +408,7 @@ def stage_schedules(
                 stage.name,
                 begin=begin,
                 until=None if last else end,
-                frozen=end if last and (stage.when is not None or end == early) else None,
+                frozen=end if last and (stage.when is not None or early is not None) else None,
                 stretches=stretches,
             )
         )
@@ -486,6 +497,7 @@ def _stage(
         warmup_end=warmup_end,
         decay_begin=decay_begin,
         decay_end=end,
+        stays_from=frozen,
         states_weight_decay=stage.weight_decay is not None or not name,
         _rates=curves,
         _rates_freeze=_least(None if ended else total, frozen),

@@ -257,7 +257,11 @@ class StageSpec(SpecModel):
         Words("a list of at most 4096 mappings, each with a name", example={"name": "-"}),
     ] = ()
     """What groups of the run do differently here."""
-    policies: Annotated[tuple[AnyPolicySpec, ...] | None, _POLICIES_WORDS] = None
+    policies: Annotated[
+        tuple[AnyPolicySpec, ...] | None,
+        Field(max_length=256),
+        _POLICIES_WORDS,
+    ] = None
     """Those of this stage, in place of the run's; None: the run's."""
 
     @property
@@ -534,7 +538,7 @@ def _value_at(raw: Any, path: Path) -> Any:
 
 def _mend(raw: Any, path: Path) -> None:
     """Put something legal where a value is broken, so that the others can be checked."""
-    if path[0] == "policies" and path[-1] == "kind":
+    if path[-1] == "kind" and path[-3:-2] == ("policies",):
         path = path[:-1]
     holder, last = _value_at(raw, path[:-1]), path[-1]
     if isinstance(last, int):

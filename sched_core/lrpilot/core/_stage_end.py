@@ -1,6 +1,7 @@
 """What ends a stage before its latest progress: a watch on the loss, as policies are."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,7 +25,7 @@ class StageEndState:
 class StageEnd(Stateful[StageEndState]):
     """Proposes the next stage at the first report for which the condition holds.
 
-    More precisely, with `a` the mean of `window` losses (their correctly rounded sum, divided):
+    More precisely, with `a` the mean of `window` losses (their sum in order, divided):
     `plateau` reads each window once; `a` is better if `a < best * (1 - threshold)`, and the
     condition holds while more than `patience` reports in a row were not better. `below` reads the
     last `window` losses at every loss, and holds while `a <= value`. The stage ends at n + D, where
@@ -57,7 +58,7 @@ class StageEnd(Stateful[StageEndState]):
         if plateau is not None:
             if len(recent) < plateau.window:
                 return StageEndState(best, bad, recent), ()
-            report, recent = math.fsum(recent) / plateau.window, ()
+            report, recent = _mean(recent), ()
             if report < best * (1.0 - plateau.threshold):
                 best, bad = report, 0
             else:
@@ -70,7 +71,7 @@ class StageEnd(Stateful[StageEndState]):
                 )
         elif below is not None:
             recent = recent[-below.window :]
-            mean = math.fsum(recent) / below.window
+            mean = _mean(recent)
             if len(recent) == below.window and mean <= below.value:
                 reason = (
                     f"{_what(below.window, self._when.metric)} {mean:.6g}: at most {below.value:g}"
@@ -79,6 +80,15 @@ class StageEnd(Stateful[StageEndState]):
         if not reason or view.at < self._earliest:
             return state, ()
         return state, (NextStage(self._name, reason),)
+
+
+def _mean(losses: Sequence[float]) -> float:
+    """Return the mean of some losses; huge ones make it infinite."""
+    # The first loss is taken as it is: 0.0 + -0.0 would lose its sign.
+    total = losses[0]
+    for loss in losses[1:]:
+        total += loss
+    return total / len(losses)
 
 
 def _what(window: int, metric: str) -> str:

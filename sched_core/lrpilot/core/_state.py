@@ -661,14 +661,16 @@ def _renumbered(
     """
     names: dict[str, str] = {}
     moved: list[Adjustment] = []
-    for item in sorted((*adjustments, *advice), key=lambda item: item.decision):
+    # In the order in which they apply, which those with one effective progress keep.
+    for item in sorted((*adjustments, *advice), key=lambda item: item.key):
         part = len(moved) if item.order >= ORDER_OF_OPERATORS else item.part
         new = replace(item, seq=seq, part=part)
-        if isinstance(new.change, Undo):
-            targets = tuple(names.get(target, target) for target in new.change.targets)
-            new = replace(new, change=replace(new.change, targets=targets))
         names[item.mark] = new.mark
         moved.append(new)
+    for index, item in enumerate(moved):
+        if isinstance(item.change, Undo):
+            targets = tuple(names.get(target, target) for target in item.change.targets)
+            moved[index] = replace(item, change=replace(item.change, targets=targets))
     acting = [item for item in moved if item.mode == "act"]
     return acting, [item for item in moved if item.mode != "act"]
 
