@@ -170,6 +170,12 @@ class Runs:
         """Return a run."""
         return self._stub.GetRun(pb.GetRunRequest(run=name), timeout=DEADLINE_S).run
 
+    def change(self, request: Any) -> Any:
+        """Send a request of an operator."""
+        approves = isinstance(request, pb.ApproveAdviceRequest)
+        method = self._stub.ApproveAdvice if approves else self._stub.AdjustRun
+        return method(request, timeout=DEADLINE_S)
+
     def events(self, name: str) -> Iterator[Any]:
         """Return the log of a run."""
         token = ""
@@ -208,9 +214,18 @@ class Used:
 
 
 class Rank:
-    """One training process; see rank_program.py for the options."""
+    """One training process; see its program, rank_program.py or another, for the options."""
 
-    def __init__(self, folder: Path, address: str, spec: Spec, rank: int, **options: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        address: str,
+        spec: Spec,
+        rank: int,
+        *,
+        program: str = "rank_program",
+        **options: Any,
+    ) -> None:
         self.rank = rank
         self._folder = folder / f"rank{rank}-{options['key']}"
         self._folder.mkdir()
@@ -224,14 +239,15 @@ class Rank:
         }
         with (self._folder / "log").open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.e2e.rank_program", json.dumps(plan)],
+                [sys.executable, "-m", f"tests.e2e.{program}", json.dumps(plan)],
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
 
-    def _lines(self, name: str) -> list[Any]:
+    def lines(self, name: str) -> list[Any]:
+        """Return what it wrote line by line into a file of its folder."""
         path = self._folder / name
         if not path.exists():
             return []
@@ -251,23 +267,23 @@ class Rank:
 
     def used(self) -> list[Used]:
         """Return what it used, in order."""
-        return [Used(a, n, tuple(values)) for a, n, values in self._lines("used")]
+        return [Used(a, n, tuple(values)) for a, n, values in self.lines("used")]
 
     def acknowledged(self) -> dict[int, str]:
         """Return progress to loss, in hexadecimal, of what the server said is durable."""
-        return {n: loss for n, loss, _ in self._lines("acknowledged")}
+        return {n: loss for n, loss, _ in self.lines("acknowledged")}
 
     def repeated(self) -> int:
         """Return how many reports were durable before: their first answer was lost."""
-        return sum(outcome == "REPEATED" for _, _, outcome in self._lines("acknowledged"))
+        return sum(outcome == "REPEATED" for _, _, outcome in self.lines("acknowledged"))
 
     def lost(self) -> list[tuple[str, str]]:
         """Return method and status of each call that found no answer."""
-        return [(method, code) for method, code in self._lines("lost")]
+        return [(method, code) for method, code in self.lines("lost")]
 
     def outcome(self) -> list[str]:
         """Return the names of the errors that ended it; empty: it came to its end."""
-        (outcome,) = self._lines("outcome")
+        (outcome,) = self.lines("outcome")
         return [str(name) for name in outcome]
 
     def reached(self, progress: int) -> bool:
