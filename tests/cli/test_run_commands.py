@@ -224,7 +224,7 @@ def test_show_for_people(run: Cli, server: Any, specs: Any) -> None:
         "running",
         "progress 140 of 1,000 iterations (14.0%)",
         "stage second",
-        "held LR and WD are frozen, until `lrpilot run release grouped --reason …`",
+        "held LR and WD are frozen; `lrpilot run release grouped --reason …` ends it",
         "fixed losses below 141 (frontier), values below 173 (horizon), delay 32",
         "loss 2.5, smoothed 2.625",
         "validation code 1.5, wiki 2.75",

@@ -447,6 +447,19 @@ class TestPreviews:
         assert not any(point.weight_decay_before for point in answer.preview)
         assert not answer.adjustment.weight_decay_before
 
+    async def test_many_adjustments_leave_fewer_points(self, server: Replica) -> None:
+        groups = [{"name": f"g{number}"} for number in range(20)]
+        job = await server.start_job(groups=groups, **server.feedback(delay=1, eps=0.0))
+        await job.report(*((n, 1.0) for n in range(300)))
+        answer = await adjust(server, scale_lr=0.5, dry_run=True)
+        # Every loss but the first one has cut.
+        acting = [item for item in answer.run.adjustments if item.mode == "act"]
+        assert len(acting) == 299
+        progress = [point.progress for point in answer.preview]
+        assert len(progress) == 400_000 // (2 * 20 * 301) + 2
+        assert (progress[0], progress[-1]) == (0, 1000)
+        assert {300, 301} <= set(progress)
+
     async def test_many_groups_still_fit_into_a_message(self, server: Replica) -> None:
         await server.attach()
         groups = [{"name": f"g{number}"} for number in range(2000)]

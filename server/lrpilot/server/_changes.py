@@ -9,10 +9,14 @@ from lrpilot.server._messages import adjustment_message
 from lrpilot.v1 import runs_pb2 as pb
 
 PREVIEW_POINTS = 240
-"""Most points of a preview; fewer where there are many groups."""
+"""Most points of a preview; fewer where there are many groups or adjustments."""
 
 MAX_PREVIEW_VALUES = 16_000
 """Most numbers in a preview: it must fit into one message."""
+
+MAX_PREVIEW_LINKS = 400_000
+"""About the most adjustments evaluated for a preview, each once per value: some tenths of a second,
+in which the server does nothing else."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +129,9 @@ def preview(state: core.RunState, plan: core.Plan, at: int) -> list[pb.PreviewPo
     """
     end = max(state.spec.total, plan.spec.total, at + 1)
     groups = max(len(spec.group_names) for spec in (state.spec, plan.spec))
-    count = max(2, min(PREVIEW_POINTS, MAX_PREVIEW_VALUES // (4 * groups)))
+    links = 2 * groups * (1 + len(plan.adjustments))
+    most = min(MAX_PREVIEW_VALUES // (4 * groups), MAX_PREVIEW_LINKS // links)
+    count = max(2, min(PREVIEW_POINTS, most))
     begin = min(state.begin, at)
     points = {begin + (end - begin) * index // (count - 1) for index in range(count)}
     points |= {at - 1, at} if at > begin else {at}

@@ -1,6 +1,6 @@
 """Runs, their adjustments and their events, written for people."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -127,7 +127,7 @@ def _facts(run: runs_pb2.Run) -> Table:
         facts.add_row("stage", Text(run.stage))
     if run.held:
         facts.add_row(
-            "held", f"LR and WD are frozen, until `lrpilot run release {run.name} --reason …`"
+            "held", f"LR and WD are frozen; `lrpilot run release {run.name} --reason …` ends it"
         )
     facts.add_row(
         "fixed",
@@ -223,8 +223,8 @@ def _table() -> Table:
     return Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
 
 
-def _named(values: object) -> str:
-    return ", ".join(f"{name} {rate(value)}" for name, value in sorted(dict(values).items()))  # type: ignore[call-overload]
+def _named(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {rate(value)}" for name, value in sorted(values.items()))
 
 
 def _losses(losses: Sequence[runs_pb2.LossRecord]) -> str:
