@@ -74,7 +74,8 @@ def connect(
         on_change: what to do where the spec differs: "refuse" it with the difference, or
             "revise" the run, which holds from where the attempt opens.
         reporter: global rank whose loss counts. A sequence of ranks: a step's loss is the mean of
-            theirs by weight, summed in this order, and is final when all have reported.
+            theirs by weight, summed in this order; it is final when all have reported, or by quorum
+            after `feedback.timeout`.
         resume_at: progress to open the attempt at where no state is given, in the run's unit.
             None: 0, for a run without losses.
         key: shared by all ranks of one start of the job, and new at every start: for several
@@ -191,7 +192,9 @@ class Pilot:
 
         Weight decay is None where the run sets none. Opens the attempt where it is not open;
         with a process group every rank then calls it. Where the values wait for losses that this
-        rank is to report, asking says that it has none below `n`: report first, then ask.
+        rank is to report, asking says that it has none below `n`: report first, then ask. Handlers
+        of directives that are due at `n` are called before it returns; after a rollback the values
+        are those of the old attempt, so ask again where the new one begins.
 
         Raises InvalidArgument, BeforeAttempt, BeyondHorizon, ServerUnavailable,
         AttemptSuperseded, ….

@@ -1,4 +1,4 @@
-"""One process on one run: attach, open the attempt, values, reports, saved states, the end.
+"""One process on one run: attach, open the attempt, go back, values, reports, directives, the end.
 
 Every method is for the training thread. The background threads are those of the lease and of
 the reporter; what they meet is raised here, at the next call.

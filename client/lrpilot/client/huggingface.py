@@ -1,4 +1,4 @@
-"""Rollbacks in the Trainer of Hugging Face's transformers, 5.20 or later; this module imports it."""
+"""Rollbacks in the Trainer of Hugging Face: imports transformers, 5.20 or later."""
 
 import logging
 import os
