@@ -5,6 +5,7 @@ Nothing here knows how values come about: that is `tests.rules.reference`.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,11 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < end_s, f"never: {what}"
         time.sleep(0.005)
+
+
+def without_ids(text: str) -> str:
+    """Return a text without ids of adjustments: they go by how the reports came in batches."""
+    return re.sub(r"\b\d+-\d+-\d+(-\d+)?\b", "ID", text)
 
 
 class Expected(Reference):

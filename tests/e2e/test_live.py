@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import uuid
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from tests.e2e.harness import (
     Used,
     one_value,
     wait_until,
+    without_ids,
 )
 from tests.e2e.live_script import DELAY, EVALUATED, SPEC, STOPS, goes_back, said
 from tests.server.conftest import Program
@@ -57,11 +57,6 @@ def hex_values(values: tuple[tuple[float, ...], tuple[float, ...] | None]) -> tu
     rates, decays = values
     assert decays is not None
     return tuple(value.hex() for pair in zip(rates, decays, strict=True) for value in pair)
-
-
-def without_ids(text: str) -> str:
-    """Return a text without ids: events have other numbers when calls come at other times."""
-    return re.sub(r"\b\d+-\d+-\d+(-\d+)?\b", "ID", text)
 
 
 def told(adjustments: list[Any]) -> list[tuple[Any, ...]]:
