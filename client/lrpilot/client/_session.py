@@ -266,6 +266,8 @@ class Session:
         )
         if progress is not None:
             request.progress = progress
+        if directive and self.opened is not None:
+            request.met_in.CopyFrom(self.opened.attempt)
         answer: pb.OpenAttemptResponse = link.until(
             link.stub.OpenAttempt,
             request,

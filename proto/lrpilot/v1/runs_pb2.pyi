@@ -104,8 +104,8 @@ class Adjustment(google.protobuf.message.Message):
     """Advice: progress of the horizon from which on it can no longer be approved."""
     status: builtins.str
     """Where it stands: "planned", "in force", "ended", "undone", "advice", "approved",
-    "expired", "held back", "forgotten"; of a directive also "done", "failed" and
-    "unhandled".
+    "expired", "held back", "forgotten"; of a note "noted"; of a directive "asked",
+    "done", "failed" or "unhandled".
     """
     @property
     def before(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:

@@ -215,6 +215,7 @@ class OpenAttemptRequest(google.protobuf.message.Message):
     INCARNATION_FIELD_NUMBER: builtins.int
     REPORTERS_FIELD_NUMBER: builtins.int
     DIRECTIVE_FIELD_NUMBER: builtins.int
+    MET_IN_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run."""
     request_id: builtins.str
@@ -247,6 +248,12 @@ class OpenAttemptRequest(google.protobuf.message.Message):
         summed. Empty: `reporter` alone.
         """
 
+    @property
+    def met_in(self) -> global___Attempt:
+        """The attempt in which that directive was met. Required beside it: a job that
+        another start has superseded must not take the run back.
+        """
+
     def __init__(
         self,
         *,
@@ -260,9 +267,10 @@ class OpenAttemptRequest(google.protobuf.message.Message):
         incarnation: builtins.str = ...,
         reporters: collections.abc.Iterable[builtins.int] | None = ...,
         directive: builtins.str = ...,
+        met_in: global___Attempt | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_progress", b"_progress", "progress", b"progress"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_progress", b"_progress", "directive", b"directive", "incarnation", b"incarnation", "key", b"key", "progress", b"progress", "rank", b"rank", "reporter", b"reporter", "reporters", b"reporters", "request_id", b"request_id", "run", b"run", "state", b"state"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_progress", b"_progress", "met_in", b"met_in", "progress", b"progress"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_progress", b"_progress", "directive", b"directive", "incarnation", b"incarnation", "key", b"key", "met_in", b"met_in", "progress", b"progress", "rank", b"rank", "reporter", b"reporter", "reporters", b"reporters", "request_id", b"request_id", "run", b"run", "state", b"state"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_progress", b"_progress"]) -> typing.Literal["progress"] | None: ...
 
 global___OpenAttemptRequest = OpenAttemptRequest

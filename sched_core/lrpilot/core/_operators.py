@@ -39,15 +39,13 @@ from lrpilot.core._observers import limited
 from lrpilot.core._plan import ENDABLE, Adjustment, Plan, Revision, taking_back
 from lrpilot.core._requests import (
     adjustment_not_found,
+    check_signature,
     refuse_changed_plan,
     revise_run,
     run_not_found,
 )
 from lrpilot.core._spec import RunSpec, parse_spec
 from lrpilot.core._state import RunState
-
-MAX_TEXT = 1000
-"""Most characters of a reason, and of an author."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +180,8 @@ def planned(state: RunState, events: Sequence[Event]) -> Plan:
             plan.adjust(made_next(state, event))
         elif isinstance(event, Revised) and event.effective is not None:
             spec = parse_spec(event.spec)
-            plan.revise(Revision(event.effective, event.observes_from or 0, spec))
+            begin = event.observes_from or 0
+            plan.revise(Revision(event.effective, begin, spec, seq=state.seq + 1))
     return plan
 
 
@@ -238,13 +237,7 @@ def _check(state: RunState, reason: str, author: str, etag: str) -> None:
         raise RunFinished(
             f"run {state.name!r} is finished; its plan can no longer change", run=state.name
         )
-    violations = [
-        Violation(field, repr(text[:40]), f"1 to {MAX_TEXT} characters that say {what}")
-        for field, text, what in (("reason", reason, "why"), ("author", author, "who"))
-        if not text.strip() or len(text) > MAX_TEXT
-    ]
-    if violations:
-        raise InvalidRequest("the change is not signed", violations)
+    check_signature(author, reason)
     refuse_changed_plan(state, etag)
 
 

@@ -163,6 +163,8 @@ class Revision:
     spec: RunSpec
     by_trainer: bool = False
     """Whether a trainer gave it: then it holds from wherever its trainers start."""
+    seq: int = 0
+    """Sequence number of the event that brought it."""
 
     @cached_property
     def stages(self) -> tuple[StageSchedule, ...]:
@@ -176,13 +178,15 @@ class Revision:
             "observes_from": self.observes_from,
             "spec": self.spec.to_mapping(),
             "by_trainer": self.by_trainer,
+            "seq": self.seq,
         }
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> "Revision":
         """Return the revision that `to_mapping` wrote."""
         spec = parse_spec(data["spec"])
-        return cls(data["effective"], data["observes_from"], spec, data["by_trainer"])
+        by_trainer, seq = data["by_trainer"], data["seq"]
+        return cls(data["effective"], data["observes_from"], spec, by_trainer, seq)
 
     def reopened(self, begin: int) -> "Revision":
         """Return the revision as an attempt from `begin` on has it."""
@@ -486,6 +490,14 @@ class Plan:
                 return revision
         return self._revisions[0]
 
+    def _revision_met_by(self, item: Adjustment) -> Revision:
+        """Return the revision at an adjustment's progress, without one that came there later."""
+        for revision in reversed(self._revisions):
+            is_later = revision.effective == item.effective and revision.seq > item.seq
+            if revision.effective <= item.effective and not is_later:
+                return revision
+        return self._revisions[0]
+
     def _observing(self, progress: int) -> Revision:
         for revision in reversed(self._revisions):
             if revision.observes_from <= progress:
@@ -651,7 +663,7 @@ class Plan:
         known = self._anchors.get(key)
         if known is None:
             at = item.effective
-            revision = self._revision_at(at)
+            revision = self._revision_met_by(item)
             stages = self._stages(revision)
             index = stage_at(stages, at)
             first, _ = self._span(stages[index], at)

@@ -82,6 +82,9 @@ MAX_TRIES = 2**31 - 1
 MAX_VALIDATION_LOSSES = 64
 """Most validation losses in one report."""
 
+MAX_TEXT = 1000
+"""Most characters of a reason, and of an author."""
+
 MAX_DETAIL = 1000
 """Most characters of what a trainer says of a directive."""
 
@@ -172,6 +175,7 @@ def revise_run(
     if request_id in state.answers:
         return []
     _refuse_finished(state)
+    check_signature(author, reason, required=False)
     refuse_changed_plan(state, etag)
     if spec == state.spec:
         return []
@@ -187,6 +191,17 @@ def revise_run(
     return [
         Revised(spec.to_mapping(), state.horizon, state.frontier, False, request_id, author, reason)
     ]
+
+
+def check_signature(author: str, reason: str, *, required: bool = True) -> None:
+    """Raise InvalidRequest unless a change says who makes it and why, at a readable length."""
+    violations = [
+        Violation(field, repr(text[:40]), f"1 to {MAX_TEXT} characters that say {what}")
+        for field, text, what in (("reason", reason, "why"), ("author", author, "who"))
+        if len(text) > MAX_TEXT or (required and not text.strip())
+    ]
+    if violations:
+        raise InvalidRequest("the change is not signed", violations)
 
 
 def refuse_changed_plan(state: RunState, etag: str) -> None:
@@ -298,6 +313,8 @@ class OpenRequest:
     """128 random bits for the attempt, should it open; hexadecimal."""
     directive: str = ""
     """Id of the rollback directive that the attempt carries out; empty: none."""
+    met_in: tuple[int, str] | None = None
+    """Number and token of the attempt in which that directive was met."""
 
 
 def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
@@ -314,7 +331,6 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
     _refuse_finished(state)
     _check_ranks(request)
     progress = _resume_point(request)
-    asked = _asked(state, request) if request.directive else None
     if request.key and request.key in state.keys:
         if request.key != state.key:
             raise _superseded(state, state.keys[request.key])
@@ -323,6 +339,7 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
     if saved is not None and not state.attempt:
         return _restore(state, request, saved)
     _refuse_missing(state)
+    asked = _asked(state, request) if request.directive else None
     fold = None
     if saved is not None:
         is_continued = (saved.seq, saved.digest) == (state.lost_seq, state.lost_digest)
@@ -368,8 +385,14 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
 def _asked(state: RunState, request: OpenRequest) -> tuple[int, Direct]:
     """Return the rollback that an attempt carries out, and where it was decided.
 
-    Raises AdjustmentNotFound, InvalidRequest.
+    Raises AdjustmentNotFound, InvalidRequest, AttemptSuperseded.
     """
+    if request.met_in is None:
+        raise InvalidRequest(
+            "the request to open an attempt is invalid",
+            [Violation("met_in", "nothing", "the attempt in which the directive was met")],
+        )
+    check_attempt(state, *request.met_in)
     found = state.find(request.directive)
     if found is None or not isinstance(found.change, Direct):
         raise adjustment_not_found(state, request.directive, "directive")

@@ -372,7 +372,9 @@ class RunState:
             self.pending_spec = spec
             self.answers[event.request_id] = (event.kind, self.horizon)
         else:
-            revision = Revision(event.effective, event.observes_from, spec, event.by_trainer)
+            revision = Revision(
+                event.effective, event.observes_from, spec, event.by_trainer, self.seq
+            )
             self.plan.revise(revision)
             self.answers[event.request_id] = (event.kind, event.effective)
 
@@ -391,7 +393,9 @@ class RunState:
             self._roll_back(event)
             records = Records()
         if self.pending_spec is not None:
-            self.plan.revise(Revision(event.begin, event.begin, self.pending_spec, by_trainer=True))
+            self.plan.revise(
+                Revision(event.begin, event.begin, self.pending_spec, by_trainer=True, seq=self.seq)
+            )
             self.pending_spec = None
         else:
             for block in records.between(event.begin, event.begin + self.delay):
@@ -510,7 +514,9 @@ class RunState:
         """Take over the specs of a lost log; the one that was given here since comes after them."""
         given = self.given_spec
         known = last_trainer_spec(fold)
-        self.plan = Plan([Revision.from_mapping(item) for item in fold["revisions"]], [])
+        # Their numbers are those of the lost log.
+        revisions = [replace(Revision.from_mapping(item), seq=0) for item in fold["revisions"]]
+        self.plan = Plan(revisions, [])
         self.pending_spec = _spec_from_mapping(fold["pending_spec"])
         if given != known:
             self.pending_spec = given

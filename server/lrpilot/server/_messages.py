@@ -116,6 +116,10 @@ class _Status:
             return "expired" if state.horizon >= item.expires else "advice"
         if isinstance(item.change, core.Direct) and item.id in state.outcomes:
             return state.outcomes[item.id]
+        if isinstance(item.change, core.Direct):
+            return "asked"
+        if isinstance(item.change, core.Note):
+            return "noted"
         if item.mark in self._undone:
             return "undone"
         if item.effective > state.progress:

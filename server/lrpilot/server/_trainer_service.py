@@ -130,6 +130,11 @@ class TrainerService:
             incarnation=request.incarnation,
             token=secrets.token_hex(16),
             directive=request.directive,
+            met_in=(
+                (request.met_in.number, request.met_in.token.hex())
+                if request.HasField("met_in")
+                else None
+            ),
         )
         if saved is not None:
             digest = await self._ledger.digest_at(request.run, saved.seq)

@@ -13,7 +13,7 @@ from lrpilot.server.cli._messages import state_name
 from lrpilot.server.cli._output import counted, rate
 from lrpilot.v1 import runs_pb2
 
-_USUAL = ("planned", "in force", "ended", "")
+_USUAL = ("planned", "in force", "ended", "noted", "")
 """Statuses that a line of the history leaves out."""
 
 _MOST_SHOWN = 25
@@ -203,8 +203,7 @@ def _directives_table(directives: Sequence[runs_pb2.Adjustment]) -> Table:
             item.id,
             f"{item.effective:,}",
             Text(item.summary),
-            # In force: no trainer has said what became of it.
-            "no answer yet" if item.status == "in force" else item.status,
+            "no answer yet" if item.status == "asked" else item.status,
             Text(item.author or item.source),
             Text(item.reason),
         )
