@@ -7,7 +7,6 @@ from typing import Any
 from lrpilot.core._changes import Change, Note
 from lrpilot.core.policies import Observation, Phase, Policy, Rollback
 
-
 FLAT = Phase("", 0, "constant", 0, 0.0, 100_000.0, 100_000)
 """A run without warmup whose LR never moves."""
 
