@@ -118,6 +118,7 @@ def test_an_error_in_the_block_still_delivers(trainer: FakeTrainer, connect: Con
 
 
 def test_a_wait_ends_when_another_thread_closes(trainer: FakeTrainer, connect: Connect) -> None:
+    trainer.move(8)
     pilot = connect()
     pilot.values(0)
     got: list[BaseException] = []
