@@ -54,7 +54,13 @@ PLAIN: dict[str, Any] = {
             "in_stable_phase": True,
         }
     ],
-    "feedback": {"delay": 32, "timeout": "30s"},
+    "feedback": {
+        "delay": 32,
+        "interval": 100,
+        "quorum": 2,
+        "advice_expires": 500,
+        "timeout": "30s",
+    },
     "bounds": {"min_lr": 1.0e-6, "max_lr": 4.0e-4},
 }
 """A spec with every field but the stages."""
@@ -64,17 +70,45 @@ STAGED: dict[str, Any] = {
     "total": 1000,
     "learning_rate": {"peak": 1.0, "min": 0.1},
     "weight_decay": 0.1,
+    "groups": [{"name": "matrices"}, {"name": "no_decay"}, {"name": "embedding"}],
     "stages": [
         {
             "name": "pretrain",
             "until": 600,
             "learning_rate": {"warmup": 100, "decay": {"style": "cosine"}},
             "weight_decay": {"start": 0.01, "end": 0.1, "style": "linear"},
+            "groups": [
+                {"name": "matrices", "peak": 0.5, "weight_decay": {"start": 0.2, "end": 0.1}},
+                {"name": "no_decay", "weight_decay_multiplier": 0.0},
+            ],
+            "policies": [PLAIN["policies"][0]],
         },
         {"name": "long-context", "learning_rate": {"init": "current", "warmup": 50}},
     ],
 }
 """A spec with stages."""
+
+WHEN: dict[str, Any] = {
+    "name": "conditional",
+    "total": 1000,
+    "learning_rate": {"peak": 1.0, "min": 0.1},
+    "stages": [
+        {
+            "name": "stable",
+            "when": {"plateau": {"window": 20, "patience": 5, "threshold": 1e-3}},
+            "earliest": 100,
+            "latest": 600,
+            "learning_rate": {},
+        },
+        {
+            "name": "annealed",
+            "when": {"metric": "val_loss", "below": {"value": 1.5, "window": 3}},
+            "latest": 900,
+            "learning_rate": {"init": "current", "decay": {"style": "linear"}},
+        },
+    ],
+}
+"""A spec whose stages end when something holds."""
 
 ABSENT = object()
 
@@ -157,6 +191,11 @@ def words(*options: str) -> tuple[str, list[Any], list[Any]]:
 
 RATE_FIELD = (RATE, [0, 1, 0.5, 1e-300], NOT_RATES)
 LABEL_FIELD = (LABEL, ["a", "a" * 128, "mit Leerzeichen", "日本", "a.b/c:d"], NOT_LABELS)
+METRIC_FIELD = (
+    "loss, or the name of a validation loss: 1 to 64 of a-z A-Z 0-9 . _ / -",
+    ["loss", "val_loss", "val/C4-en.0", "x" * 64],
+    [True, 1, "", "val loss", "x" * 65, "val\n", "vål", [], {}],
+)
 
 FIELDS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "name": (NAME, ["a", "0", "a" * 63, "a.b_c-d"], NOT_NAMES),
@@ -188,6 +227,18 @@ FIELDS: dict[str, tuple[str, list[Any], list[Any]]] = {
     "groups.0.weight_decay_multiplier": RATE_FIELD,
     "stages.0.name": LABEL_FIELD,
     "stages.0.until": (POSITIVE, [200, 999], [*NOT_COUNTS, 0]),
+    "stages.0.when.plateau.window": (POSITIVE, [1, 200], [*NOT_COUNTS, 0]),
+    "stages.0.when.plateau.patience": (COUNT, [0, 5], NOT_COUNTS),
+    "stages.0.when.plateau.threshold": RATE_FIELD,
+    "stages.1.when.below.value": (
+        "a finite number from -1e+100 to 1e+100",
+        [0, 2.5, -3.0, -1e100],
+        [*NOT_NUMBERS, 2e100, -2e100],
+    ),
+    "stages.1.when.below.window": (POSITIVE, [1, 200], [*NOT_COUNTS, 0]),
+    "stages.0.when.metric": METRIC_FIELD,
+    "stages.0.earliest": (POSITIVE, [1, 100, 600], [*NOT_COUNTS, 0]),
+    "stages.0.latest": (POSITIVE, [100, 999], [*NOT_COUNTS, 0]),
     "stages.0.learning_rate.init": (
         f"{RATE}, or current in a stage after the first",
         [0, 1e-5],
@@ -237,11 +288,7 @@ FIELDS: dict[str, tuple[str, list[Any], list[Any]]] = {
     ),
     "policies.0.eps": RATE_FIELD,
     "policies.0.window": (POSITIVE, [1, 2, 1e3], [*NOT_COUNTS, 0]),
-    "policies.0.metric": (
-        "loss, or the name of a validation loss: 1 to 64 of a-z A-Z 0-9 . _ / -",
-        ["loss", "val_loss", "val/C4-en.0", "x" * 64],
-        [True, 1, "", "val loss", "x" * 65, "val\n", "vål", [], {}],
-    ),
+    "policies.0.metric": METRIC_FIELD,
     "policies.0.nonfinite": words("skip", "count"),
     "policies.0.in_stable_phase": (
         "true or false",
@@ -249,6 +296,9 @@ FIELDS: dict[str, tuple[str, list[Any], list[Any]]] = {
         [0, 1, "true", "no", "", math.nan, [], {}],
     ),
     "feedback.delay": (POSITIVE, [1, 2**53], [*NOT_COUNTS, 0]),
+    "feedback.interval": (COUNT, [0, 1, 2**53], NOT_COUNTS),
+    "feedback.quorum": (POSITIVE, [1, 8], [*NOT_COUNTS, 0]),
+    "feedback.advice_expires": (POSITIVE, [1, 2**53], [*NOT_COUNTS, 0]),
     "feedback.timeout": (
         DURATION,
         ["500ms", "30s", "2m", "1h", "1.5h", "30 s", 30, 0.5, 1e9],
@@ -259,8 +309,15 @@ FIELDS: dict[str, tuple[str, list[Any], list[Any]]] = {
 }
 """By path: what is allowed in words, legal values, and values that are none."""
 
+FIELDS |= {
+    f"stages.0.{path}": entry
+    for path, entry in FIELDS.items()
+    if path.startswith(("groups", "policies"))
+}
+
 REQUIRED = {"name", "total", "learning_rate.peak", "weight_decay.start", "weight_decay.end",
-            "groups.0.name", "stages.0.name", "policies.0.kind"}  # fmt: skip
+            "groups.0.name", "stages.0.name", "policies.0.kind", "stages.0.groups.0.name",
+            "stages.0.policies.0.kind", "stages.1.when.below.value"}  # fmt: skip
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -275,11 +332,11 @@ def field_paths(model: type[BaseModel], above: str = "") -> Iterator[str]:
     """Return the path of every field that holds no further ones."""
     for name, info in model.model_fields.items():
         path = f"{above}{info.alias or name}"
-        listed = any(get_origin(item) is tuple for item in (info.annotation,))
+        listed = get_origin(info.annotation) is tuple
         inner = list(models_in(info.annotation))
-        if above == "" and name == "policies":
+        if name == "policies":
             # The fields of the other kinds are refused in the tests of their policies.
-            yield from field_paths(PlateauSpec, "policies.0.")
+            yield from field_paths(PlateauSpec, f"{path}.0.")
         elif inner:
             for item in inner:
                 yield from field_paths(item, f"{path}.0." if listed else f"{path}.")
@@ -288,16 +345,20 @@ def field_paths(model: type[BaseModel], above: str = "") -> Iterator[str]:
 
 
 def base_of(path: str) -> dict[str, Any]:
+    if path.split(".")[2:3] and path.split(".")[2] in {"when", "earliest", "latest"}:
+        return WHEN
     return STAGED if path.startswith("stages") else PLAIN
 
 
 def test_the_table_has_every_field() -> None:
-    assert set(field_paths(RunSpec)) == set(FIELDS)
+    # The second stage of an example has what cannot stand in its first.
+    assert set(field_paths(RunSpec)) == {path.replace("stages.1.", "stages.0.") for path in FIELDS}
 
 
 def test_the_examples_are_legal() -> None:
     parse_spec(PLAIN)
     parse_spec(STAGED)
+    parse_spec(WHEN)
 
 
 @pytest.mark.parametrize("path", FIELDS)
@@ -337,7 +398,10 @@ def test_null_counts_as_absent(path: str, value: Any) -> None:
         allowed = f"{FIELDS[path][0]} (required by wsd)"
         assert violations(document) == [Violation(path, "nothing", allowed)]
     elif path == "stages.0.until":
-        wanted = "a position (required in every stage but the last)"
+        wanted = "a position (required in every stage but the last), or when and latest"
+        assert violations(document) == [Violation(path, "nothing", wanted)]
+    elif path == "stages.0.latest":
+        wanted = "a position (required beside when)"
         assert violations(document) == [Violation(path, "nothing", wanted)]
     elif path == "learning_rate.decay.style":
         # The other fields of the last phase are refused by the default style.
@@ -382,12 +446,33 @@ def test_null_counts_as_absent(path: str, value: Any) -> None:
         ),
         ("policies", "a list of at most 256 mappings, each with a kind", [{}, "abc", 3, True]),
         ("feedback", "a mapping with delay and timeout", [32, "32", [], True]),
+        ("stages.0.when", "a mapping with plateau or below", [1, "plateau", [], True]),
+        (
+            "stages.0.when.plateau",
+            "a mapping with window, patience and threshold",
+            [1, "loss", [], True],
+        ),
+        (
+            "stages.1.when.below",
+            "a number, or a mapping with value and window",
+            ["1", [1.0], True, math.nan],
+        ),
+        (
+            "stages.0.groups",
+            "a list of at most 4096 mappings, each with a name",
+            [{}, "abc", 3, True],
+        ),
+        (
+            "stages.0.policies",
+            "a list of at most 256 mappings, each with a kind",
+            [{}, "abc", 3, True],
+        ),
         ("bounds", "a mapping with min_lr and max_lr", [1.0, "a", [], True]),
     ],
 )
 def test_what_is_no_mapping_or_list(path: str, allowed: str, values: list[Any]) -> None:
     for value in values:
-        assert violations(at(PLAIN, path, value)) == [Violation(path, repr(value), allowed)]
+        assert violations(at(base_of(path), path, value)) == [Violation(path, repr(value), allowed)]
 
 
 @pytest.mark.parametrize(
@@ -401,9 +486,18 @@ def test_an_item_that_is_no_mapping(path: str, value: Any, allowed: str) -> None
     assert violations(at(PLAIN, path, value)) == [Violation(path, repr(value), allowed)]
 
 
-@pytest.mark.parametrize(("path", "count"), [("groups", 4097), ("stages", 4097), ("policies", 257)])
+@pytest.mark.parametrize(
+    ("path", "count"),
+    [
+        ("groups", 4097),
+        ("stages", 4097),
+        ("policies", 257),
+        ("stages.0.groups", 4097),
+        ("stages.0.policies", 257),
+    ],
+)
 def test_lists_have_a_greatest_length(path: str, count: int) -> None:
-    assert path in faults(at(PLAIN, path, [{}] * count))
+    assert path in faults(at(base_of(path), path, [{}] * count))
 
 
 @pytest.mark.parametrize("document", [None, [], "name: a", 3, [("name", "a")]])
@@ -431,7 +525,7 @@ def test_a_document_that_is_no_mapping(document: Any) -> None:
         ("policies.0.patient", "kind, mode, objective, factor, patience, threshold,"
          " threshold_mode, cooldown, min_lr, eps, window, metric, nonfinite,"
          " in_stable_phase", "patience"),
-        ("feedback.timeout_s", "delay, timeout", "timeout"),
+        ("feedback.timeout_s", "delay, interval, quorum, advice_expires, timeout", "timeout"),
         ("bounds.min", "min_lr, max_lr", "min_lr"),
     ],
 )  # fmt: skip
@@ -461,16 +555,28 @@ def test_a_wrong_word_gets_the_near_one(path: str, value: str, near: str) -> Non
     assert violation.allowed == f"{FIELDS[path][0]}; did you mean {near}?"
 
 
-def test_conditions_of_stages_are_refused_in_words() -> None:
-    stage = {"when": {"plateau": {"window": 200, "patience": 5}}, "latest": 450}
-    document = at(STAGED, "stages.0", {**STAGED["stages"][0], "until": None, **stage})
-    words = "until, a position: conditions that end a stage are not read yet"
-    assert faults(document) == {"stages.0.when": words, "stages.0.latest": words}
+@pytest.mark.parametrize(
+    ("path", "names", "near"),
+    [
+        ("stages.0.wen", "name, until, when, earliest, latest, learning_rate, weight_decay,"
+         " groups, policies", "when"),
+        ("stages.0.when.window", "plateau, below, metric", None),
+        ("stages.0.when.plateau.factor", "window, patience, threshold", None),
+        ("stages.1.when.below.values", "value, window", "value"),
+    ],
+)  # fmt: skip
+def test_an_unknown_field_of_a_stage_gets_the_known_ones(
+    path: str, names: str, near: str | None
+) -> None:
+    hint = f"; did you mean {near}?" if near else ""
+    wanted = Violation(path, "1", f"no such field here; there are {names}{hint}")
+    assert violations(at(WHEN, path, 1)) == [wanted]
 
 
-def test_an_unknown_policy_is_refused_whatever_its_fields() -> None:
-    document = at(PLAIN, "policies", [{"kind": "psychic", "smooth": True, "patience": -1}])
-    assert faults(document) == {"policies.0.kind": f"one of {', '.join(POLICIES)}"}
+@pytest.mark.parametrize("at_path", ["policies", "stages.0.policies"])
+def test_an_unknown_policy_is_refused_whatever_its_fields(at_path: str) -> None:
+    document = at(base_of(at_path), at_path, [{"kind": "psychic", "smooth": True, "patience": -1}])
+    assert faults(document) == {f"{at_path}.0.kind": f"one of {', '.join(POLICIES)}"}
 
 
 def test_a_policy_of_unknown_kind_still_has_a_mode() -> None:
@@ -636,9 +742,70 @@ TOO_LONG = "less than 50000, from the start to decay.end"
         (STAGED, {"stages.0.weight_decay.over": 0},
          {"stages.0.weight_decay.over": "at least 1 for style linear"}),
         (STAGED, {"weight_decay": {"start": 0.1, "end": 0.2, "style": "linear"},
-                  "stages.0.weight_decay": 0.1, "groups": [{"name": "a", "weight_decay":
-                                                           {"end": 0.3}}]},
+                  "stages.0.weight_decay": 0.1, "stages.0.groups": ABSENT,
+                  "groups.0.weight_decay": {"end": 0.3}},
          {"groups.0.weight_decay": "start equal to end, as stages.0.weight_decay is constant"}),
+        # Groups and policies of a stage.
+        (STAGED, {"stages.0.groups.0.name": "matrix"},
+         {"stages.0.groups.0.name": "a group of the run: matrices, no_decay, embedding"}),
+        (STAGED, {"groups": ABSENT, "stages.0.groups": [{"name": "a"}],
+                  "stages.0.policies.0.min_lr": 0.0},
+         {"stages.0.groups.0.name": "a group of the run: it has none"}),
+        (STAGED, {"stages.0.groups.1.name": "matrices"},
+         {"stages.0.groups.1.name": "another name than stages.0.groups.0.name"}),
+        (STAGED, {"stages.0.weight_decay": 0.1},
+         {"stages.0.groups.0.weight_decay":
+          "start equal to end, as stages.0.weight_decay is constant"}),
+        (STAGED, {"stages.0.weight_decay": ABSENT},
+         {"stages.0.groups.0.weight_decay": "start equal to end, as weight_decay is constant"}),
+        (STAGED, {"stages.0.weight_decay": ABSENT, "weight_decay": ABSENT},
+         {"stages.0.groups.0.weight_decay": "nothing, as the run sets no weight_decay",
+          "stages.0.groups.1.weight_decay_multiplier":
+          "nothing, as the run sets no weight_decay"}),
+        # What a stage says of a group takes the place of what the run says of it.
+        (STAGED, {"weight_decay": {"start": 0.1, "end": 0.2, "style": "linear"},
+                  "stages.0.weight_decay": 0.1, "groups.0.weight_decay": {"end": 0.3},
+                  "stages.0.groups.0.weight_decay": 0.1}, {}),
+        (STAGED, {"stages.0.policies.0.min_lr": [0.0, 0.0]},
+         {"stages.0.policies.0.min_lr": "one number, or a list of 3: one for each group"}),
+        (STAGED, {"stages.0.policies": [{"kind": "overfit"}, {"kind": "spike", "least": 200}]},
+         {"stages.0.policies.1.least": "at most the window, 128"}),
+        (STAGED, {"stages.0.policies": []}, {}),
+        # What ends a stage.
+        (WHEN, {"stages.0.when.below": 1.0},
+         {"stages.0.when": "exactly one of plateau and below"}),
+        (WHEN, {"stages.0.when": {}}, {"stages.0.when": "exactly one of plateau and below"}),
+        (WHEN, {"stages.0.when": {"below": 1.0}}, {}),
+        (WHEN, {"stages.0.until": 600},
+         {"stages.0.until": "nothing beside when: latest ends it"}),
+        (WHEN, {"stages.0.when": ABSENT, "stages.0.until": 600},
+         {"stages.0.earliest": "nothing, as the stage has no when",
+          "stages.0.latest": "nothing, as the stage has no when"}),
+        (WHEN, {"stages.0.when": ABSENT},
+         {"stages.0.earliest": "nothing, as the stage has no when",
+          "stages.0.latest": "nothing, as the stage has no when",
+          "stages.0.until":
+          "a position (required in every stage but the last), or when and latest"}),
+        (WHEN, {"stages.0.latest": ABSENT},
+         {"stages.0.latest": "a position (required beside when)"}),
+        (WHEN, {"stages.1.latest": ABSENT},
+         {"stages.1.latest": "a position (required beside when)"}),
+        (WHEN, {"stages.0.latest": 1000},
+         {"stages.0.latest": "a position below the total (1000)"}),
+        (WHEN, {"stages.1.latest": 1000}, {}),
+        (WHEN, {"stages.1.latest": 1001},
+         {"stages.1.latest": "a position up to the total (1000)"}),
+        (WHEN, {"stages.1.latest": 600},
+         {"stages.1.latest": "a position above 600, where the stage before it ends"}),
+        (WHEN, {"stages.0.earliest": 601},
+         {"stages.0.earliest": "a position above 0 and up to latest (600)"}),
+        (WHEN, {"stages.0.earliest": 600}, {}),
+        (WHEN, {"stages.1.earliest": 600},
+         {"stages.1.earliest": "a position above 600 and up to latest (900)"}),
+        (WHEN, {"stages.1.earliest": 601}, {}),
+        # A stage is checked as if it ended at its latest.
+        (WHEN, {"stages.0.learning_rate.warmup": 600},
+         {"stages.0.learning_rate.warmup": "less than 600, from the start to decay.end"}),
     ],
 )  # fmt: skip
 def test_rules_between_fields(
@@ -649,6 +816,35 @@ def test_rules_between_fields(
         assert faults(document) == wanted
     else:
         parse_spec(document)
+
+
+def test_a_stage_that_ends_when_something_holds_is_filled_in_as_if_at_its_latest() -> None:
+    spec = parse_spec(at(WHEN, "stages.0.weight_decay", 0.1) | {"weight_decay": 0.2})
+    ramp = {"start": 0.1, "end": 0.2, "style": "linear"}
+    ramped = parse_spec(at(WHEN, "stages.1.weight_decay", ramp) | {"weight_decay": 0.2})
+    assert [stage.learning_rate.decay.end for stage in spec.stages] == [600, 900]
+    assert ramped.stages[1].weight_decay is not None
+    assert ramped.stages[1].weight_decay.over == 300
+    assert [stage.end for stage in spec.stages] == [600, 900]
+
+
+def test_a_bare_number_is_the_value_to_fall_below() -> None:
+    short = parse_spec(at(WHEN, "stages.0.when", {"below": 2}))
+    assert short == parse_spec(at(WHEN, "stages.0.when", {"below": {"value": 2.0, "window": 1}}))
+    assert short.to_mapping()["stages"][0]["when"] == {
+        "below": {"value": 2.0, "window": 1},
+        "metric": "loss",
+    }
+
+
+def test_a_condition_and_a_policy_of_one_stage_make_feedback() -> None:
+    assert parse_spec(WHEN).has_feedback
+    assert parse_spec(STAGED).has_feedback
+    assert not parse_spec(at(STAGED, "stages.0.policies", [])).has_feedback
+    assert not parse_spec(at(STAGED, "stages.0.policies", ABSENT)).has_feedback
+    with_own = at({**STAGED, "policies": PLAIN["policies"]}, "stages.1.policies", [])
+    assert [len(parse_spec(with_own).policies_in(index)) for index in (0, 1)] == [1, 0]
+    assert parse_spec(with_own).has_feedback
 
 
 def test_the_order_of_three_stages() -> None:
@@ -813,7 +1009,7 @@ def test_any_time_is_written_so_that_it_reads_back(seconds: float) -> None:
 # Documents.
 
 
-@pytest.mark.parametrize("document", [PLAIN, STAGED], ids=["plain", "staged"])
+@pytest.mark.parametrize("document", [PLAIN, STAGED, WHEN], ids=["plain", "staged", "when"])
 def test_a_spec_survives_its_document(document: dict[str, Any]) -> None:
     before = copy.deepcopy(document)
     spec = parse_spec(document)
@@ -862,7 +1058,7 @@ ANYTHING = st.recursive(
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.sampled_from([PLAIN, STAGED]), st.data())
+@given(st.sampled_from([PLAIN, STAGED, WHEN]), st.data())
 def test_any_document_is_read_or_refused_in_words(
     document: dict[str, Any], data: st.DataObject
 ) -> None:
@@ -982,7 +1178,7 @@ def test_every_field_is_documented(documented: dict[str, dict[str, str]]) -> Non
             if path.startswith(f"{heading}.")
         }
         if heading == "stages":
-            below = {path.split(".")[0] for path in below}
+            below = {path.split(".")[0] for path in below if not path.startswith("1.")}
         if heading == "groups":
             below = {path.split(".")[0] for path in below}
         assert fields == below, heading

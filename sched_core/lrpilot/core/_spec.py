@@ -181,10 +181,13 @@ class PlateauCondition(SpecModel):
     """Share of the best by which a report must lie below it to be an improvement."""
 
 
+_VALUE = number(low=-LARGEST_RATE)
+
+
 class BelowCondition(SpecModel):
     """Holds once the mean of the last `window` losses is at most `value`."""
 
-    value: Annotated[float, number(low=-LARGEST_RATE)]
+    value: Annotated[float, _VALUE]
     window: Annotated[int, count(1)] = 1
 
 
@@ -192,7 +195,7 @@ def _below(value: Any) -> Any:
     """Read a bare number as the value itself."""
     if isinstance(value, (Mapping, BaseModel)):
         return value
-    return {"value": value}
+    return {"value": _VALUE.read(value)}
 
 
 class Condition(SpecModel):
@@ -693,44 +696,55 @@ class _Checks:
 
     def _check_groups(self) -> None:
         spec, seen = self._spec, dict[str, int]()
-        decays = [(("weight_decay",), spec.weight_decay)] if spec.weight_decay else []
-        decays += [
-            (("stages", index, "weight_decay"), stage.weight_decay)  # type: ignore[misc]
+        run: list[tuple[Path, WeightDecay]] = []
+        if spec.weight_decay is not None:
+            run.append((("weight_decay",), spec.weight_decay))
+        stages: list[tuple[Path, WeightDecay, set[str]]] = [
+            (
+                ("stages", index, "weight_decay"),
+                stage.weight_decay,
+                {group.name for group in stage.groups},
+            )
             for index, stage in enumerate(spec.stages)
             if stage.weight_decay is not None
         ]
-        unset = (
-            not decays
-            and self._known(("weight_decay",), ("stages",))
-            and all(
-                self._known(("stages", index, "weight_decay")) for index in range(len(spec.stages))
-            )
-        )
         for index, group in enumerate(spec.groups):
             path: Path = ("groups", index)
             if self._known((*path, "name")):
                 self._once(seen, group.name, index, "groups")
-            own = group.weight_decay
-            own_at, multiplier_at = (*path, "weight_decay"), (*path, "weight_decay_multiplier")
-            if unset:
-                wanted = "nothing, as the run sets no weight_decay"
-                if own is not None and self._known(own_at):
-                    self._refuse(own_at, own.model_dump(exclude_none=True), wanted)
-                if group.weight_decay_multiplier != 1.0 and self._known(multiplier_at):
-                    self._refuse(multiplier_at, group.weight_decay_multiplier, wanted)
-            if own is None or not self._known(own_at, (*own_at, "start"), (*own_at, "end")):
+            # A stage that names the group has other fields for it.
+            others = [(at, decay) for at, decay, named in stages if group.name not in named]
+            self._check_group(path, group, [*run, *others])
+
+    def _check_group(
+        self, path: Path, group: GroupSpec, decays: Sequence[tuple[Path, WeightDecay]]
+    ) -> None:
+        """Check what a group says of WD against those that it is to take the place of."""
+        spec, own = self._spec, group.weight_decay
+        own_at, multiplier_at = (*path, "weight_decay"), (*path, "weight_decay_multiplier")
+        if not spec.has_weight_decay and self._known(
+            ("weight_decay",),
+            ("stages",),
+            *(("stages", index, "weight_decay") for index in range(len(spec.stages))),
+        ):
+            wanted = "nothing, as the run sets no weight_decay"
+            if own is not None and self._known(own_at):
+                self._refuse(own_at, own.model_dump(exclude_none=True), wanted)
+            if group.weight_decay_multiplier != 1.0 and self._known(multiplier_at):
+                self._refuse(multiplier_at, group.weight_decay_multiplier, wanted)
+        if own is None or not self._known(own_at, (*own_at, "start"), (*own_at, "end")):
+            return
+        for decay_at, decay in decays:
+            if decay.style != "constant" or not self._known(
+                (*decay_at, "style"), (*decay_at, "start"), (*decay_at, "end")
+            ):
                 continue
-            for decay_at, decay in decays:
-                if decay.style != "constant" or not self._known(
-                    (*decay_at, "style"), (*decay_at, "start"), (*decay_at, "end")
-                ):
-                    continue
-                start = decay.start if own.start is None else own.start
-                end = decay.end if own.end is None else own.end
-                if start != end:
-                    wanted = f"start equal to end, as {_dotted(decay_at)} is constant"
-                    self._refuse(own_at, own.model_dump(exclude_none=True), wanted)
-                    break
+            start = decay.start if own.start is None else own.start
+            end = decay.end if own.end is None else own.end
+            if start != end:
+                wanted = f"start equal to end, as {_dotted(decay_at)} is constant"
+                self._refuse(own_at, own.model_dump(exclude_none=True), wanted)
+                return
 
     def _once(self, seen: dict[str, int], name: str, index: int, what: str) -> None:
         if name in seen:
@@ -770,7 +784,13 @@ class _Checks:
 
     def _check_stage_groups(self, path: Path, stage: StageSpec) -> None:
         seen = dict[str, int]()
+        decays: list[tuple[Path, WeightDecay]] = []
+        if stage.weight_decay is not None:
+            decays = [((*path, "weight_decay"), stage.weight_decay)]
+        elif self._spec.weight_decay is not None:
+            decays = [(("weight_decay",), self._spec.weight_decay)]
         for index, group in enumerate(stage.groups):
+            self._check_group((*path, "groups", index), group, decays)
             name_at: Path = (*path, "groups", index, "name")
             if not self._known(name_at, ("groups",)):
                 continue
