@@ -50,8 +50,12 @@ class SlowConvergenceState:
     """Mean loss of each."""
     part: int
     """The part under way."""
+    low: float
+    """The least of its losses; infinite before the first."""
+    high: float
+    """The largest of its losses, likewise."""
     total: float
-    """Sum of its losses, added in order."""
+    """Sum of its other losses, in order of progress."""
     count: int
     """Number of its losses."""
     seen: int
@@ -67,8 +71,9 @@ class SlowConvergence(Stateful[SlowConvergenceState]):
     belongs to part `k = floor(16 * log10(n))` of the decades of progress. When the first loss past
     a part comes in, before it is added:
 
-    1. The mean of the part's losses, their sum in order divided by their number, becomes the point
-       `(k, mean)`. A mean that is not finite is left out.
+    1. The mean of the part's losses becomes the point `(k, mean)`: of more than two without the
+       largest and the least one, so that one corrupted batch moves nothing; their sum divided by
+       their number. A mean that is not finite is left out.
     2. The fit reads the second half of the decades seen: the points with `2 * k >= first + last`,
        from the part of the first loss to the one just closed. With at least 3 of them, of the
        averages `x` and `y`, `gain = 16 * sum((k - x) * (y - mean)) / sum((k - x) * (k - x))`, each
@@ -113,7 +118,16 @@ class SlowConvergence(Stateful[SlowConvergenceState]):
     def initial(self) -> SlowConvergenceState:
         """Return the state before the first loss."""
         return SlowConvergenceState(
-            first=None, parts=(), means=(), part=0, total=0.0, count=0, seen=0, silent_until=0
+            first=None,
+            parts=(),
+            means=(),
+            part=0,
+            low=math.inf,
+            high=-math.inf,
+            total=0.0,
+            count=0,
+            seen=0,
+            silent_until=0,
         )
 
     def decode(self, data: Mapping[str, Any]) -> SlowConvergenceState:
@@ -139,9 +153,16 @@ class SlowConvergence(Stateful[SlowConvergenceState]):
             state = _closed(state)
             proposed = self._judged(state, n, view)
             silent = state.seen + self._spec.again if proposed else state.silent_until
-            state = replace(state, part=part, total=0.0, count=0, silent_until=silent)
-        total = state.total + loss
-        return replace(state, total=total, count=state.count + 1, seen=state.seen + 1), proposed
+            state = replace(
+                state,
+                part=part,
+                low=math.inf,
+                high=-math.inf,
+                total=0.0,
+                count=0,
+                silent_until=silent,
+            )
+        return _added(state, loss), proposed
 
     def _judged(self, state: SlowConvergenceState, n: int, view: View) -> tuple[Change, ...]:
         spec = self._spec
@@ -167,9 +188,32 @@ class SlowConvergence(Stateful[SlowConvergenceState]):
         return (Multiply(spec.factor, f"{reason}a higher peak", max_lr=ceilings),)
 
 
+def _added(state: SlowConvergenceState, loss: float) -> SlowConvergenceState:
+    """Return the state with one more loss of the part under way."""
+    low, high, total = state.low, state.high, state.total
+    if state.count >= 2:
+        # The one in the middle; the others may yet be overtaken.
+        total += max(low, min(loss, high))
+    return replace(
+        state,
+        low=min(low, loss),
+        high=max(high, loss),
+        total=total,
+        count=state.count + 1,
+        seen=state.seen + 1,
+    )
+
+
+def _mean(state: SlowConvergenceState) -> float:
+    """Return the mean of the part under way."""
+    if state.count > 2:
+        return state.total / (state.count - 2)
+    return state.low if state.count == 1 else (state.low + state.high) / 2
+
+
 def _closed(state: SlowConvergenceState) -> SlowConvergenceState:
     """Return the state with the part under way as a point, without what the fit reads no more."""
-    first, last, mean = state.first or 0, state.part, state.total / state.count
+    first, last, mean = state.first or 0, state.part, _mean(state)
     points = list(zip(state.parts, state.means, strict=True))
     if math.isfinite(mean):
         points.append((last, mean))
