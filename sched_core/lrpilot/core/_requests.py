@@ -401,6 +401,11 @@ def _asked(state: RunState, request: OpenRequest) -> tuple[int, Direct]:
             "the directive is not carried out by an attempt",
             [Violation("directive", found.change.directive, "a rollback")],
         )
+    if found.mode != "act":
+        raise InvalidRequest(
+            "nobody was asked to follow the directive",
+            [Violation("directive", found.mode, "one that an operator approved")],
+        )
     return found.decided_at, found.change
 
 
