@@ -118,6 +118,7 @@ class Replay:
             incarnation="rank 0",
             token="0" * 32,
             directive=directive,
+            met_in=(self.state.attempt, self.state.token) if directive else None,
         )
         self._apply(core.open_attempt(self.state, request))
 
