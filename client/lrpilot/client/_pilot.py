@@ -278,6 +278,10 @@ class Pilot:
         LR and WD. Model, optimizer and data are the caller's; loading the optimizer's state
         afterwards needs `Scheduler.apply()`. RollbackHandler does all of it.
 
+        The first rank to call it ends the old attempt for all of them. A process group makes the
+        ranks wait for each other; ranks that share a key instead must do so before they call it,
+        or one that comes later may be refused as superseded before it meets the directive.
+
         Raises InvalidArgument, AttemptNotOpen, JoinRefused, AdjustmentNotFound,
         AttemptSuperseded, ServerUnavailable, …; with a process group on every rank.
         """
