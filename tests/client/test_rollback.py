@@ -444,6 +444,10 @@ def test_a_second_handler_and_wrong_arguments_are_refused(
     nothing: Any = None
     with pytest.raises(lrpilot.InvalidArgument, match="pilot: got None"):
         lrpilot.RollbackHandler(nothing, **right)
+    ranked = connect(rank=0, world_size=2, key="start-1")
+    mine = {**right, "scheduler": ranked.scheduler(right["optimizer"])}
+    with pytest.raises(lrpilot.InvalidArgument, match="one of 2 ranks without a process group"):
+        lrpilot.RollbackHandler(ranked, **mine)
     lrpilot.RollbackHandler(pilot, **right)
     with pytest.raises(lrpilot.InvalidArgument, match="'rollback', which has"):
         lrpilot.RollbackHandler(pilot, **right)

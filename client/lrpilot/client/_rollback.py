@@ -98,6 +98,14 @@ class RollbackHandler:
             raise invalid_argument("pilot", pilot, "what connect() returned")
         if not isinstance(scheduler, Scheduler) or scheduler._session is not pilot._session:
             raise invalid_argument("scheduler", scheduler, "what pilot.scheduler() returned")
+        place = pilot._session.place
+        if place.world_size > 1 and place.group is None:
+            raise invalid_argument(
+                "pilot",
+                f"one of {place.world_size} ranks without a process group",
+                "one rank, or ranks with a process group: they agree on the snapshot, and none may "
+                "go back before the others have met the directive",
+            )
         named = {"model": model, "optimizer": optimizer}
         named |= {f"also[{at}]": item for at, item in enumerate(also)}
         for name, item in named.items() if data is None else [*named.items(), ("data", data)]:
