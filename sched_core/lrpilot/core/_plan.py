@@ -408,15 +408,22 @@ class Plan:
         """Return the stages of the newest spec as they are planned now."""
         return self._stages(self._revisions[-1])
 
-    def phase(self, progress: int) -> Phase:
-        """Return where in the base schedule `progress` lies."""
+    def phase(self, progress: int, known_until: int | None = None) -> Phase:
+        """Return where in the base schedule `progress` lies.
+
+        A stage that is left behind `known_until` counts as if it ended where the spec says: in
+        an attempt that comes by once more, an operator's step is in the plan beforehand.
+        """
         revision = self._revision_at(progress)
         stages = self._stages(revision)
         index = stage_at(stages, progress)
         stage = stages[index]
         end = stage.decay_end
-        if stage.until is not None:
-            end = min(end, stage.until)
+        until = stage.until
+        if until is not None and known_until is not None and until > known_until:
+            until = revision.stages[index].until
+        if until is not None:
+            end = min(end, until)
         decays = any(isinstance(change, BeginDecay) for change in self._spells(progress))
         if progress > end:
             name = "ended"
@@ -715,7 +722,7 @@ class PlanView:
     @cached_property
     def phase(self) -> Phase:
         """Where in the base schedule n lies."""
-        return self.plan.phase(self.now)
+        return self.plan.phase(self.now, self.at)
 
     @property
     def total(self) -> int:
