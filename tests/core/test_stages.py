@@ -302,6 +302,20 @@ def test_what_an_operator_left_early_can_be_left_again_where_it_begins_later() -
     assert (begins(log, "two"), begins(log, "three")) == (40, 49)
 
 
+def test_a_policy_sees_no_end_of_a_stage_that_is_still_to_come() -> None:
+    anneal = {"kind": "decay-on-plateau", "window": 1, "patience": 2, "anneal": 60}
+    log = run({"name": "one", "until": 90, "learning_rate": CONSTANT}, TWO, policies=[anneal])
+    log.report(0, [1.0] * 10)
+    adjust = {"reason": "now", "author": "me", "request_id": "x"}
+    log.write(core.adjust_run(log.state, core.EnterNextStage(), **adjust))
+    before = log.rates(0, 20)
+    assert before[6:9] == [1.0, 1.0, 1.0 - math.sqrt(1 / 60)]
+    # What it began at 3 ends 60 later, not with the stage that the operator left at 14.
+    log.open(0)
+    log.report(0, [1.0] * 10)
+    assert log.rates(0, 20) == before
+
+
 def test_a_revision_keeps_the_stages_that_were_left() -> None:
     log = run(until_plateau(), TWO)
     log.report(0, [1.0] * 12)
