@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from lrpilot import core
-from lrpilot.core._plan import Plan
-from lrpilot.core._records import Values
+from lrpilot.core._plan import Plan, Values
 from lrpilot.v1 import trainer_pb2
 from tests.rules.world import FAR, REPORTER, RUN, World, make_spec, promise
 

@@ -1,11 +1,12 @@
 """What the promise says the values are, worked out without the core's plan, fold and records.
 
-Only the base curves are the core's: other tests hold them against Megatron-LM. The plateau rule
-is written again here, as torch has it.
+Only the base curves are the core's: other tests hold them against Megatron-LM. The rules of the
+plateau policy (as torch has it), of the chain of changes, of clamps, of taking back and of
+rollbacks are written again here.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,9 @@ from lrpilot import core
 Hex = tuple[str, ...]
 """LR and then WD of every group at one progress, as `float.hex`."""
 
+Name = tuple[str, int]
+"""What an undo goes by: ("loss", n) of what a policy decided on it, ("made", count) of another."""
+
 
 @dataclass(frozen=True)
 class Version:
@@ -23,6 +27,8 @@ class Version:
     effective: int
     observes_from: int
     spec: Mapping[str, Any]
+    made: int = 0
+    """How many things were done to the run before."""
 
     @cached_property
     def base(self) -> Callable[[int], tuple[tuple[float, float | None], ...]]:
@@ -30,8 +36,41 @@ class Version:
         return core.base_schedule(core.parse_spec(self.spec))
 
     @property
-    def policy(self) -> dict[str, Any]:
-        return dict(self.spec["policies"][0])
+    def policy(self) -> dict[str, Any] | None:
+        return next((dict(item) for item in self.spec["policies"]), None)
+
+    @cached_property
+    def bounds(self) -> tuple[float, float]:
+        bounds = self.spec["bounds"]
+        return bounds["min_lr"], bounds["max_lr"]
+
+    def stage_begin(self, progress: int) -> int:
+        ends = [stage["until"] for stage in self.spec.get("stages", ()) if "until" in stage]
+        return max((end for end in ends if end <= progress), default=0)
+
+
+@dataclass(frozen=True)
+class Link:
+    """One change of the plan from a progress on."""
+
+    effective: int
+    name: Name
+    action: str
+    amount: float = 0.0
+    """Factor of a multiplication, LR of a set."""
+    eps: float = 0.0
+    targets: tuple[Name, ...] = ()
+    """Of an undo."""
+    asked: str = ""
+    """Kind of a directive."""
+    is_rollback: bool = False
+    """Whether an attempt that carries out a rollback brought it."""
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """Changes apply in the order of this: policies first, where they take effect at once."""
+        kind, number = self.name
+        return self.effective, int(kind == "made"), number
 
 
 @dataclass(frozen=True)
@@ -42,8 +81,7 @@ class Decided:
     best: float = math.inf
     bad: int = 0
     muted_until: int = 0
-    cuts: tuple[tuple[int, float], ...] = ()
-    """(first progress at which it shows, factor)."""
+    cuts: tuple[Link, ...] = ()
 
 
 @dataclass
@@ -60,9 +98,15 @@ class Reference:
     origin: int = 0
     losses: dict[int, float] = field(default_factory=dict)
     """The losses that policies saw, by progress."""
+    skips: dict[tuple[int, int], float | None] = field(default_factory=dict)
+    """(progress, number of skipped updates before it there) to the loss of a skipped update."""
     late: dict[int, float] = field(default_factory=dict)
     openings: list[tuple[int, int]] = field(default_factory=list)
     """(attempt, begin) of each."""
+    made: tuple[Link, ...] = ()
+    """What operators and rollbacks did, in the order in which it applies."""
+    count: int = 0
+    """How many things were done to the run."""
 
     @property
     def horizon(self) -> int:
@@ -70,12 +114,8 @@ class Reference:
 
     def expected(self, progress: int) -> Hex:
         """The values at a progress below the horizon."""
-        cuts = self.decided().cuts
-        version = self.version_at(progress)
-        pairs = version.base(progress)
-        rates = [_cut(rate, cuts, progress) for rate, _ in pairs]
-        decays = [decay for _, decay in pairs if decay is not None]
-        return tuple(float(x).hex() for x in (*rates, *decays))
+        rates, decays = self._values(progress, self.decided().cuts)
+        return tuple(x.hex() for x in (*rates, *decays))
 
     def version_at(self, progress: int) -> Version:
         return [item for item in self.versions if item.effective <= progress][-1]
@@ -90,36 +130,112 @@ class Reference:
 
     def _observe(self, now: Decided, at: int, loss: float) -> Decided:
         policy = [item for item in self.versions if item.observes_from <= at][-1].policy
+        if policy is None:
+            return now
         if policy != now.policy:
             now = replace(now, policy=policy, best=math.inf, bad=0, muted_until=0)
-        if at < now.muted_until or not math.isfinite(loss):
+        if at < now.muted_until or not math.isfinite(loss) or self.holds(at):
             return now
         if loss < now.best * (1.0 - 1e-4):
             return replace(now, best=loss, bad=0)
         if now.bad + 1 <= policy["patience"]:
             return replace(now, bad=now.bad + 1)
         shows, factor = at + self.delay, policy["factor"]
-        rates = [rate for rate, _ in self.version_at(shows).base(shows)]
-        before = [_cut(rate, now.cuts, shows) for rate in rates]
-        after = [_cut(rate, (*now.cuts, (shows, factor)), shows) for rate in rates]
-        if before == after:
+        rates, _ = self._values(shows, now.cuts)
+        if all(rate - rate * factor <= 1e-8 for rate in rates):
             return replace(now, bad=0)
-        return replace(now, bad=0, muted_until=shows, cuts=(*now.cuts, (shows, factor)))
+        cut = Link(shows, ("loss", at), "multiply", factor, 1e-8)
+        return replace(now, bad=0, muted_until=shows, cuts=(*now.cuts, cut))
+
+    # The chain of changes.
+
+    def _values(self, progress: int, cuts: Sequence[Link]) -> tuple[list[float], list[float]]:
+        links = [item for item in self._ordered(cuts) if item.effective <= progress]
+        known: dict[int, tuple[list[float], list[float]]] = {}
+
+        def just_before(index: int) -> tuple[list[float], list[float]]:
+            """Return LR and WD where a link takes effect, as they are without it."""
+            if index not in known:
+                link = links[index]
+                met = [
+                    item
+                    for item in self.versions
+                    if item.effective < link.effective
+                    or (item.effective == link.effective and item.made < link.key[2])
+                ]
+                known[index] = after(index, link.effective, met[-1])
+            return known[index]
+
+        def after(count: int, at: int, version: Version) -> tuple[list[float], list[float]]:
+            """Return LR and WD at a progress after the first `count` links."""
+            pairs = version.base(at)
+            rates = [rate for rate, _ in pairs]
+            decays = [decay for _, decay in pairs if decay is not None]
+            begin, undone = version.stage_begin(at), _undone(links[:count])
+            for index, link in enumerate(links[:count]):
+                if link.name in undone or (link.effective < begin and link.action != "hold"):
+                    continue
+                if link.action == "hold":
+                    rates, decays = just_before(index)
+                elif link.action == "multiply":
+                    wanted = [rate * link.amount for rate in rates]
+                    rates = _moved(rates, wanted, link.eps, version.bounds)
+                elif link.action == "set":
+                    first = just_before(index)[0][0]
+                    wanted = [link.amount * (rate / first) for rate in rates]
+                    rates = _moved(rates, wanted, link.eps, version.bounds)
+                elif link.action == "scale weight decay":
+                    decays = [decay * link.amount for decay in decays]
+            return rates, decays
+
+        return after(len(links), progress, self.version_at(progress))
+
+    def _ordered(self, cuts: Sequence[Link]) -> list[Link]:
+        return sorted((*cuts, *self.made), key=lambda item: item.key)
+
+    def undone(self, progress: float = math.inf) -> set[Name]:
+        return _undone([item for item in self.made if item.effective <= progress])
+
+    def holds(self, progress: int) -> tuple[Name, ...]:
+        """The holds in force at a progress."""
+        undone = self.undone(progress)
+        return tuple(
+            item.name
+            for item in self.made
+            if item.action == "hold" and item.effective <= progress and item.name not in undone
+        )
+
+    def directives(self, begin: int, last: int) -> list[Link]:
+        """What ranks that have values up to and with `last` must know of."""
+        return [item for item in self.made if item.asked and begin <= item.effective <= last]
 
     # What happens to the run.
 
     def open(self, begin: int) -> None:
         self.losses = {at: loss for at, loss in self.losses.items() if at < begin}
         self.late = {at: loss for at, loss in self.late.items() if at < begin}
+        self.skips = {key: loss for key, loss in self.skips.items() if key[0] < begin}
         self.attempt += 1
         self.openings.append((self.attempt, begin))
         self.begin = self.frontier = begin
 
     def take_over(self, begin: int, before: Decided) -> None:
         """Open from a saved state whose past is not the log's."""
-        self.losses, self.late = {}, {}
+        self.losses, self.late, self.skips = {}, {}, {}
         self.before, self.origin = before, begin
         self.open(begin)
+
+    def roll_back(self, begin: int, asked: Link) -> None:
+        """Open as a directive asks: with a cut, in place of those of earlier rollbacks there."""
+        undone = self.undone()
+        old = [item for item in self.made if item.is_rollback and item.effective >= begin]
+        factor = asked.amount
+        for item in old:
+            if item.name not in undone:
+                factor *= item.amount
+        self.made = tuple(item for item in self.made if item not in (*old, asked))
+        self.open(begin)
+        self._make("multiply", factor, at=begin, is_rollback=True)
 
     def report(self, at: int, loss: float | None, moves_to: int) -> str:
         """Take one report that is not refused; return what becomes of it."""
@@ -135,18 +251,63 @@ class Reference:
         self.frontier = max(self.frontier, moves_to)
         return outcome
 
+    def skip(self, at: int, loss: float | None, tries: int) -> str:
+        """Take the report of a skipped update: it moves nothing past its own progress."""
+        if at < self.frontier or (at, tries) in self.skips:
+            return "REPEATED"
+        self.skips[at, tries] = loss
+        self.frontier = at
+        return "RECORDED"
+
+    def tries(self, at: int) -> int:
+        """Skipped updates at a progress."""
+        return sum(progress == at for progress, _ in self.skips)
+
     def waive(self, wanted: int) -> None:
         while wanted >= self.horizon:
             self.frontier += self.delay
 
     def revise(self, spec: Mapping[str, Any]) -> int:
         effective = self.horizon
-        self.versions.append(Version(effective, self.frontier, spec))
+        self.count += 1
+        self.versions.append(Version(effective, self.frontier, spec, self.count))
         return effective
 
+    def adjust(self, action: str, amount: float = 0.0, target: Name | None = None) -> bool:
+        """Let an operator change the plan from the horizon on; False: it is so already."""
+        at = self.horizon
+        targets: tuple[Name, ...] = ()
+        if action == "release":
+            action, targets = "undo", self.holds(at)
+        elif target is not None and target not in self.undone(at):
+            targets = (target,)
+        if (action == "hold" and self.holds(at)) or (action == "undo" and not targets):
+            return False
+        self._make(action, amount, at=at, targets=targets)
+        return True
 
-def _cut(rate: float, cuts: tuple[tuple[int, float], ...], progress: int) -> float:
-    for shows, factor in cuts:
-        if shows <= progress and rate - rate * factor > 1e-8:
-            rate = rate * factor
-    return rate
+    def ask(self, kind: str, factor: float = 0.0) -> None:
+        """Let an operator ask the trainers for something."""
+        self._make("directive", factor, at=self.horizon, asked=kind)
+
+    def _make(self, action: str, amount: float, *, at: int, **fields: Any) -> None:
+        self.count += 1
+        link = Link(at, ("made", self.count), action, amount, **fields)
+        self.made = tuple(sorted((*self.made, link), key=lambda item: item.key))
+
+
+def _undone(links: Sequence[Link]) -> set[Name]:
+    return {name for link in links for name in link.targets}
+
+
+def _moved(
+    rates: Sequence[float], wanted: Sequence[float], eps: float, bounds: tuple[float, float]
+) -> list[float]:
+    """Return LRs after a change: a cut never raises, a raise never lowers, nor leaves bounds."""
+    low, high = bounds
+    moved = []
+    for old, new in zip(rates, wanted, strict=True):
+        held = max(new, low) if new < old else min(new, high)
+        moves = old - held > eps if new < old else held - old > eps
+        moved.append(held if moves else old)
+    return moved

@@ -2,7 +2,8 @@
 
 Two servers share one store and each lags behind the other; answers and requests are lost,
 messages come twice, attempts are superseded and go on all the same, jobs resume further back and
-differ, operators change the spec, reporters fall silent. `World` holds every answer against the
+differ, operators change the spec and the plan and ask for rollbacks, optimizers refuse updates,
+reporters fall silent. `World` holds every answer against the
 promise.
 """
 
@@ -166,6 +167,76 @@ class Job(RuleBasedStateMachine):
         world = self.world
         spec = make_spec(world.delay, peak=peak, patience=patience)
         world.revise(spec, replica=replica, fault=fault)
+
+    @rule(
+        losses=st.lists(LOSSES, min_size=1, max_size=2),
+        ahead=st.sampled_from([0, 0, 0, 2]),
+        replica=REPLICAS,
+        fault=FAULTS,
+        again=st.booleans(),
+    )
+    def skip(self, losses: list[float], ahead: int, replica: int, fault: Any, again: bool) -> None:
+        """The optimizer refuses some updates at the same progress."""
+        world = self.world
+        at = world.reference.frontier + ahead
+        for loss in losses:
+            tries = world.reference.tries(at)
+            world.skip(at, loss, replica=replica, fault=fault)
+            if again:
+                world.skip(at, loss, tries, replica=1 - replica)
+
+    @rule(
+        change=st.sampled_from(
+            [
+                ("multiply", 0.7),
+                ("multiply", 2.0),
+                ("set", 0.05),
+                ("set", 0.3),
+                ("scale weight decay", 0.5),
+                ("hold", 0.0),
+                ("release", 0.0),
+            ]
+        ),
+        replica=REPLICAS,
+        fault=FAULTS,
+        dry=st.booleans(),
+    )
+    def adjust(self, change: tuple[str, float], replica: int, fault: Any, dry: bool) -> None:
+        self.world.adjust(*change, replica=replica, fault=fault, dry=dry)
+
+    @rule(data=st.data(), replica=REPLICAS, fault=FAULTS)
+    def undo(self, data: st.DataObject, replica: int, fault: Any) -> None:
+        reference = self.world.reference
+        links = (*reference.decided().cuts, *reference.made)
+        names = [item.name for item in links if item.action not in ("undo", "directive")]
+        if names:
+            target = data.draw(st.sampled_from(names))
+            self.world.adjust("undo", target=target, replica=replica, fault=fault)
+
+    @precondition(lambda self: self.world.done)
+    @rule(data=st.data(), replica=REPLICAS)
+    def repeat_what_an_operator_did(self, data: st.DataObject, replica: int) -> None:
+        self.world.repeat(data.draw(st.sampled_from(self.world.done)), replica=replica)
+
+    @precondition(lambda self: self.world.reference.frontier > 0)
+    @rule(
+        kind=st.sampled_from(["evaluate", "rollback", "rollback"]),
+        factor=st.sampled_from([0.5, 0.9]),
+        replica=REPLICAS,
+        fault=FAULTS,
+    )
+    def ask_ranks(self, kind: str, factor: float, replica: int, fault: Any) -> None:
+        self.world.ask_ranks(kind, before=1, factor=factor, replica=replica, fault=fault)
+
+    @rule(data=st.data(), replica=REPLICAS, fault=FAULTS)
+    def roll_back(self, data: st.DataObject, replica: int, fault: Any) -> None:
+        """A rank of the attempt in use meets a rollback and opens the attempt that it asks for."""
+        world, reference = self.world, self.world.reference
+        asked = [item for item in reference.made if item.asked == "rollback"]
+        if asked:
+            begin = data.draw(st.integers(reference.origin, reference.frontier + 2))
+            directive = data.draw(st.sampled_from(asked))
+            world.open(begin, directive=directive, replica=replica, fault=fault)
 
     @rule(replica=REPLICAS)
     def kill_a_server(self, replica: int) -> None:

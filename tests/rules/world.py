@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from lrpilot import core
+from lrpilot.core._plan import ORDER_OF_OPERATORS
 from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._run_service import RunService
 from lrpilot.server._store import Append, AppendResult, LogRow, Store, StoreUnavailable
-from lrpilot.server._trainer_service import TrainerService
+from lrpilot.server._trainer_service import MAX_DIRECTIVES, TrainerService
 from lrpilot.v1 import runs_pb2, trainer_pb2
-from tests.rules.reference import Decided, Hex, Reference, Version
+from tests.rules.reference import Decided, Hex, Link, Name, Reference, Version
 
 T = TypeVar("T")
 
@@ -41,9 +42,12 @@ def promise(kept: bool, text: str) -> None:
         raise BrokenPromise(text)
 
 
-def make_spec(delay: int, *, peak: float = 0.1, patience: int = 1) -> dict[str, Any]:
-    """A spec whose LR and WD differ at every progress, with a policy that fires soon."""
-    return {
+def make_spec(delay: int, *, peak: float = 0.1, patience: int = 1, **fields: Any) -> dict[str, Any]:
+    """A spec whose LR and WD differ at every progress, with a policy that fires soon.
+
+    `fields` take the place of its own; None: without that field.
+    """
+    spec = {
         "name": RUN,
         "total": 1000,
         "learning_rate": {
@@ -57,7 +61,10 @@ def make_spec(delay: int, *, peak: float = 0.1, patience: int = 1) -> dict[str, 
         "groups": [{"name": "all"}, {"name": "small", "peak": peak / 3}],
         "policies": [{"kind": "plateau", "patience": patience, "factor": 0.5}],
         "feedback": {"delay": delay, "timeout": "1ms"},
+        "bounds": {"min_lr": 0.0005, "max_lr": 0.25},
+        **fields,
     }
+    return {name: value for name, value in spec.items() if value is not None}
 
 
 class FaultyStore:
@@ -134,6 +141,19 @@ class Saved:
     """The last spec that a trainer gave."""
     handed: Mapping[int, Hex]
     """Values that had left by then, from `progress` on, by progress."""
+    made: tuple[Link, ...]
+    count: int
+    """What operators and rollbacks had done, and how many things in all."""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What an operator asked for, and the first answer."""
+
+    request: runs_pb2.AdjustRunRequest | runs_pb2.ApproveAdviceRequest
+    effective: int
+    adjustment: str
+    """Id; empty: nothing was to be done."""
 
 
 class World:
@@ -156,6 +176,10 @@ class World:
         """The last spec that a trainer gave."""
         self.restoring = False
         """Whether the next opening finds nothing but its saved state."""
+        self.met: dict[tuple[int, str], tuple[int, int]] = {}
+        """(attempt, id) of each directive that ranks were told of, to its (kind, progress)."""
+        self.done: list[Done] = []
+        """What operators did."""
         self._ids = (f"request {number}" for number in itertools.count())
         request = runs_pb2.CreateRunRequest(
             spec_document=json.dumps(spec), request_id=self.next_id()
@@ -193,8 +217,12 @@ class World:
         replica: int = 0,
         fault: Fault = "none",
         key: str = "",
+        directive: Link | None = None,
     ) -> Attempt:
-        """Open an attempt at `begin`, or from a saved state; the request is repeated until done."""
+        """Open an attempt at `begin`, or from a saved state; the request is repeated until done.
+
+        `directive`: the rollback that it carries out.
+        """
         request = trainer_pb2.OpenAttemptRequest(
             run=RUN,
             request_id=self.next_id(),
@@ -204,17 +232,23 @@ class World:
             rank=REPORTER,
             reporter=REPORTER,
             incarnation=f"process of attempt {self.reference.attempt + 1}",
+            directive=self.id_of(directive.name) if directive is not None else "",
+            met_in=self.current.message if directive is not None else None,
         )
         answer = self._until_done(lambda one: one.trainers.open_attempt(request), replica, fault)
         at = state.progress if state is not None else begin or 0
         promise(answer.begin == at, f"opened at {answer.begin}, not {at}")
         if state is not None and (self._is_elsewhere(state) or self.restoring):
             inherited = state.handed
+        elif directive is not None:
+            inherited = {}
         else:
             inherited = self._handed_in(self.reference.attempt, at)
         self.restoring = False
         if state is not None and self._is_elsewhere(state):
             self.reference.take_over(at, state.decided)
+        elif directive is not None:
+            self.reference.roll_back(at, directive)
         else:
             self.reference.open(at)
         promise(
@@ -273,6 +307,8 @@ class World:
         promise(begin in values, f"asked at {begin}, got {list(values)}")
         for progress, got in values.items():
             self._handed_out(attempt, progress, got, is_current=is_current)
+        if is_current:
+            self._directed(attempt, max(values), answer.directives)
         return values
 
     def ask_through(self, begin: int, end: int, *, replica: int = 0) -> None:
@@ -297,22 +333,169 @@ class World:
             rank=REPORTER,
             incarnation=attempt.incarnation,
             reports=[
-                trainer_pb2.LossReport(progress=at, loss=loss, weight=1.0, moves_to=to)
-                for at, loss, to in reports
+                _report(at, loss, to, tries=self.reference.tries(at)) for at, loss, to in reports
             ],
         )
         before = self.reference.frontier
         answer = self._until_done(lambda one: one.trainers.report_losses(request), replica, fault)
-        outcomes = [
-            trainer_pb2.ReportOutcome.Name(item).removeprefix("REPORT_OUTCOME_")
-            for item in answer.outcomes
-        ]
+        outcomes = _outcomes(answer)
         expected = [self.reference.report(*item) for item in reports]
         if fault == "lost answer":
             # The repeat finds what the first call recorded.
             expected = ["REPEATED" if item == "RECORDED" else item for item in expected]
         promise(outcomes == expected, f"{reports} at frontier {before}: {outcomes}, not {expected}")
         return outcomes
+
+    def skip(
+        self,
+        at: int,
+        loss: float | None,
+        tries: int | None = None,
+        *,
+        replica: int = 0,
+        fault: Fault = "none",
+    ) -> str:
+        """Report that the optimizer refused the update at `at`; return what became of it."""
+        tries = self.reference.tries(at) if tries is None else tries
+        request = trainer_pb2.ReportLossesRequest(
+            run=RUN,
+            attempt=self.current.message,
+            rank=REPORTER,
+            incarnation=self.current.incarnation,
+            reports=[_report(at, loss, at, tries=tries, skipped=True)],
+        )
+        answer = self._until_done(lambda one: one.trainers.report_losses(request), replica, fault)
+        (outcome,) = _outcomes(answer)
+        expected = self.reference.skip(at, loss, tries)
+        if fault == "lost answer" and expected == "RECORDED":
+            expected = "REPEATED"
+        promise(outcome == expected, f"a skip at {at}, try {tries}: {outcome}, not {expected}")
+        return outcome
+
+    def adjust(
+        self,
+        action: str,
+        amount: float = 0.0,
+        *,
+        target: Name | None = None,
+        replica: int = 0,
+        fault: Fault = "none",
+        dry: bool = False,
+    ) -> bool:
+        """Change the plan as an operator; `dry`: look first. Return whether anything was done."""
+        request = runs_pb2.AdjustRunRequest(run=RUN, reason="why", author="somebody")
+        match action:
+            case "multiply":
+                request.scale_lr = amount
+            case "set":
+                request.set_lr = amount
+            case "scale weight decay":
+                request.scale_weight_decay = amount
+            case "undo" if target is not None:
+                request.undo = self.id_of(target)
+            case _:
+                setattr(request, action, True)
+        at = self.reference.horizon
+        before = self.reference.expected(at)
+        changed, answer = self._change(
+            request,
+            lambda: self.reference.adjust(action, amount, target),
+            replica=replica,
+            fault=fault,
+            dry=dry,
+        )
+        if changed and fault != "lost answer":
+            after = self.reference.expected(at)
+            told = answer.adjustment
+            got = _hex((*told.before, *told.weight_decay_before))
+            promise(got == before, f"{action} at {at}: before it {got}, not {before}")
+            got = _hex((*told.after, *told.weight_decay_after))
+            promise(got == after, f"{action} at {at}: after it {got}, not {after}")
+        return changed
+
+    def ask_ranks(
+        self,
+        kind: str,
+        *,
+        before: int = 0,
+        factor: float = 0.0,
+        replica: int = 0,
+        fault: Fault = "none",
+    ) -> Link:
+        """Ask the trainers for something as an operator."""
+        request = runs_pb2.AdjustRunRequest(
+            run=RUN,
+            directive=runs_pb2.DirectiveRequest(kind=kind, before=before, factor=factor),
+            reason="why",
+            author="somebody",
+        )
+
+        def ask() -> bool:
+            self.reference.ask(kind, factor)
+            return True
+
+        self._change(request, ask, replica=replica, fault=fault, dry=False)
+        return next(
+            item for item in self.reference.made if item.name == ("made", self.reference.count)
+        )
+
+    def _change(
+        self,
+        request: runs_pb2.AdjustRunRequest,
+        expect: Callable[[], bool],
+        *,
+        replica: int,
+        fault: Fault,
+        dry: bool,
+    ) -> tuple[bool, runs_pb2.AdjustRunResponse]:
+        """Carry out what an operator asks for; compare it with what it must do."""
+        shown = None
+        if dry:
+            head = self.store.head(RUN)
+            request.dry_run = True
+            shown = self.call(lambda one: one.people.adjust_run(request), replica)
+            request.dry_run = False
+            promise(self.store.head(RUN) == head, "a look changed the run")
+        request.request_id = self.next_id()
+        answer = self._until_done(lambda one: one.people.adjust_run(request), replica, fault)
+        effective, changed = self.reference.horizon, expect()
+        promise(answer.unchanged != changed, f"{request}: unchanged is {answer.unchanged}")
+        promise(answer.effective == effective, f"lands at {answer.effective}, not at {effective}")
+        if shown is not None and fault != "lost answer":
+            same = (shown.effective, shown.unchanged, shown.adjustment, list(shown.preview))
+            got = (answer.effective, answer.unchanged, answer.adjustment, list(answer.preview))
+            promise(same == got, f"what was shown, {shown}, is not what was done, {answer}")
+        if changed:
+            self.done.append(Done(request, effective, answer.adjustment.id))
+        return changed, answer
+
+    def repeat(self, done: Done, *, replica: int = 0) -> None:
+        """Ask once more for what was done: the first answer comes, and nothing else."""
+        head = self.store.head(RUN)
+        request = done.request
+        answer: runs_pb2.AdjustRunResponse | runs_pb2.ApproveAdviceResponse
+        if isinstance(request, runs_pb2.AdjustRunRequest):
+            adjust = request
+            answer = self.call(lambda one: one.people.adjust_run(adjust), replica)
+        else:
+            approve = request
+            answer = self.call(lambda one: one.people.approve_advice(approve), replica)
+        got = (answer.effective, answer.adjustment.id)
+        promise(got == (done.effective, done.adjustment), f"{done}, and once more {got}")
+        promise(self.store.head(RUN) == head, "a repeat changed the run")
+
+    def id_of(self, name: Name) -> str:
+        """Return the id under which the run knows a change."""
+        state = core.fold(RUN, (row.payload for row in self.store.read(RUN)))
+        kind, number = name
+        if kind == "loss":
+            return next(
+                item.id
+                for item in state.plan.adjustments
+                if item.order == 0 and item.decided_at == number
+            )
+        names = [item.name for item in self.reference.made]
+        return _by_operators(state)[names.index(name)].id
 
     def revise(self, spec: dict[str, Any], *, replica: int = 0, fault: Fault = "none") -> int:
         """Give the run another spec as an operator."""
@@ -341,6 +524,8 @@ class World:
             reference.attempt,
             self.given,
             self._handed_in(reference.attempt, progress),
+            reference.made,
+            reference.count,
         )
 
     # What happens to servers.
@@ -358,12 +543,15 @@ class World:
         versions = list(state.versions)
         self.reference = Reference(self.delay, versions, attempt=state.attempt)
         self.reference.before, self.reference.origin = state.decided, state.progress
+        self.reference.made, self.reference.count = state.made, state.count
+        self.done = []
         # Attempts that the lost log knew are no more; their numbers may come again.
         self.handed = {
             (number, progress): values
             for (number, progress), values in self.handed.items()
             if number <= state.attempt
         }
+        self.met = {}
         self.attempts = [item for item in self.attempts if item.number <= state.attempt]
         self.restoring = True
         self.given = state.given
@@ -383,17 +571,26 @@ class World:
         """Fold the log anew: nothing acknowledged is missing, nothing else is there."""
         state = core.fold(RUN, (row.payload for row in self.store.read(RUN)))
         reference = self.reference
+        seen = list(zip(state.loss_progress, state.loss_values, strict=True))
         kept = {
-            at: loss.hex() for at, loss in zip(state.loss_progress, state.loss_values, strict=True)
+            (at, extra.tries if extra is not None and extra.is_skipped else None): _bits(loss)
+            for at, loss, extra in ((*pair, state.extras.get(i)) for i, pair in enumerate(seen))
         }
-        wanted = {at: loss.hex() for at, loss in reference.losses.items()}
+        wanted: dict[tuple[int, int | None], str] = {
+            (at, None): loss.hex() for at, loss in reference.losses.items()
+        }
+        wanted.update({key: _bits(loss) for key, loss in reference.skips.items()})
         promise(kept == wanted, f"losses in the log {kept}, acknowledged {wanted}")
+        promise(len(seen) == len(kept), f"a loss was observed twice: {seen}")
         late = {at: loss.hex() for (at, _), loss in state.late.items()}
         promise(late == {at: x.hex() for at, x in reference.late.items()}, f"late losses {late}")
         promise(
             (state.frontier, state.horizon) == (reference.frontier, reference.horizon),
             f"frontier and horizon {state.frontier}, {state.horizon}",
         )
+        made = [(item.effective, item.change.action) for item in _by_operators(state)]
+        expected = [(item.effective, item.action) for item in reference.made]
+        promise(made == expected, f"operators did {made} in the log, and asked for {expected}")
         return state
 
     def check(self) -> None:
@@ -438,6 +635,19 @@ class World:
             self.handed[key] = got
         promise(self.handed[key] == got, f"two values for {key}: {known} and {got}")
 
+    def _directed(self, attempt: Attempt, last: int, got: Iterable[trainer_pb2.Directive]) -> None:
+        """Hold the directives of an answer whose values reach `last` against the promise."""
+        told = {item.id: (item.kind, item.progress) for item in got}
+        asked = self.reference.directives(attempt.begin, last)[-MAX_DIRECTIVES:]
+        wanted = [(_kind(item.asked), item.effective) for item in asked]
+        promise(
+            list(told.values()) == wanted,
+            f"with values up to {last} came {told}, and {wanted} are asked for",
+        )
+        for name, directive in told.items():
+            known = self.met.setdefault((attempt.number, name), directive)
+            promise(known == directive, f"directive {name} is {known} and {directive}")
+
     def _handed_in(self, attempt: int, begin: int) -> dict[int, Hex]:
         """The values from `begin` on that left in an attempt."""
         return {
@@ -474,14 +684,46 @@ async def _awaited(work: Awaitable[T]) -> T:
     return await work
 
 
+def _kind(name: str) -> int:
+    return trainer_pb2.DirectiveKind.Value(f"DIRECTIVE_KIND_{name.upper()}")
+
+
+def _report(
+    at: int, loss: float | None, to: int, *, tries: int, skipped: bool = False
+) -> trainer_pb2.LossReport:
+    report = trainer_pb2.LossReport(progress=at, loss=loss, moves_to=to, skipped=skipped)
+    setattr(report, "try", tries)
+    return report
+
+
+def _outcomes(answer: trainer_pb2.ReportLossesResponse) -> list[str]:
+    return [
+        trainer_pb2.ReportOutcome.Name(item).removeprefix("REPORT_OUTCOME_")
+        for item in answer.outcomes
+    ]
+
+
+def _by_operators(state: core.RunState) -> list[core.Adjustment]:
+    """What operators and rollbacks did, in the order in which it applies."""
+    return [item for item in state.plan.adjustments if item.order >= ORDER_OF_OPERATORS]
+
+
+def _bits(loss: float | None) -> str:
+    return "none" if loss is None else loss.hex()
+
+
+def _hex(numbers: Iterable[float]) -> Hex:
+    return tuple(float(x).hex() for x in numbers)
+
+
 def _values(block: trainer_pb2.Block) -> dict[int, Hex]:
     groups = 2
     steps = len(block.learning_rates) // groups
     values = {}
     for step in range(steps):
         part = slice(step * groups, (step + 1) * groups)
-        numbers: Iterable[float] = (*block.learning_rates[part], *block.weight_decays[part])
-        values[block.begin + step * block.stride] = tuple(float(x).hex() for x in numbers)
+        numbers = (*block.learning_rates[part], *block.weight_decays[part])
+        values[block.begin + step * block.stride] = _hex(numbers)
     return values
 
 

@@ -187,8 +187,7 @@ def planned(state: RunState, events: Sequence[Event]) -> Plan:
 
 def made_next(state: RunState, event: Adjusted) -> Adjustment:
     """Return what an operator's event makes where it is the next one of the log."""
-    made = state.made_by(event)
-    return replace(made, seq=state.seq + 1)
+    return state.made_by(event, state.seq + 1)
 
 
 def with_total(spec: RunSpec, total: int) -> RunSpec:

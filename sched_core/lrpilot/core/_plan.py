@@ -298,10 +298,12 @@ class Plan:
                 others = [*self._adjustments[:index], *self._adjustments[index + 1 :]]
                 self._adjustments[index] = Plan(self._revisions, others).stated(item)
 
-    def rolled_back(self, rollback: Rollback) -> list[Adjustment]:
-        """Note a rollback; return the cuts of earlier ones that it takes the place of."""
+    def rolled_back(self, rollback: Rollback, directive: str) -> list[Adjustment]:
+        """Note a rollback; return what it takes the place of: the cuts of earlier ones, and the
+        directive that asked for it, lest a restarted job meet it once more."""
         self.rollbacks += (rollback,)
         replaced = self.cuts_from(rollback.begin)
+        replaced += [item for item in self._adjustments if item.id == directive]
         if replaced:
             self._adjustments = [item for item in self._adjustments if item not in replaced]
             self._changed()

@@ -305,20 +305,21 @@ class RunState:
             self.marks.append((len(self.loss_progress), self.observers))
 
     def _adjust(self, event: Adjusted) -> None:
-        adjustment = self.made_by(event)
+        adjustment = self.made_by(event, self.seq)
         self.plan.adjust(adjustment)
         self.made[event.request_id] = adjustment.id
         self.answers[event.request_id] = (event.kind, event.effective)
         if event.advice:
             self.approved[event.advice] = adjustment.id
 
-    def made_by(self, event: Adjusted) -> Adjustment:
-        """Return what an operator's event adds to the plan, as the event of this `seq`."""
+    def made_by(self, event: Adjusted, seq: int) -> Adjustment:
+        """Return what an operator's event adds to the plan, as the event of that `seq`."""
         return self._from_outside(
             event.effective,
             change_from_mapping(event.change),
             decided_at=self.frontier,
             kind="operator",
+            seq=seq,
             author=event.author,
         )
 
@@ -329,9 +330,10 @@ class RunState:
         *,
         decided_at: int,
         kind: str,
+        seq: int,
         author: str = "",
     ) -> Adjustment:
-        """Return what no policy decided as part of the plan, as the event of this `seq`."""
+        """Return what no policy decided as part of the plan, as the event of that `seq`."""
         return self.plan.stated(
             Adjustment(
                 effective=effective,
@@ -346,7 +348,7 @@ class RunState:
                 after=(),
                 decays_before=(),
                 decays_after=(),
-                seq=self.seq,
+                seq=seq,
                 author=author,
             )
         )
@@ -420,7 +422,7 @@ class RunState:
     def _roll_back(self, event: Opened) -> None:
         """Cut the LR from where a rollback opened: the cut must survive the rewind."""
         rollback = Rollback(event.begin, event.before, event.asked_at, event.factor)
-        self.forgotten += self.plan.rolled_back(rollback)
+        self.forgotten += self.plan.rolled_back(rollback, event.directive)
         self.outcomes[event.directive] = "done"
         cut = Multiply(
             event.factor,
@@ -428,7 +430,9 @@ class RunState:
             f"{event.asked_at}, with the damage beginning at {event.before}",
         )
         self.plan.adjust(
-            self._from_outside(event.begin, cut, decided_at=event.begin, kind="rollback")
+            self._from_outside(
+                event.begin, cut, decided_at=event.begin, kind="rollback", seq=self.seq
+            )
         )
 
     def _rewind(self, progress: int) -> None:

@@ -112,7 +112,7 @@ def shown_change(run: LiveRun, state: core.RunState, events: Sequence[core.Event
 
 def repeated_change(run: LiveRun, state: core.RunState, request_id: str, effective: int) -> Change:
     """Return the first answer once more, without its preview."""
-    made = state.plan.find(state.made.get(request_id, ""))
+    made = state.find(state.made.get(request_id, ""))
     return Change(
         run=run,
         effective=effective,
