@@ -4,6 +4,7 @@ A case raises BrokenPromise where the rule does not hold. `test_rules.py` runs e
 it is, and again with the rule broken on purpose.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 
 from lrpilot import core
 from lrpilot.core._plan import Plan, Values
-from lrpilot.v1 import trainer_pb2
+from lrpilot.v1 import runs_pb2, trainer_pb2
+from tests.rules.reference import Version
 from tests.rules.world import FAR, REPORTER, RUN, World, make_spec, promise
 
 Case = Callable[[], None]
@@ -235,6 +237,85 @@ def one_process_reports(world: World) -> None:
     promise(got == "NotReporter", f"a second process reports: {got}")
 
 
+@case()
+def a_skipped_update_gets_the_same_values_again(world: World) -> None:
+    """It moves no horizon, and no policy takes its loss for one of the run."""
+    world.open(0)
+    handed = world.ask(0, count=4)
+    for loss in (0.01, float("nan")):
+        promise(world.skip(0, loss) == "RECORDED", "the skip was not recorded")
+        for replica in (0, 1):
+            promise(world.ask(0, count=4, replica=replica) == handed, "the values are others")
+            promise(world.ask(4, replica=replica) is None, "the horizon moved")
+    # Had the policy seen the small loss, it would cut a step earlier.
+    stall(world, 0, 4)
+    world.ask_through(0, 8)
+    promise(world.check_log().observers.skipped == 2, "they are not counted")
+
+
+@case()
+def a_retried_skip_is_recognised(world: World) -> None:
+    """By the progress and the number of skips before it there."""
+    world.open(0)
+    promise(world.skip(0, 1.0, fault="lost answer") == "REPEATED", "the repeat was recorded")
+    promise(world.skip(0, 1.0, 0, replica=1) == "REPEATED", "another repeat was recorded")
+    promise(world.skip(0, 1.0, 1) == "RECORDED", "the second skip was taken for the first")
+    got = world.refusal(lambda: world.skip(0, 2.0, 0))
+    promise(got == "LossConflict", f"another loss for a skip: {got}")
+    stall(world, 0, 2)
+    promise(world.skip(0, 1.0, 1, replica=1) == "REPEATED", "a repeat came late")
+    world.open(0)
+    promise(world.skip(0, 3.0) == "RECORDED", "the skip of another attempt was remembered")
+
+
+def report_as(world: World, rank: int, *losses: tuple[int, float], replica: int = 0) -> list[int]:
+    """Report (progress, loss) as one of several reporters; the reference learns the mean alone."""
+    request = trainer_pb2.ReportLossesRequest(
+        run=RUN,
+        attempt=world.current.message,
+        rank=rank,
+        incarnation=world.current.incarnation if rank == REPORTER else f"process {rank}",
+        reports=[
+            trainer_pb2.LossReport(progress=at, loss=loss, weight=1.0, moves_to=at + 1)
+            for at, loss in losses
+        ],
+    )
+    return list(world.call(lambda one: one.trainers.report_losses(request), replica).outcomes)
+
+
+@case(patience=0)
+def the_losses_of_several_reporters_are_summed_in_their_order(world: World) -> None:
+    """Whichever comes first: 0.1 + 0.2 + 0.3 and 0.3 + 0.2 + 0.1 differ in the last bit."""
+    world.open(0, reporters=(0, 1, 2))
+    mean = (0.1 + 0.2 + 0.3) / 3.0
+    promise(mean != (0.3 + 0.2 + 0.1) / 3.0, "the case shows nothing")
+    for at, ranks in enumerate(itertools.permutations((0, 1, 2))):
+        for index, rank in enumerate(ranks):
+            promise(world.check_log().frontier == at, "a step is final without all")
+            report_as(world, rank, (at, 0.1 * (1 + rank) if rank < 2 else 0.3), replica=index % 2)
+        world.reference.report(at, mean, at + 1)
+        world.check_log()
+    world.ask_through(0, 10)
+
+
+@case()
+def a_quorum_lists_those_that_counted(world: World) -> None:
+    """Blocked ranks get on with the reporters that were there; who comes later is late."""
+    world.open(0, reporters=(0, 1, 2))
+    report_as(world, 2, (0, 0.5), (1, 0.5))
+    report_as(world, 0, (0, 0.25), replica=1)
+    world.reference.losses[0] = (0.25 + 0.5) / 2.0
+    # Of the next step one reporter of three was there: not enough.
+    world.reference.late[1] = 0.5
+    world.ask(4, blocked=True)
+    events = [core.decode(row.payload) for row in world.store.read(RUN)]
+    counted = [event.counted for event in events if isinstance(event, core.Waived)]
+    promise(counted == [((0, (0, 2)),)], f"counted: {counted}")
+    late = trainer_pb2.REPORT_OUTCOME_LATE
+    promise(report_as(world, 1, (0, 9.0)) == [late], "it counts after all")
+    world.reference.late[0] = 9.0
+
+
 # Waiting.
 
 
@@ -406,6 +487,327 @@ def a_change_lands_at_the_horizon(world: World) -> None:
     world.ask_through(0, 6, replica=1)
     stall(world, 2, 3)
     world.ask_through(4, 9)
+
+
+@case()
+def an_operators_change_survives_a_resume_below_it(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 2)
+    for action, amount in (("multiply", 0.7), ("scale weight decay", 0.5), ("hold", 0.0)):
+        world.adjust(action, amount)
+    world.open(1)
+    stall(world, 1, 9)
+    world.ask_through(1, 14)
+
+
+@case()
+def a_repeated_change_gets_its_first_answer(world: World) -> None:
+    """It is made once, however often an answer is lost, also where it was taken back since."""
+    world.open(0)
+    stall(world, 0, 2)
+    world.adjust("multiply", 0.7, fault="lost answer")
+    world.adjust("set", 0.05, replica=1, fault="lost answer")
+    stall(world, 2, 2)
+    world.adjust("undo", target=world.reference.made[0].name)
+    world.open(1)
+    for done in world.done:
+        for replica in (0, 1):
+            world.repeat(done, replica=replica)
+    stall(world, 1, 9)
+    world.ask_through(1, 14)
+
+
+@case()
+def policies_apply_before_operators(world: World) -> None:
+    """Where both take effect at the same progress, and the operator came first."""
+    world.open(0)
+    stall(world, 0, 2)
+    world.adjust("set", 0.03)
+    stall(world, 2, 2)
+    (cut,) = world.reference.decided().cuts
+    promise(cut.effective == world.reference.made[0].effective, "the case shows nothing")
+    rate = (world.ask(6, replica=1) or {})[6][0]
+    promise(rate == (0.03).hex(), f"the LR was set to 0.03 and is {float.fromhex(rate)}")
+    world.ask_through(0, 8)
+
+
+@case()
+def the_same_losses_give_the_same_values_after_a_resume(world: World) -> None:
+    """Also where an operator changed the plan meanwhile."""
+    world.open(0)
+    stall(world, 0, 4)
+    world.adjust("multiply", 0.7)
+    world.adjust("set", 0.03)
+    world.report(*((at, 1.0, at + 1) for at in range(4, 12)))
+    world.ask_through(0, 16)
+    world.open(2)
+    world.report(*((at, 1.0, at + 1) for at in range(2, 12)))
+    world.ask_through(2, 16, replica=1)
+    for at in range(2, 16):
+        promise(world.handed[1, at] == world.handed[2, at], f"another value at {at}")
+
+
+@case()
+def an_undo_lands_at_the_horizon_and_leaves_the_past(world: World) -> None:
+    world.open(0)
+    world.adjust("multiply", 0.7)
+    stall(world, 0, 6)
+    (cut,) = world.reference.decided().cuts
+    for target in (world.reference.made[0].name, cut.name):
+        promise(world.adjust("undo", target=target), "nothing was taken back")
+        promise(not world.adjust("undo", target=target, replica=1), "it was taken back twice")
+    stall(world, 6, 4)
+    world.ask_through(0, 14)
+    # The same decision on the same loss is taken back in every attempt.
+    world.open(1)
+    stall(world, 1, 9)
+    world.ask_through(1, 14)
+
+
+@case()
+def a_hold_freezes_what_was_there_until_its_release(world: World) -> None:
+    """LR and WD of every group; policies observe nothing meanwhile."""
+    world.open(0)
+    stall(world, 0, 2)
+    world.adjust("hold", fault="lost answer")
+    promise(not world.adjust("hold", replica=1), "it is held twice")
+    stall(world, 2, 12)
+    world.adjust("release")
+    promise(not world.adjust("release", replica=1), "it was released twice")
+    stall(world, 14, 8)
+    world.ask_through(0, 26)
+    promise(world.handed[1, 6] == world.handed[1, 17], "the values moved")
+    promise(world.handed[1, 6] != world.handed[1, 18], "the values are held still")
+
+
+@case()
+def what_is_shown_is_what_is_done(world: World) -> None:
+    """A dry run changes nothing, and tells what the change does then."""
+    world.open(0)
+    stall(world, 0, 3)
+    world.adjust("multiply", 0.7)
+    world.adjust("undo", target=world.reference.made[0].name, dry=True)
+    world.adjust("hold", dry=True)
+    stall(world, 3, 3)
+    world.ask_through(0, 10)
+
+
+def change_seen(world: World, etag: str, replica: int) -> None:
+    """Scale the LR of the plan that somebody saw."""
+    request = runs_pb2.AdjustRunRequest(
+        run=RUN,
+        scale_lr=0.7,
+        reason="why",
+        author="somebody",
+        etag=etag,
+        request_id=world.next_id(),
+    )
+    world.call(lambda one: one.people.adjust_run(request), replica)
+    world.reference.adjust("multiply", 0.7)
+
+
+@case()
+def a_change_of_a_plan_that_has_changed_is_refused(world: World) -> None:
+    world.open(0)
+    world.ask(0, replica=1)
+    request = runs_pb2.GetRunRequest(run=RUN)
+    seen = world.call(lambda one: one.people.get_run(request)).run.etag
+    stall(world, 0, 3)
+    now = world.call(lambda one: one.people.get_run(request)).run.etag
+    got = world.refusal(lambda: change_seen(world, seen, 0))
+    promise(got == "PlanChanged", f"a policy has cut since: {got}")
+    # The replica that lags knows the older plan, and reads on before it refuses.
+    change_seen(world, now, 1)
+    got = world.refusal(lambda: change_seen(world, now, 1))
+    promise(got == "PlanChanged", f"somebody else was faster: {got}")
+    stall(world, 3, 2)
+    world.ask_through(0, 9)
+
+
+ADVISED: dict[str, Any] = {
+    "policies": [
+        {"kind": "plateau", "patience": 500},
+        {"kind": "plateau", "patience": 1, "factor": 0.7, "mode": "advise"},
+    ],
+    "feedback": {"delay": 4, "timeout": "1ms", "advice_expires": 6},
+}
+
+
+@case(**ADVISED)
+def an_approved_advice_outlives_the_losses_that_led_to_it(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 4)
+    (advice,) = world.check_log().advice
+    world.approve(advice, fault="lost answer")
+    world.open(1)
+    world.report(*((at, 1.0 / (at + 1), at + 1) for at in range(1, 10)))
+    promise(world.check_log().advice == [], "the advice is not forgotten")
+    for replica in (0, 1):
+        world.repeat(world.done[0], replica=replica)
+    world.ask_through(1, 14)
+
+
+@case(**ADVISED)
+def advice_expires_in_progress(world: World) -> None:
+    """Once the horizon is `advice_expires` behind where it would have shown; never by clock."""
+    world.open(0)
+    stall(world, 0, 3)
+    (first,) = world.check_log().advice
+    promise(first.expires == 12, f"expires at {first.expires}")
+    world.report((7, 1.0, 8))
+    got = world.refusal(lambda: world.approve(first))
+    promise(got == "AdviceExpired", f"expired advice: {got}")
+    world.open(3)
+    world.report((6, 1.0, 7))
+    world.approve(first, replica=1)
+    got = world.refusal(lambda: world.approve(first))
+    promise(got == "AdviceExpired", f"approved advice: {got}")
+    world.ask_through(3, 11)
+
+
+# Directives.
+
+
+@case()
+def a_directive_is_met_at_one_progress(world: World) -> None:
+    """By every rank, on whatever stride, whichever replica answers it."""
+    world.open(0)
+    world.ask_through(0, 4, replica=1)
+    world.ask_ranks("evaluate", replica=0)
+    for replica in (1, 0):
+        world.ask(0, count=4, replica=replica)
+    stall(world, 0, 3)
+    world.ask_ranks("skip", fault="lost answer")
+    # The rank that strides over it meets it where it is next.
+    world.ask(3, stride=3, count=2, replica=1)
+    world.ask(6, stride=3, replica=1)
+    stall(world, 3, 6)
+    world.ask(6, stride=3, count=3, replica=1)
+    world.ask_through(0, 13)
+    world.open(6)
+    world.ask(6, count=4, replica=1)
+    promise({at for _, at in world.met.values()} == {4, 7}, f"met: {world.met}")
+
+
+@case()
+def a_rollback_opens_with_its_cut_and_inherits_no_values(world: World) -> None:
+    """The cut survives the rewind, and every later resume."""
+    world.open(0)
+    stall(world, 0, 6)
+    world.ask_through(0, 10)
+    asked = world.ask_ranks("rollback", before=5, factor=0.5)
+    world.open(2, directive=asked, fault="lost answer")
+    promise(world.ask(2, count=4) is not None, "values below the horizon did not come")
+    promise(world.handed[1, 3] != world.handed[2, 3], "the values are those from before")
+    world.report(*((at, 1.0 / (at + 1), at + 1) for at in range(2, 8)))
+    for begin in (4, 1):
+        world.open(begin)
+        world.report(*((at, 1.0 / (at + 1), at + 1) for at in range(begin, 8)))
+        world.ask_through(begin, 12)
+
+
+@case()
+def a_second_rollback_cuts_deeper(world: World) -> None:
+    world.open(0)
+    for begin, factor in ((3, 0.5), (3, 0.9), (2, 0.9)):
+        stall(world, world.reference.frontier, 4)
+        asked = world.ask_ranks("rollback", before=3, factor=factor)
+        world.open(begin, directive=asked)
+        world.ask_through(begin, begin + 4)
+    (cut,) = world.reference.made
+    promise(cut.amount == 0.9 * (0.9 * 0.5), "the case shows nothing")
+
+
+@case()
+def a_rollback_is_carried_out_once(world: World) -> None:
+    """A job that passes by once more, restarted, does not meet it again."""
+    world.open(0)
+    stall(world, 0, 6)
+    asked = world.ask_ranks("rollback", before=5, factor=0.5)
+    world.open(2, directive=asked)
+    stall(world, 2, 9)
+    world.ask_through(2, 15)
+    promise(world.met == {}, f"met again: {world.met}")
+
+
+@case()
+def a_superseded_job_takes_no_run_back(world: World) -> None:
+    """The rollback that it met is refused once another start of the job has opened an attempt."""
+    world.open(0)
+    stall(world, 0, 6)
+    asked = world.ask_ranks("rollback", before=5, factor=0.5)
+    old = world.current
+    world.open(6)
+    request = trainer_pb2.OpenAttemptRequest(
+        run=RUN,
+        request_id=world.next_id(),
+        progress=2,
+        incarnation="process of attempt 1",
+        directive=world.id_of(asked.name),
+        met_in=old.message,
+    )
+    got = world.refusal(lambda: world.call(lambda one: one.trainers.open_attempt(request), 1))
+    promise(got == "AttemptSuperseded", f"a zombie takes the run back: {got}")
+
+
+# Stages.
+
+
+def staged(ends: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a spec of two stages, the first of which ends as told."""
+    first = {"peak": 0.1, "warmup": 7, "decay": {"style": "cosine", "end": 100}}
+    return {
+        "learning_rate": None,
+        "weight_decay": 0.01,
+        "groups": [{"name": "all"}, {"name": "small", "weight_decay_multiplier": 0.5}],
+        "policies": [],
+        "stages": [
+            {"name": "one", **ends, "learning_rate": first},
+            {"name": "two", "learning_rate": {**first, "peak": 0.05}},
+        ],
+    }
+
+
+WHEN: dict[str, Any] = staged({"when": {"below": {"value": 0.5}}, "latest": 30})
+
+
+def ends_at(world: World, until: int) -> None:
+    """Tell the reference where the first stage ends."""
+    spec = make_spec(world.delay, **staged({"until": until}))
+    world.reference.versions = [Version(0, 0, spec)]
+
+
+@case(**WHEN)
+def a_stage_ends_on_the_loss_at_exactly_n_plus_d(world: World) -> None:
+    """On both replicas; an LR that an operator scaled in the first stage is not in the second."""
+    world.open(0)
+    ends_at(world, 30)
+    world.adjust("multiply", 0.7)
+    world.report(*((at, 1.0, at + 1) for at in range(8)))
+    world.ask_through(0, 12, replica=1)
+    world.report((8, 0.5, 9), replica=1)
+    ends_at(world, 12)
+    world.ask_through(0, 13, replica=1)
+    world.report(*((at, 0.1, at + 1) for at in range(9, 14)))
+    world.ask_through(0, 18)
+
+
+@case(**WHEN)
+def a_resume_forgets_that_a_stage_ended(world: World) -> None:
+    world.open(0)
+    ends_at(world, 12)
+    world.report(*((at, 1.0, at + 1) for at in range(8)), (8, 0.5, 9), (9, 0.5, 10))
+    world.ask_through(0, 14)
+    world.open(6)
+    ends_at(world, 30)
+    world.report(*((at, 1.0, at + 1) for at in range(6, 20)))
+    world.ask_through(6, 24, replica=1)
+    # And where the resume lies behind the loss, it remembers.
+    world.report((20, 0.5, 21), (21, 1.0, 22))
+    ends_at(world, 24)
+    world.open(21)
+    world.report(*((at, 1.0, at + 1) for at in range(21, 26)))
+    world.ask_through(21, 30)
 
 
 @case()

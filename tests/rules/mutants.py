@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 
 from lrpilot import core
-from lrpilot.core import _canonical, _requests
+from lrpilot.core import _canonical, _operators, _requests
+from lrpilot.core._changes import Direct, NextStage, Undo
 from lrpilot.core._observers import Observers
-from lrpilot.core._plan import Plan
+from lrpilot.core._plan import Adjustment, Plan
 from lrpilot.core._records import Records
+from lrpilot.core._reporters import Reporters
 from lrpilot.core._state import RunState
 from lrpilot.core.policies import Observation
+from lrpilot.core.policies._plateau import Plateau
+from lrpilot.server import _trainer_service
 from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._ledger import Ledger, LiveRun
 from lrpilot.server._memory_store import MemoryStore
@@ -248,6 +252,78 @@ def every_process_may_report(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(_requests, "_check_reporter", lambda *_: None)
 
 
+@mutant("a_skipped_update_gets_the_same_values_again")
+def a_policy_sees_skipped_updates(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Plateau, "reads_skipped", True)
+
+
+@mutant("a_skipped_update_gets_the_same_values_again")
+def a_skipped_update_advances(patch: pytest.MonkeyPatch) -> None:
+    take = Reporters.take
+
+    def advances(self: Reporters, rank: int, report: Any, begin: int) -> int:
+        until = take(self, rank, report, begin)
+        return until + 1 if report.skipped else until
+
+    patch.setattr(Reporters, "take", advances)
+
+
+@mutant("a_retried_skip_is_recognised")
+def a_skip_is_known_by_its_progress_alone(patch: pytest.MonkeyPatch) -> None:
+    known = _requests._known
+    patch.setattr(
+        _requests, "_known", lambda state, rank, item: known(state, rank, replace(item, tries=0))
+    )
+
+
+@mutant("a_retried_skip_is_recognised")
+def a_skip_is_recorded_each_time(patch: pytest.MonkeyPatch) -> None:
+    known = _requests._known
+    patch.setattr(
+        _requests,
+        "_known",
+        lambda state, rank, item: None if item.skipped else known(state, rank, item),
+    )
+
+
+@mutant("the_losses_of_several_reporters_are_summed_in_their_order")
+def reporters_are_summed_as_they_come(patch: pytest.MonkeyPatch) -> None:
+    combined = Reporters._combined
+    patch.setattr(
+        Reporters,
+        "_combined",
+        lambda self, at, parts: combined(replace(self, ranks=tuple(parts)), at, parts),
+    )
+
+
+@mutant("the_losses_of_several_reporters_are_summed_in_their_order")
+def the_first_reporter_makes_a_step_final(patch: pytest.MonkeyPatch) -> None:
+    move = Reporters.move
+    patch.setattr(
+        Reporters,
+        "move",
+        lambda self, rank, to, begin: max(move(self, rank, to, begin), to),
+    )
+
+
+@mutant("a_quorum_lists_those_that_counted")
+def a_waiver_counts_nobody(patch: pytest.MonkeyPatch) -> None:
+    waive = core.waive
+
+    def nobody(state: RunState, wanted: int) -> list[core.Event]:
+        return [
+            replace(event, counted=()) if isinstance(event, core.Waived) else event
+            for event in waive(state, wanted)
+        ]
+
+    patch.setattr(core, "waive", nobody)
+
+
+@mutant("a_quorum_lists_those_that_counted")
+def a_waiver_counts_whoever_was_there(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Reporters, "only", lambda *_: {})
+
+
 # Waiting.
 
 
@@ -387,6 +463,233 @@ def a_change_lands_at_the_frontier(patch: pytest.MonkeyPatch) -> None:
         return [replace(event, effective=state.frontier)]
 
     patch.setattr(core, "revise_run", early)
+
+
+@mutant("an_operators_change_survives_a_resume_below_it")
+def a_resume_forgets_every_adjustment(patch: pytest.MonkeyPatch) -> None:
+    _forget(patch, lambda _: True)
+
+
+def _forget(patch: pytest.MonkeyPatch, which: Callable[[Adjustment], bool]) -> None:
+    """Let a resume forget more than what was decided on the losses behind it."""
+    forget = Plan.forget
+
+    def more(plan: Plan, progress: int) -> Plan:
+        kept = [
+            item
+            for item in forget(plan, progress).adjustments
+            if item.decided_at < progress or not which(item)
+        ]
+        return Plan(plan.revisions, kept, plan.rollbacks)
+
+    patch.setattr(Plan, "forget", more)
+
+
+@mutant("a_repeated_change_gets_its_first_answer")
+def a_repeated_change_is_made_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_operators, "_is_done", lambda *_: False)
+
+
+@mutant("policies_apply_before_operators")
+def what_comes_first_applies_first(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(
+        Adjustment,
+        "key",
+        property(lambda item: (item.effective, item.seq, item.order, item.part)),
+    )
+
+
+@mutant("the_same_losses_give_the_same_values_after_a_resume")
+def a_resume_brings_operators_changes_forward(patch: pytest.MonkeyPatch) -> None:
+    forget = Plan.forget
+
+    def moved(plan: Plan, progress: int) -> Plan:
+        kept = [
+            replace(item, effective=min(item.effective, progress))
+            for item in forget(plan, progress).adjustments
+        ]
+        return Plan(plan.revisions, kept, plan.rollbacks)
+
+    patch.setattr(Plan, "forget", moved)
+
+
+@mutant("an_undo_lands_at_the_horizon_and_leaves_the_past")
+def an_undo_removes_what_it_takes_back(patch: pytest.MonkeyPatch) -> None:
+    adjust = Plan.adjust
+
+    def removing(plan: Plan, adjustment: Adjustment) -> None:
+        adjust(plan, adjustment)
+        if isinstance(adjustment.change, Undo):
+            targets = adjustment.change.targets
+            plan._adjustments = [item for item in plan._adjustments if item.mark not in targets]
+            plan._changed()
+
+    patch.setattr(Plan, "adjust", removing)
+
+
+@mutant("an_undo_lands_at_the_horizon_and_leaves_the_past")
+def an_undo_names_the_event_of_a_decision(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Adjustment, "mark", property(lambda item: item.id))
+
+
+@mutant("a_hold_freezes_what_was_there_until_its_release")
+def policies_observe_while_values_are_held(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Plan, "quiet", lambda *_: set())
+
+
+@mutant("a_hold_freezes_what_was_there_until_its_release")
+def a_hold_freezes_the_lr_alone(patch: pytest.MonkeyPatch) -> None:
+    chain = Plan._chain
+    patch.setattr(
+        Plan,
+        "_chain",
+        lambda plan, first, last, *, decays: (
+            () if decays else chain(plan, first, last, decays=False)
+        ),
+    )
+
+
+@mutant("what_is_shown_is_what_is_done")
+def a_change_is_shown_as_an_earlier_event(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(core, "made_next", lambda state, event: state.made_by(event, state.seq))
+
+
+@mutant("a_change_of_a_plan_that_has_changed_is_refused")
+def nobody_looks_at_the_etag(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_operators, "refuse_changed_plan", lambda *_: None)
+
+
+@mutant("a_change_of_a_plan_that_has_changed_is_refused")
+def decisions_of_policies_leave_the_etag(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RunState, "etag", property(lambda state: f"etag {state.attempt}"))
+
+
+@mutant("an_approved_advice_outlives_the_losses_that_led_to_it")
+def an_approval_goes_with_its_advice(patch: pytest.MonkeyPatch) -> None:
+    rewind = RunState._rewind
+
+    def forgets(state: RunState, progress: int) -> None:
+        rewind(state, progress)
+        known = {item.id for item in state.advice}
+        gone = {made for advice, made in state.approved.items() if advice not in known}
+        kept = [item for item in state.plan.adjustments if item.id not in gone]
+        state.plan = Plan(state.plan.revisions, kept)
+
+    patch.setattr(RunState, "_rewind", forgets)
+
+
+@mutant("advice_expires_in_progress")
+def advice_never_expires(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_operators, "_approved", lambda _, advice: advice.change)
+
+
+# Directives.
+
+
+@mutant("a_directive_is_met_at_one_progress")
+def a_directive_takes_effect_at_the_frontier(patch: pytest.MonkeyPatch) -> None:
+    adjust = core.adjust_run
+
+    def early(state: RunState, action: Any, **options: Any) -> list[core.Event]:
+        return [
+            replace(event, effective=state.frontier) if isinstance(event, core.Adjusted) else event
+            for event in adjust(state, action, **options)
+        ]
+
+    patch.setattr(core, "adjust_run", early)
+
+
+@mutant("a_directive_is_met_at_one_progress")
+def a_directive_comes_with_its_own_values_alone(patch: pytest.MonkeyPatch) -> None:
+    directives = _trainer_service._directives
+
+    def within(state: RunState, block: core.Block) -> Any:
+        return [item for item in directives(state, block) if item.progress >= block.begin]
+
+    patch.setattr(_trainer_service, "_directives", within)
+
+
+@mutant("a_rollback_opens_with_its_cut_and_inherits_no_values")
+def a_rollback_inherits_values(patch: pytest.MonkeyPatch) -> None:
+    opened = RunState._open
+
+    def inherits(state: RunState, event: Any) -> None:
+        records = state.records
+        opened(state, event)
+        state.records = Records()
+        for block in records.between(event.begin, event.begin + state.delay):
+            state.records.add(block)
+
+    patch.setattr(RunState, "_open", inherits)
+
+
+@mutant("a_rollback_opens_with_its_cut_and_inherits_no_values")
+def a_resume_forgets_the_cut(patch: pytest.MonkeyPatch) -> None:
+    _forget(patch, lambda item: item.kind == "rollback")
+
+
+@mutant("a_second_rollback_cuts_deeper")
+def a_second_rollback_cuts_as_the_first(patch: pytest.MonkeyPatch) -> None:
+    open_attempt = core.open_attempt
+
+    def alike(state: RunState, request: Any) -> Any:
+        (event,) = open_attempt(state, request)
+        asked = state.find(request.directive)
+        if asked is not None and isinstance(asked.change, Direct):
+            assert isinstance(event, core.Opened)
+            return [replace(event, factor=asked.change.factor or 1.0)]
+        return [event]
+
+    patch.setattr(core, "open_attempt", alike)
+
+
+@mutant("a_rollback_is_carried_out_once")
+def a_rollback_stays_in_the_plan(patch: pytest.MonkeyPatch) -> None:
+    rolled_back = Plan.rolled_back
+    patch.setattr(Plan, "rolled_back", lambda plan, rollback, _: rolled_back(plan, rollback, ""))
+
+
+@mutant("a_superseded_job_takes_no_run_back")
+def whoever_met_a_rollback_carries_it_out(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_requests, "check_attempt", lambda *_: None)
+
+
+# Stages.
+
+
+@mutant("a_stage_ends_on_the_loss_at_exactly_n_plus_d")
+def a_stage_ends_a_step_early(patch: pytest.MonkeyPatch) -> None:
+    _shift_decisions(patch, -1)
+
+
+@mutant("a_stage_ends_on_the_loss_at_exactly_n_plus_d")
+def a_stage_keeps_the_changes_of_the_one_before(patch: pytest.MonkeyPatch) -> None:
+    span = Plan._span
+    patch.setattr(Plan, "_span", lambda *args: (0, span(*args)[1]))
+
+
+@mutant("a_resume_forgets_that_a_stage_ended")
+def a_resume_keeps_that_a_stage_ended(patch: pytest.MonkeyPatch) -> None:
+    forget = Plan.forget
+
+    def keeps(plan: Plan, progress: int) -> Plan:
+        left = [item for item in plan.adjustments if isinstance(item.change, NextStage)]
+        kept = [item for item in forget(plan, progress).adjustments if item not in left]
+        return Plan(plan.revisions, [*kept, *left], plan.rollbacks)
+
+    patch.setattr(Plan, "forget", keeps)
+
+
+@mutant("a_resume_forgets_that_a_stage_ended")
+def every_resume_forgets_that_a_stage_ended(patch: pytest.MonkeyPatch) -> None:
+    as_of = RunState._as_of
+
+    def forgets(state: RunState, progress: int) -> Any:
+        plan, observers = as_of(state, progress)
+        kept = [item for item in plan.adjustments if not isinstance(item.change, NextStage)]
+        return Plan(plan.revisions, kept, plan.rollbacks), observers
+
+    patch.setattr(RunState, "_as_of", forgets)
 
 
 @mutant("what_only_a_new_attempt_may_change_is_refused")

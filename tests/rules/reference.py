@@ -290,6 +290,10 @@ class Reference:
         """Let an operator ask the trainers for something."""
         self._make("directive", factor, at=self.horizon, asked=kind)
 
+    def approve(self, factor: float) -> None:
+        """Let an operator follow the advice of a plateau policy."""
+        self._make("multiply", factor, at=self.horizon, eps=1e-8)
+
     def _make(self, action: str, amount: float, *, at: int, **fields: Any) -> None:
         self.count += 1
         link = Link(at, ("made", self.count), action, amount, **fields)

@@ -218,10 +218,11 @@ class World:
         fault: Fault = "none",
         key: str = "",
         directive: Link | None = None,
+        reporters: Sequence[int] = (),
     ) -> Attempt:
         """Open an attempt at `begin`, or from a saved state; the request is repeated until done.
 
-        `directive`: the rollback that it carries out.
+        `directive`: the rollback that it carries out. `reporters`: several, who are to report.
         """
         request = trainer_pb2.OpenAttemptRequest(
             run=RUN,
@@ -232,6 +233,7 @@ class World:
             rank=REPORTER,
             reporter=REPORTER,
             incarnation=f"process of attempt {self.reference.attempt + 1}",
+            reporters=reporters,
             directive=self.id_of(directive.name) if directive is not None else "",
             met_in=self.current.message if directive is not None else None,
         )
@@ -468,6 +470,17 @@ class World:
         if changed:
             self.done.append(Done(request, effective, answer.adjustment.id))
         return changed, answer
+
+    def approve(self, advice: core.Adjustment, *, replica: int = 0, fault: Fault = "none") -> None:
+        """Turn an advice of a plateau policy into a change."""
+        request = runs_pb2.ApproveAdviceRequest(
+            run=RUN, advice=advice.id, author="somebody", request_id=self.next_id()
+        )
+        answer = self._until_done(lambda one: one.people.approve_advice(request), replica, fault)
+        effective = self.reference.horizon
+        promise(answer.effective == effective, f"lands at {answer.effective}, not at {effective}")
+        self.reference.approve(answer.adjustment.factor)
+        self.done.append(Done(request, effective, answer.adjustment.id))
 
     def repeat(self, done: Done, *, replica: int = 0) -> None:
         """Ask once more for what was done: the first answer comes, and nothing else."""
