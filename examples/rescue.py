@@ -15,6 +15,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -63,7 +64,7 @@ class Training:
         assert loss is not None
         return loss
 
-    @property
+    @cached_property
     def attempts(self) -> list[list[Step]]:
         """The steps of each attempt, in order."""
         numbers = sorted({step.attempt for step in self.steps})
@@ -210,20 +211,25 @@ def draw(trainings: dict[str, Training], path: Path) -> None:
     end = trainings["tuned"].steps[-1].progress + 1
     for name, training in trainings.items():
         colour = colours[name]
-        *abandoned, kept = training.attempts
-        for attempt in [*abandoned, kept]:
-            is_kept = attempt is kept
-            at = [step.progress for step in attempt]
+        # What other curves cover must show beneath them.
+        wide, alpha = (3.0, 0.4) if name == "tuned" else (0.0, 1.0)
+        for attempt in training.attempts:
+            is_kept = attempt is training.attempts[-1]
             style: dict[str, Any] = {"color": colour, "linestyle": "-" if is_kept else "--"}
-            validated = [(s.progress + 1, s.validation) for s in attempt if s.validation]
-            loss_axes.plot(at, smooth([s.loss for s in attempt]), **style, linewidth=1, alpha=0.35)
+            at = [step.progress for step in attempt]
+            rates = [step.learning_rate for step in attempt]
+            losses = smooth([step.loss for step in attempt])
+            validated = [step for step in attempt if step.validation is not None]
+            loss_axes.plot(at, losses, **style, linewidth=1, alpha=0.35)
             loss_axes.plot(
-                *zip(*validated, strict=True),
+                [step.progress + 1 for step in validated],
+                [step.validation for step in validated],
                 **style,
-                linewidth=1.8 if is_kept else 1.2,
+                linewidth=wide + (1.8 if is_kept else 1.2),
+                alpha=alpha,
                 label=f"{NAMES[name]}: {training.final:.3f}" if is_kept else None,
             )
-            lr_axes.plot(at, [s.learning_rate for s in attempt], **style, linewidth=1.5)
+            lr_axes.plot(at, rates, **style, linewidth=wide + 1.5, alpha=alpha)
         for left, entered in zip(training.attempts, training.attempts[1:], strict=False):
             arrow = {"arrowstyle": "->", "color": colour, "connectionstyle": "arc3,rad=0.12"}
             for axes in (loss_axes, lr_axes):
@@ -257,20 +263,14 @@ def draw(trainings: dict[str, Training], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(axis="y", color="#e4e7eb", linewidth=0.8)
     loss_axes.set_title(
-        f"Started at {TOO_HIGH} times the right learning rate: "
-        f"{compared(final['rescued'], final['tuned'])} the well-tuned run with lrpilot, "
-        f"{compared(final['too-high'], final['tuned'])} without",
+        f"Started at {TOO_HIGH}x the right LR: validation loss "
+        f"{final['rescued']:.3f} with lrpilot, {final['too-high']:.3f} without; "
+        f"well tuned {final['tuned']:.3f}",
         loc="left",
         fontsize=11,
     )
     figure.savefig(path, dpi=110)
     plt.close(figure)
-
-
-def compared(loss: float, tuned: float) -> str:
-    """Return how far a loss is from the well-tuned one, in words."""
-    share = loss / tuned - 1
-    return f"{abs(share):.1%} {'above' if share >= 0 else 'below'}"
 
 
 def check(trainings: dict[str, Training]) -> None:
@@ -282,8 +282,8 @@ def check(trainings: dict[str, Training]) -> None:
             f"{NAMES[name]:20} validation loss {training.final:.4f}, {len(training.steps)} steps "
             f"trained, {len(training.attempts) - 1} rollbacks"
         )
-    print(f"without the policies: {compared(too_high, tuned)} the well-tuned run")
-    print(f"with them: {compared(rescued, tuned)} it")
+    print(f"against the well-tuned training: without the policies {too_high / tuned - 1:+.1%}")
+    print(f"against the well-tuned training: with the policies    {rescued / tuned - 1:+.1%}")
     if too_high <= tuned * (1 + TOLERANCE):
         raise DemoFailed(f"the training at {TOO_HIGH} times the LR needed no rescue")
     if rescued > tuned * (1 + TOLERANCE):

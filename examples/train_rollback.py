@@ -22,7 +22,7 @@ from train_ddp import CONTEXT, ByteGPT, build_optimizer, load_text
 import lrpilot.client as lrpilot
 
 HELD_OUT = 0.1  # share of the text that is kept for validation
-SEQUENCES = 64  # of the held-out text in a validation; the last one reads all of it
+VALIDATE_EVERY = 50  # steps
 
 
 class Batches:
@@ -46,11 +46,9 @@ class Batches:
         self.drawn = state["drawn"]
 
 
-def validate(model: nn.Module, text: Tensor, sequences: int | None = None) -> float:
-    """Return the mean loss over sequences spread evenly over a text, or over all of it."""
+def validate(model: nn.Module, text: Tensor) -> float:
+    """Return the mean loss over a whole text."""
     starts = torch.arange(0, len(text) - CONTEXT, CONTEXT)
-    if sequences is not None:
-        starts = starts[:: max(1, len(starts) // sequences)]
     windows = text[starts.unsqueeze(1) + torch.arange(CONTEXT + 1)]
     total = 0.0
     with torch.no_grad():
@@ -69,7 +67,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=144, help="of the model")
     parser.add_argument("--depth", type=int, default=4, help="of the model, in blocks")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step")
-    parser.add_argument("--validate-every", type=int, default=25, metavar="STEPS")
     parser.add_argument("--trace", type=Path, help="file for one line a step")
     return parser.parse_args()
 
@@ -113,10 +110,8 @@ def main() -> None:
                 "lr": optimizer.param_groups[0]["lr"],
             }
             optimizer.step()
-            if progress + 1 == arguments.steps:
+            if (progress + 1) % VALIDATE_EVERY == 0 or progress + 1 == arguments.steps:
                 row["validation"] = validate(model, held_out)
-            elif (progress + 1) % arguments.validate_every == 0:
-                row["validation"] = validate(model, held_out, SEQUENCES)
             if trace is not None:
                 trace.write(json.dumps(row) + "\n")
                 trace.flush()
