@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--server", default="127.0.0.1:50051", help="HOST:PORT of lrpilot serve")
     parser.add_argument("--run-name", default="rescue", help="name of the run")
     parser.add_argument("--spec", type=Path, default=Path(__file__).with_name("rescue.yaml"))
-    parser.add_argument("--steps", type=int, default=600, help="stop at this progress")
+    parser.add_argument("--steps", type=int, default=400, help="stop at this progress")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--width", type=int, default=144, help="of the model")
     parser.add_argument("--depth", type=int, default=4, help="of the model, in blocks")
