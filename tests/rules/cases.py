@@ -553,11 +553,13 @@ def an_undo_lands_at_the_horizon_and_leaves_the_past(world: World) -> None:
     world.adjust("multiply", 0.7)
     stall(world, 0, 6)
     (cut,) = world.reference.decided().cuts
-    for target in (world.reference.made[0].name, cut.name):
+    targets = (cut.name, world.reference.made[0].name)
+    for target in targets:
         promise(world.adjust("undo", target=target), "nothing was taken back")
-        promise(not world.adjust("undo", target=target, replica=1), "it was taken back twice")
     stall(world, 6, 4)
     world.ask_through(0, 14)
+    for target in targets:
+        promise(not world.adjust("undo", target=target, replica=1), "it was taken back twice")
     # The same decision on the same loss is taken back in every attempt.
     world.open(1)
     stall(world, 1, 9)
@@ -857,6 +859,25 @@ def a_checkpoint_holds_all_that_was_acknowledged(world: World) -> None:
     world.lose_the_store(world.save(2, replica=1))
     stall(world, 2, 3)
     world.ask_through(2, 9)
+
+
+@case()
+def a_lost_run_keeps_the_order_of_what_operators_did(world: World) -> None:
+    """What is held is that which was there before a revision that lands at the same progress."""
+    world.open(0)
+    stall(world, 0, 2)
+    world.adjust("hold")
+    world.revise(make_spec(4, peak=0.2))
+    world.adjust("set", 0.03)
+    stall(world, 2, 2)
+    world.lose_the_store(world.save(3))
+    stall(world, 3, 3)
+    world.adjust("undo", target=world.reference.made[1].name)
+    state = world.save(4)
+    world.ask_through(3, 10)
+    world.lose_the_store(state)
+    stall(world, 4, 8)
+    world.ask_through(4, 16)
 
 
 @case()

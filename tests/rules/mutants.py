@@ -15,7 +15,7 @@ from lrpilot import core
 from lrpilot.core import _canonical, _operators, _requests
 from lrpilot.core._changes import Direct, NextStage, Undo
 from lrpilot.core._observers import Observers
-from lrpilot.core._plan import Adjustment, Plan
+from lrpilot.core._plan import Adjustment, Plan, Revision
 from lrpilot.core._records import Records
 from lrpilot.core._reporters import Reporters
 from lrpilot.core._state import RunState
@@ -721,6 +721,11 @@ def a_state_forgets_the_adjustments(patch: pytest.MonkeyPatch) -> None:
         "saved_fold",
         lambda state, progress: {**saved_fold(state, progress), "adjustments": []},
     )
+
+
+@mutant("a_lost_run_keeps_the_order_of_what_operators_did")
+def revisions_come_first(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Revision, "came_after", lambda *_: False)
 
 
 @mutant("a_checkpoint_holds_all_that_was_acknowledged")

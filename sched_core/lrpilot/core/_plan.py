@@ -165,6 +165,8 @@ class Revision:
     """Whether a trainer gave it: then it holds from wherever its trainers start."""
     seq: int = 0
     """Sequence number of the event that brought it."""
+    part: int = 0
+    """Of what was restored from a lost log: how many of the changes came before it there."""
 
     @cached_property
     def stages(self) -> tuple[StageSchedule, ...]:
@@ -179,14 +181,23 @@ class Revision:
             "spec": self.spec.to_mapping(),
             "by_trainer": self.by_trainer,
             "seq": self.seq,
+            "part": self.part,
         }
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any]) -> "Revision":
         """Return the revision that `to_mapping` wrote."""
         spec = parse_spec(data["spec"])
-        by_trainer, seq = data["by_trainer"], data["seq"]
-        return cls(data["effective"], data["observes_from"], spec, by_trainer, seq)
+        by_trainer, seq, part = data["by_trainer"], data["seq"], data["part"]
+        return cls(data["effective"], data["observes_from"], spec, by_trainer, seq, part)
+
+    def came_after(self, item: Adjustment) -> bool:
+        """Return whether it was made after an adjustment with the same `effective`."""
+        if self.seq != item.seq:
+            return self.seq > item.seq
+        # One event restored both. A policy decides on the loss D before, which no revision that an
+        # operator makes at that progress can follow, and each that a trainer brings there does.
+        return self.part > item.part if item.order >= ORDER_OF_OPERATORS else self.by_trainer
 
     def reopened(self, begin: int) -> "Revision":
         """Return the revision as an attempt from `begin` on has it."""
@@ -502,7 +513,7 @@ class Plan:
     def _revision_met_by(self, item: Adjustment) -> Revision:
         """Return the revision at an adjustment's progress, without one that came there later."""
         for revision in reversed(self._revisions):
-            is_later = revision.effective == item.effective and revision.seq > item.seq
+            is_later = revision.effective == item.effective and revision.came_after(item)
             if revision.effective <= item.effective and not is_later:
                 return revision
         return self._revisions[0]

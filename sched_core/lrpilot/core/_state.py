@@ -396,7 +396,14 @@ class RunState:
             records = Records()
         if self.pending_spec is not None:
             self.plan.revise(
-                Revision(event.begin, event.begin, self.pending_spec, by_trainer=True, seq=self.seq)
+                Revision(
+                    event.begin,
+                    event.begin,
+                    self.pending_spec,
+                    by_trainer=True,
+                    seq=self.seq,
+                    part=len(self.plan.adjustments),
+                )
             )
             self.pending_spec = None
         else:
@@ -518,9 +525,7 @@ class RunState:
         """Take over the specs of a lost log; the one that was given here since comes after them."""
         given = self.given_spec
         known = last_trainer_spec(fold)
-        # Their numbers are those of the lost log.
-        revisions = [replace(Revision.from_mapping(item), seq=0) for item in fold["revisions"]]
-        self.plan = Plan(revisions, [])
+        self.plan = Plan([Revision.from_mapping(item) for item in fold["revisions"]], [])
         self.pending_spec = _spec_from_mapping(fold["pending_spec"])
         if given != known:
             self.pending_spec = given
@@ -536,6 +541,7 @@ class RunState:
         adjustments = [Adjustment.from_mapping(item) for item in fold["adjustments"]]
         advice = [Adjustment.from_mapping(item) for item in fold["advice"]]
         by_operators = [item for item in self.plan.adjustments if item.order >= ORDER_OF_OPERATORS]
+        revisions: Sequence[Revision] = self.plan.revisions
         if seq is None:
             # The log has them whole; the state may have shortened them. What operators did since
             # the state was saved stays.
@@ -548,12 +554,12 @@ class RunState:
             advice = [whole.get(item.decision, item) for item in advice]
             rollbacks = self.plan.rollbacks
         else:
-            adjustments, advice = _renumbered(adjustments, advice, seq)
+            revisions, adjustments, advice = _renumbered(revisions, adjustments, advice, seq)
             rollbacks = tuple(_rollback(item) for item in fold["rollbacks"])
         adjustments += by_operators
         kept = {*adjustments, *advice}
         self.forgotten = [item for item in known if item not in kept]
-        self.plan = Plan(self.plan.revisions, adjustments, rollbacks)
+        self.plan = Plan(revisions, adjustments, rollbacks)
         self.advice = advice
         self.observers = self.origin_observers = Observers.from_mapping(fold["observers"])
         self.origin = fold["progress"]
@@ -662,27 +668,37 @@ def _shortened(adjustments: Sequence[Adjustment]) -> list[dict[str, Any]]:
 
 
 def _renumbered(
-    adjustments: Sequence[Adjustment], advice: Sequence[Adjustment], seq: int
-) -> tuple[list[Adjustment], list[Adjustment]]:
-    """Return the decisions of a lost log as the event with that `seq` brings them.
+    revisions: Sequence[Revision],
+    adjustments: Sequence[Adjustment],
+    advice: Sequence[Adjustment],
+    seq: int,
+) -> tuple[list[Revision], list[Adjustment], list[Adjustment]]:
+    """Return the specs and decisions of a lost log as the event with that `seq` brings them.
 
-    What operators did gets positions of its own, so that no two have one name; what was taken back
-    goes by the new names.
+    What operators did gets positions of its own, so that no two have one name, and a revision one
+    behind the changes that it came after; what was taken back goes by the new names.
     """
     names: dict[str, str] = {}
     moved: list[Adjustment] = []
+    parts = [0] * len(revisions)
     # In the order in which they apply, which those with one effective progress keep.
     for item in sorted((*adjustments, *advice), key=lambda item: item.key):
-        part = len(moved) if item.order >= ORDER_OF_OPERATORS else item.part
-        new = replace(item, seq=seq, part=part)
+        is_operators = item.order >= ORDER_OF_OPERATORS
+        new = replace(item, seq=seq, part=len(moved) if is_operators else item.part)
         names[item.mark] = new.mark
         moved.append(new)
+        for index, revision in enumerate(revisions):
+            if is_operators and revision.effective == item.effective and revision.came_after(item):
+                parts[index] = len(moved)
+    placed = [
+        replace(item, seq=seq, part=part) for item, part in zip(revisions, parts, strict=True)
+    ]
     for index, item in enumerate(moved):
         if isinstance(item.change, Undo):
             targets = tuple(names.get(target, target) for target in item.change.targets)
             moved[index] = replace(item, change=replace(item.change, targets=targets))
     acting = [item for item in moved if item.mode == "act"]
-    return acting, [item for item in moved if item.mode != "act"]
+    return placed, acting, [item for item in moved if item.mode != "act"]
 
 
 def _rollback(data: Sequence[Any]) -> Rollback:
