@@ -268,6 +268,21 @@ def a_retried_skip_is_recognised(world: World) -> None:
     promise(world.skip(0, 3.0) == "RECORDED", "the skip of another attempt was remembered")
 
 
+@case()
+def every_try_is_seen_by_the_same_policies(world: World) -> None:
+    """A revision between two tries holds for the losses behind them, also in a later attempt."""
+    world.open(0)
+    stall(world, 0, 2)
+    world.skip(2, 1.0)
+    world.revise(make_spec(4, patience=5))
+    stall(world, 2, 2)
+    promise(len(world.reference.decided().cuts) == 1, "the case shows nothing")
+    world.ask_through(0, 8)
+    world.open(3)
+    stall(world, 3, 8)
+    world.ask_through(3, 15)
+
+
 def report_as(world: World, rank: int, *losses: tuple[int, float], replica: int = 0) -> list[int]:
     """Report (progress, loss) as one of several reporters; the reference learns the mean alone."""
     request = trainer_pb2.ReportLossesRequest(

@@ -286,6 +286,18 @@ def a_skip_is_recorded_each_time(patch: pytest.MonkeyPatch) -> None:
     )
 
 
+@mutant("every_try_is_seen_by_the_same_policies")
+def a_revision_comes_between_two_tries(patch: pytest.MonkeyPatch) -> None:
+    revise = core.revise_run
+
+    def between(state: RunState, *args: Any, **options: Any) -> list[core.Event]:
+        (event,) = revise(state, *args, **options)
+        assert isinstance(event, core.Revised)
+        return [replace(event, observes_from=state.frontier)]
+
+    patch.setattr(core, "revise_run", between)
+
+
 @mutant("the_losses_of_several_reporters_are_summed_in_their_order")
 def reporters_are_summed_as_they_come(patch: pytest.MonkeyPatch) -> None:
     combined = Reporters._combined

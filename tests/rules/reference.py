@@ -123,9 +123,9 @@ class Reference:
     def decided(self, until: float = math.inf) -> Decided:
         """What the losses below `until` decide."""
         now = self.before
-        for at in sorted(self.losses):
+        for at in sorted({*self.losses, *(at for at, _ in self.skips)}):
             if at < until:
-                now = self._observe(now, at, self.losses[at])
+                now = self._observe(now, at, self.losses.get(at, math.nan))
         return now
 
     def _observe(self, now: Decided, at: int, loss: float) -> Decided:
@@ -269,8 +269,10 @@ class Reference:
 
     def revise(self, spec: Mapping[str, Any]) -> int:
         effective = self.horizon
+        # All tries at one progress are seen by the same policies.
+        observes_from = self.frontier + (self.tries(self.frontier) > 0)
         self.count += 1
-        self.versions.append(Version(effective, self.frontier, spec, self.count))
+        self.versions.append(Version(effective, observes_from, spec, self.count))
         return effective
 
     def adjust(self, action: str, amount: float = 0.0, target: Name | None = None) -> bool:

@@ -188,9 +188,11 @@ def revise_run(
             fields=", ".join(locked),
         )
     _refuse_past(state, spec)
-    return [
-        Revised(spec.to_mapping(), state.horizon, state.frontier, False, request_id, author, reason)
-    ]
+    begin = state.frontier
+    if state.loss_progress and state.loss_progress[-1] == begin:
+        # Policies have seen a skipped update there: the same ones see every try.
+        begin += 1
+    return [Revised(spec.to_mapping(), state.horizon, begin, False, request_id, author, reason)]
 
 
 def check_signature(author: str, reason: str, *, required: bool = True) -> None:
