@@ -694,7 +694,7 @@ def a_directive_is_met_at_one_progress(world: World) -> None:
     for replica in (1, 0):
         world.ask(0, count=4, replica=replica)
     stall(world, 0, 3)
-    world.ask_ranks("skip", fault="lost answer")
+    world.ask_ranks("stop", fault="lost answer")
     # The rank that strides over it meets it where it is next.
     world.ask(3, stride=3, count=2, replica=1)
     world.ask(6, stride=3, replica=1)
@@ -893,6 +893,28 @@ def a_lost_run_keeps_the_order_of_what_operators_did(world: World) -> None:
     world.lose_the_store(state)
     stall(world, 4, 8)
     world.ask_through(4, 16)
+
+
+@case()
+def what_was_taken_back_in_a_lost_run_lends_nobody_its_name(world: World) -> None:
+    """A rollback's cut that is taken back and replaced, and a change with the number it had."""
+    world.open(0)
+    stall(world, 0, 3)
+    world.open(2, directive=world.ask_ranks("rollback", before=2, factor=0.5))
+    (cut,) = world.reference.made
+    name = world.id_of(cut.name)
+    world.adjust("undo", target=cut.name)
+    stall(world, 2, 2)
+    world.open(1, directive=world.ask_ranks("rollback", before=2, factor=0.5))
+    world.lose_the_store(world.save(1))
+    stall(world, 1, 1)
+    names = []
+    for _ in range(4):
+        world.adjust("multiply", 0.7)
+        names.append(world.id_of(world.reference.made[-1].name))
+    promise(name in names, f"the case shows nothing: {name} is none of {names}")
+    stall(world, 2, 5)
+    world.ask_through(1, 11)
 
 
 @case()

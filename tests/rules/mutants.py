@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lrpilot import core
-from lrpilot.core import _canonical, _operators, _requests
+from lrpilot.core import _canonical, _operators, _requests, _state
 from lrpilot.core._changes import Direct, NextStage, Undo
 from lrpilot.core._observers import Observers
 from lrpilot.core._plan import Adjustment, Plan, Revision
@@ -563,7 +563,7 @@ def a_hold_freezes_the_lr_alone(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("what_is_shown_is_what_is_done")
 def a_change_is_shown_as_an_earlier_event(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(core, "made_next", lambda state, event: state.made_by(event, state.seq))
+    patch.setattr(core, "made_next", lambda state, event, *_: state.made_by(event, state.seq))
 
 
 @mutant("a_change_of_a_plan_that_has_changed_is_refused")
@@ -738,6 +738,29 @@ def a_state_forgets_the_adjustments(patch: pytest.MonkeyPatch) -> None:
 @mutant("a_lost_run_keeps_the_order_of_what_operators_did")
 def revisions_come_first(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Revision, "came_after", lambda *_: False)
+
+
+@mutant("what_was_taken_back_in_a_lost_run_lends_nobody_its_name")
+def a_state_keeps_names_of_what_is_gone(patch: pytest.MonkeyPatch) -> None:
+    renumbered = _state._renumbered
+
+    def keeps(revisions: Any, adjustments: Any, *args: Any) -> Any:
+        undone = {
+            target
+            for item in adjustments
+            if isinstance(item.change, Undo)
+            for target in item.change.targets
+        }
+        placed, acting, advice = renumbered(revisions, adjustments, *args)
+        acting = [
+            replace(item, change=replace(item.change, targets=(*item.change.targets, *undone)))
+            if isinstance(item.change, Undo)
+            else item
+            for item in acting
+        ]
+        return placed, acting, advice
+
+    patch.setattr(_state, "_renumbered", keeps)
 
 
 @mutant("a_checkpoint_holds_all_that_was_acknowledged")

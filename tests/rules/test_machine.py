@@ -191,7 +191,7 @@ class Job(RuleBasedStateMachine):
                 ("multiply", 0.7),
                 ("multiply", 2.0),
                 ("set", 0.05),
-                ("set", 0.3),
+                ("set", 0.2),
                 ("scale weight decay", 0.5),
                 ("hold", 0.0),
                 ("release", 0.0),

@@ -695,7 +695,13 @@ def _renumbered(
     ]
     for index, item in enumerate(moved):
         if isinstance(item.change, Undo):
-            targets = tuple(names.get(target, target) for target in item.change.targets)
+            # A decision on a loss may come again; what else is gone must not lend its name to what
+            # an operator does from here on.
+            targets = tuple(
+                names.get(target, target)
+                for target in item.change.targets
+                if target in names or target.startswith("n")
+            )
             moved[index] = replace(item, change=replace(item.change, targets=targets))
     acting = [item for item in moved if item.mode == "act"]
     return placed, acting, [item for item in moved if item.mode != "act"]
