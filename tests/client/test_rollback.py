@@ -302,7 +302,7 @@ def test_model_and_optimizer_are_as_they_were_and_the_data_goes_on(
     assert trained.seen[9][1] != trained.seen[15][1]
     assert trained.positions == list(range(30))
     assert trained.optimizer.param_groups[0]["lr"] == trainer.rate(12)
-    assert trained.handler.snapshots == (8, 12)
+    assert trained.handler.snapshots == (0, 4, 8, 12)
     assert trained.pilot.attempt == 3
     assert "went back from progress 14 to 8 (for d1); the data goes on" in caplog.text
 
@@ -334,15 +334,15 @@ def test_files_do_the_same_as_memory_and_are_removed(
         kept.append({path.name for path in place.iterdir()} - {"notes.txt"})
     names = ["progress-0.pt", "progress-4.pt", "progress-8.pt", "progress-12.pt"]
     assert kept[0] == {names[0]}
-    assert kept[7] == set(names[1:3])
-    assert kept[12] == set(names[2:4])
-    assert kept[13] == {names[2]}
-    assert kept[19] == set(names[2:4])
+    assert kept[7] == set(names[:3])
+    assert kept[12] == {names[0], *names[2:4]}
+    assert kept[13] == {names[0], names[2]}
+    assert kept[19] == {names[0], *names[2:4]}
     assert (place / "notes.txt").exists()
     assert trained.losses[8:14] == trained.losses[14:20]
-    size = (place / names[3]).stat().st_size
-    assert trained.handler.cost.newest_bytes == size
-    assert trained.handler.cost.held_bytes == size + (place / names[2]).stat().st_size
+    assert trained.handler.cost.newest_bytes == (place / names[3]).stat().st_size
+    held = sum((place / name).stat().st_size for name in kept[19])
+    assert trained.handler.cost.held_bytes == held
 
 
 def test_the_cost_is_said_once_and_on_request(
@@ -355,7 +355,7 @@ def test_the_cost_is_said_once_and_on_request(
     (line,) = [text for text in caplog.messages if "a snapshot of rank 0 takes" in text]
     parameters, other = 8 * 4, 110 * 4
     assert f"takes {parameters + other} bytes and 0." in line
-    assert line.endswith("one each 4 steps, 3 are kept in memory")
+    assert line.endswith("one each 4 steps, the first and the last 8 are kept in memory")
     cost = trained.handler.cost
     # AdamW has two moments and a count of steps for each of the two parameters by now.
     assert cost.newest_bytes == 3 * parameters + 2 * 4 + other
@@ -366,14 +366,27 @@ def test_the_cost_is_said_once_and_on_request(
 def test_where_no_snapshot_is_old_enough_training_goes_on(
     trainer: FakeTrainer, training: Callable[..., Training], caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer.directives = [asked("d1", 14, 4)]
+    trainer.directives = [asked("d1", 14, 0)]
     trained = training(keep=2)
     for _ in range(20):
         trained.step()
-    text = "no snapshot lies before progress 4: the oldest is at 8 (one each 4 steps, 2 are kept)"
+    text = (
+        "no snapshot lies before progress 0: the oldest is at 0 (one each 4 steps, the first and "
+        "the last 2 are kept)"
+    )
     assert acknowledged(trainer) == [("d1", pb.DIRECTIVE_OUTCOME_FAILED, text)]
     assert text in caplog.text
     assert (trained.scheduler.progress, trained.pilot.attempt) == (20, 1)
+
+
+def test_a_training_that_never_took_off_goes_back_to_its_start(
+    trainer: FakeTrainer, training: Callable[..., Training]
+) -> None:
+    trainer.directives = [asked("d1", 30, 3)]
+    trained = training(keep=2)
+    for _ in range(30):
+        trained.step()
+    assert (trained.scheduler.progress, trained.handler.snapshots) == (0, (0,))
 
 
 def test_a_snapshot_where_the_damage_began_is_not_old_enough(
@@ -458,13 +471,13 @@ def test_a_second_handler_and_wrong_arguments_are_refused(
 
 def test_two_ranks_go_back_together(trainer: FakeTrainer, tmp_path: Path) -> None:
     trainer.delay = 64
-    trainer.directives = [asked("d1", 14, 13), asked("d2", 20, 1), asked("d3", 22, 18)]
+    trainer.directives = [asked("d1", 14, 13), asked("d2", 20, 0), asked("d3", 22, 18)]
     rendezvous = (tmp_path / "rendezvous").as_uri()
     said = said_by(
         [[sys.executable, str(PROGRAM), str(n), rendezvous, trainer.address] for n in range(2)]
     )
     for rank in said:
-        # At 14 rank 0 has 0, 4, 8, 12 and rank 1 has 8, 12; at 20 none is from before 1 on both;
+        # At 14 rank 0 has 0, 4, 8, 12 and rank 1 has 0, 8, 12; at 20 none is from before 0;
         # at 22 rank 1 cannot read the one at 16, so that none goes back.
         assert rank["progress"] == [*range(1, 14), *range(12, 25)]
         assert rank["attempt"] == 2

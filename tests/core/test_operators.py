@@ -195,7 +195,7 @@ def test_what_cannot_be_taken_back() -> None:
     for name in ("9-9-9", "", advice + "0"):
         with pytest.raises(core.AdjustmentNotFound, match="has no adjustment with the id"):
             act(log, core.TakeBack(name))
-    with pytest.raises(core.AdjustmentRefused, match="is an advice that changed nothing"):
+    with pytest.raises(core.AdjustmentRefused, match="is an advice: it changed nothing"):
         act(log, core.TakeBack(advice))
     act(log, core.EnterNextStage())
     with pytest.raises(core.AdjustmentRefused, match="of the kind 'next stage'; only these"):
@@ -212,7 +212,9 @@ def test_asking_for_something() -> None:
     log = run(losses=10)
     act(log, core.Ask("rollback", before=7, factor=0.25, until=9))
     assert newest(log).change == Direct("rollback", "because", before=7, factor=0.25, until=9)
-    for kind in ("skip", "evaluate", "stop"):
+    act(log, core.Ask("skip", until=15))
+    assert newest(log).change == Direct("skip", "because", until=15)
+    for kind in ("evaluate", "stop"):
         act(log, core.Ask(kind, before=7, factor=7.0))
         assert newest(log).change == Direct(kind, "because")
     assert {item.effective for item in log.state.plan.directives(0, 99)} == {14}
@@ -481,7 +483,9 @@ def test_approving_makes_an_adjustment_of_the_advice_at_the_horizon() -> None:
     approve(log, advice.id, "yes", reason="looks right")
     made = newest(log)
     assert made.id == log.state.approved[advice.id] == log.state.made["yes"]
-    assert (made.effective, made.kind, made.author) == (log.state.horizon, "operator", "me")
+    # It is the policy's own still, so that its next step can take its place.
+    assert (made.kind, made.source, made.author) == ("plateau", "operator", "me")
+    assert made.effective == log.state.horizon
     assert isinstance(made.change, Multiply)
     assert made.change.factor == 0.5
     assert made.change.reason == f"{advice.reason}; approved: looks right"

@@ -185,9 +185,25 @@ def test_a_hold_with_a_length_ends_by_itself() -> None:
     assert [len(changed.in_force(at)) for at in (99, 100, 149, 150)] == [0, 1, 1, 0]
 
 
-def test_a_change_on_top_of_a_hold_applies_to_what_is_held() -> None:
-    changed = plan((100, Hold(None, "")), (200, Multiply(0.5, "")), learning_rate=LINEAR)
+def test_what_an_operator_does_under_a_hold_applies_to_what_is_held() -> None:
+    by_operator: dict[str, Any] = {"order": ORDER_OF_OPERATORS, "seq": 2}
+    held = made(100, Hold(None, ""), **by_operator)
+    scaled = made(200, Multiply(0.5, ""), **by_operator)
+    changed = Plan([Revision(0, 0, spec(learning_rate=LINEAR))], [held, scaled])
     assert rates(changed, 199, 200, 900) == [0.9, 0.45, 0.45]
+
+
+def test_what_policies_do_under_a_hold_shows_when_it_ends() -> None:
+    cuts = [(50, Multiply(0.5, "")), (100, Multiply(0.5, "")), (120, Multiply(0.5, ""))]
+    held = made(100, Hold(50, ""), order=ORDER_OF_OPERATORS, seq=2)
+    scaled = made(120, ScaleWeightDecay(2.0, ""), order=1)
+    before = Plan(
+        [Revision(0, 0, spec(weight_decay=0.1))], [*(made(at, cut) for at, cut in cuts), scaled]
+    )
+    changed = Plan(before.revisions, [*before.adjustments, held])
+    # Two policies at the progress where the hold begins come before it.
+    assert rates(changed, 99, 100, 120, 149, 150) == [0.5, 0.25, 0.25, 0.25, 0.125]
+    assert decays(changed, 120, 149, 150) == [0.1, 0.1, 0.2]
 
 
 def test_a_release_returns_to_the_schedule_at_the_progress_of_then() -> None:
@@ -196,7 +212,7 @@ def test_a_release_returns_to_the_schedule_at_the_progress_of_then() -> None:
     changed.adjust(made(50, Multiply(0.5, "")))
     changed.adjust(made(150, Multiply(0.5, ""), decided_at=149))
     changed.adjust(made(300, taking_back([held], ""), order=ORDER_OF_OPERATORS, seq=9))
-    assert rates(changed, 100, 299) == [0.9 * 0.5, 0.9 * 0.5 * 0.5]
+    assert rates(changed, 100, 299) == [0.9 * 0.5, 0.9 * 0.5]
     assert rates(changed, 300) == [(1.0 - 0.3) * 0.5 * 0.5]
     base = plan(weight_decay=RAMP)
     assert decays(changed, 299, 300) == decays(base, 100, 300)

@@ -177,7 +177,7 @@ def test_a_directive_that_is_not_there() -> None:
     act(log, core.HoldValues())
     with pytest.raises(core.AdjustmentNotFound):
         opening(log, 0, newest(log).id)
-    act(log, core.Ask("skip"))
+    act(log, core.Ask("skip", until=99))
     with pytest.raises(core.InvalidRequest, match="directive: got skip; allowed: a rollback"):
         opening(log, 0, newest(log).id)
 

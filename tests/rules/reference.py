@@ -172,11 +172,15 @@ class Reference:
             rates = [rate for rate, _ in pairs]
             decays = [decay for _, decay in pairs if decay is not None]
             begin, undone = version.stage_begin(at), _undone(links[:count])
+            is_held = False
             for index, link in enumerate(links[:count]):
                 if link.name in undone or (link.effective < begin and link.action != "hold"):
                     continue
+                if is_held and link.name[0] == "loss":
+                    continue
                 if link.action == "hold":
                     rates, decays = just_before(index)
+                    is_held = True
                 elif link.action == "multiply":
                     wanted = [rate * link.amount for rate in rates]
                     rates = _moved(rates, wanted, link.eps, version.bounds)

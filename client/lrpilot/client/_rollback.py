@@ -70,7 +70,7 @@ class RollbackHandler:
             torchdata's StatefulDataLoader or a sampler; read where `skip` is false alone.
         also: more objects with `state_dict()` and `load_state_dict()`, such as a gradient scaler.
         every: steps between two snapshots.
-        keep: how many are kept, the newest ones.
+        keep: how many are kept, the newest ones, beside the very first one.
         where: "memory" keeps them on the CPU; a path keeps them in files of that directory, one
             directory in it per rank. Files left there by an earlier start are removed.
         skip: true: the data goes on where the directive was met, so that the batches since the
@@ -90,7 +90,7 @@ class RollbackHandler:
         data: Any = None,
         also: Sequence[Any] = (),
         every: int = 100,
-        keep: int = 3,
+        keep: int = 8,
         where: "str | os.PathLike[str]" = MEMORY,
         skip: bool = True,
     ) -> None:
@@ -185,7 +185,7 @@ class RollbackHandler:
             oldest = f"the oldest is at {min(common)}" if common else "there is none on all ranks"
             raise DirectiveDeclined(
                 f"no snapshot lies before progress {before}: {oldest} (one each {self._every} "
-                f"steps, {self._keep} are kept)",
+                f"steps, the first and the last {self._keep} are kept)",
                 facts={"before": before, "snapshots": sorted(common)},
             )
         return max(old_enough)
@@ -221,12 +221,13 @@ class RollbackHandler:
             },
         )
         self._sizes[progress] = size
-        self._forget(list(self._sizes)[: -self._keep])
+        # The first one beside the newest: a training that never took off goes back to its start.
+        self._forget(list(self._sizes)[1 : -self._keep])
         spent_s = time.perf_counter() - start_s
         if not self._cost.taken:
             logger.info(
-                "run %s: a snapshot of rank %d takes %d bytes and %.3f s; one each %d steps, %d "
-                "are kept in %s",
+                "run %s: a snapshot of rank %d takes %d bytes and %.3f s; one each %d steps, the "
+                "first and the last %d are kept in %s",
                 self._pilot.run,
                 self._pilot.rank,
                 size,

@@ -393,7 +393,10 @@ class Session:
             self._acknowledge(directive, progress, pb.DIRECTIVE_OUTCOME_FAILED, text)
             raise
         else:
-            if self.opened is opened:
+            if self.opened is opened and directive.kind == "rollback":
+                text = "the handler returned without going back"
+                self._acknowledge(directive, progress, pb.DIRECTIVE_OUTCOME_FAILED, text)
+            elif self.opened is opened:
                 # The attempt that a rollback opens says itself that it was made.
                 self._acknowledge(directive, progress, pb.DIRECTIVE_OUTCOME_DONE, "")
 

@@ -46,7 +46,7 @@ class HuggingFaceRollback(TrainerCallback):
         trainer: Any,
         *,
         every: int = 100,
-        keep: int = 3,
+        keep: int = 8,
         where: "str | os.PathLike[str]" = MEMORY,
     ) -> None:
         self._pilot = pilot

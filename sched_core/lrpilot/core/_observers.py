@@ -251,7 +251,7 @@ class _Moment:
         # A decision is held back as a whole, save what only asks or says something.
         waits = (*ENDABLE, Undo) if held_back else ()
         made = []
-        for part, change in enumerate(self._resolved(changes, kind, source)):
+        for part, (change, ends_own) in enumerate(self._resolved(changes, mode, kind, source)):
             adjustment = self._plan.stated(
                 Adjustment(
                     effective=self.at,
@@ -268,6 +268,7 @@ class _Moment:
                     decays_after=(),
                     seq=self._known.get((self._n, order), self._seq),
                     expires=self.at + self._lifetime() if mode == "advise" else 0,
+                    ends_own=ends_own,
                 )
             )
             if adjustment.mode == "act":
@@ -275,25 +276,30 @@ class _Moment:
             made.append(adjustment)
         return made
 
-    def _resolved(self, changes: Sequence[Change], kind: str, source: str) -> Iterator[Change]:
+    def _resolved(
+        self, changes: Sequence[Change], mode: str, kind: str, source: str
+    ) -> Iterator[tuple[Change, bool]]:
+        """Yield what the proposals are now, and of advice whether it ends what came before.
+
+        What there is to end is known only when an advice is approved.
+        """
+        ends_own = False
         for change in changes:
             if isinstance(change, EndOwn):
-                own = [
-                    item
-                    for item in self._plan.in_force(self.at)
-                    if item.kind == kind
-                    and item.source not in self.sources - {source}
-                    and isinstance(item.change, ENDABLE)
-                ]
-                if own:
-                    yield taking_back(own, change.reason)
+                own = self._plan.own(kind, self.at, self.sources - {source})
+                if mode != "advise" and own:
+                    yield taking_back(own, change.reason), False
+                elif mode == "advise" and len(changes) > 1:
+                    ends_own = True
+                elif own:
+                    yield change, False
             elif isinstance(change, Direct) and change.directive == "rollback":
-                yield limited(change, self._plan.rollbacks, self._n)
+                yield limited(change, self._plan.rollbacks, self._n), False
             elif isinstance(change, NextStage) and not self._plan.can_leave(change.leaves, self.at):
                 # An operator was faster, or it is the last stage and has ended already.
                 continue
             else:
-                yield change
+                yield change, ends_own
 
     def free_from(self) -> int:
         """Return the first progress whose loss may change LR or WD once more."""

@@ -16,6 +16,7 @@ from lrpilot.core._changes import (
     Change,
     Direct,
     DirectiveKind,
+    EndOwn,
     Hold,
     Multiply,
     NextStage,
@@ -36,7 +37,7 @@ from lrpilot.core._errors import (
 from lrpilot.core._events import Adjusted, Event, Revised
 from lrpilot.core._fields import LARGEST_RATE, LENGTH, length_of
 from lrpilot.core._observers import limited
-from lrpilot.core._plan import ENDABLE, Adjustment, Plan, Revision, taking_back
+from lrpilot.core._plan import ENDABLE, Adjustment, Plan, Revision, bounds_of, taking_back
 from lrpilot.core._requests import (
     adjustment_not_found,
     check_signature,
@@ -165,19 +166,27 @@ def approve_advice(
     found = state.find(advice)
     if found is None:
         raise adjustment_not_found(state, advice, "advice")
+    changes: list[Change] = []
     change = _approved(state, found)
+    if found.ends_own or isinstance(change, EndOwn):
+        own = state.plan.own(found.kind, state.horizon)
+        changes += [taking_back(own, change.reason)] if own else []
+    if not isinstance(change, EndOwn):
+        changes.append(change)
     if reason:
-        change = replace(change, reason=f"{change.reason}; approved: {reason}")
-    event = Adjusted(change_to_mapping(change), state.horizon, author, request_id, advice)
-    return [event]
+        changes = [replace(item, reason=f"{item.reason}; approved: {reason}") for item in changes]
+    return [
+        Adjusted(change_to_mapping(item), state.horizon, author, request_id, advice)
+        for item in changes
+    ]
 
 
 def planned(state: RunState, events: Sequence[Event]) -> Plan:
     """Return the plan as it would be after the events of an operator; the state stays as it is."""
     plan = Plan(state.plan.revisions, state.plan.adjustments, state.plan.rollbacks)
-    for event in events:
+    for offset, event in enumerate(events):
         if isinstance(event, Adjusted):
-            plan.adjust(made_next(state, event))
+            plan.adjust(plan.stated(made_next(state, event, offset)))
         elif isinstance(event, Revised) and event.effective is not None:
             spec = parse_spec(event.spec)
             begin = event.observes_from or 0
@@ -185,9 +194,9 @@ def planned(state: RunState, events: Sequence[Event]) -> Plan:
     return plan
 
 
-def made_next(state: RunState, event: Adjusted) -> Adjustment:
-    """Return what an operator's event makes where it is the next one of the log."""
-    return state.made_by(event, state.seq + 1)
+def made_next(state: RunState, event: Adjusted, offset: int = 0) -> Adjustment:
+    """Return what an operator's event makes where it is the next one of the log, or one later."""
+    return state.made_by(event, state.seq + 1 + offset)
 
 
 def with_total(spec: RunSpec, total: int) -> RunSpec:
@@ -245,12 +254,13 @@ def _resolved(state: RunState, action: Action, reason: str) -> Change | None:
     plan, at = state.plan, state.horizon
     match action:
         case ScaleLearningRate(factor):
-            _check_number("scale_lr", factor, "a finite number above 0 and other than 1")
+            _check_number("scale_lr", factor, "a number above 0")
             if factor == 1.0:
                 return None
             return Multiply(factor, reason)
         case SetLearningRate(lr):
-            _check_number("set_lr", lr, "a finite number above 0")
+            low, high = bounds_of(state.spec)
+            _check_number("set_lr", lr, "a number above 0", low, high)
             first = plan.values(at)[0][0]
             if first <= 0.0:
                 raise _refused(
@@ -262,7 +272,7 @@ def _resolved(state: RunState, action: Action, reason: str) -> Change | None:
         case ScaleDecay(factor):
             if not state.spec.has_weight_decay:
                 raise _refused(state, "the run sets no weight decay")
-            _check_number("scale_weight_decay", factor, "a finite number from 0 on", zero=True)
+            _check_number("scale_weight_decay", factor, "a number from 0", zero=True)
             return None if factor == 1.0 else ScaleWeightDecay(factor, reason)
         case DecayNow():
             return _decay(state, action, reason)
@@ -322,8 +332,12 @@ def _undo(state: RunState, name: str, reason: str) -> Undo | None:
     if found is None:
         raise adjustment_not_found(state, name, "adjustment")
     if state.plan.find(name) is None:
-        what = "an advice that changed nothing" if found in state.advice else "forgotten already"
-        raise _refused(state, f"adjustment {name} is {what}")
+        what = "is forgotten already: a later attempt began before it"
+        if name in state.approved:
+            what = f"is an advice; take back what it became, {state.approved[name]}"
+        elif found in state.advice:
+            what = "is an advice: it changed nothing"
+        raise _refused(state, f"adjustment {name} {what}")
     if not isinstance(found.change, ENDABLE):
         kinds = ", ".join(kind.action for kind in ENDABLE)
         raise _refused(
@@ -349,8 +363,10 @@ def _directive(state: RunState, action: Ask, reason: str) -> Direct:
         if not 0.0 < action.factor <= 1.0:
             wanted = "a number above 0 and up to 1"
             violations.append(Violation("directive.factor", repr(action.factor), wanted))
-    if action.until < 0:
-        violations.append(Violation("directive.until", str(action.until), "0 or above"))
+    least = {"skip": state.horizon + 1, "rollback": action.before}.get(action.directive, 0)
+    if action.until < least and (action.until or action.directive == "skip"):
+        wanted = f"{least} or above: the data up to there is passed over"
+        violations.append(Violation("directive.until", str(action.until), wanted))
     if violations:
         raise InvalidRequest("the directive is invalid", violations)
     rolls_back = action.directive == "rollback"
@@ -374,7 +390,10 @@ def _approved(state: RunState, advice: Adjustment) -> Change:
     elif advice not in state.advice:
         problem = "a later attempt has forgotten the losses that led to it"
     elif at >= advice.expires:
-        problem = f"it could be approved up to horizon {advice.expires - 1}, which is {at} now"
+        problem = (
+            f"it could be approved up to horizon {advice.expires - 1}, which is {at} now; wait for "
+            "the next one, or adjust the run by hand"
+        )
     if problem:
         raise AdviceExpired(
             f"advice {name} of run {state.name!r} cannot be approved: {problem}",
@@ -416,6 +435,19 @@ def _refused(state: RunState, why: str) -> AdjustmentRefused:
     return AdjustmentRefused(f"run {state.name!r}: {why}", run=state.name, horizon=state.horizon)
 
 
-def _check_number(field: str, value: float, wanted: str, *, zero: bool = False) -> None:
-    if not isfinite(value) or value > LARGEST_RATE or value < 0.0 or (value == 0.0 and not zero):
+def _check_number(
+    field: str,
+    value: float,
+    from_on: str,
+    low: float = 0.0,
+    high: float = LARGEST_RATE,
+    *,
+    zero: bool = False,
+) -> None:
+    """Raise InvalidRequest unless a number is finite, above 0 (or from 0 on), and in a range."""
+    is_above = value > 0.0 or (zero and value == 0.0)
+    if not (isfinite(value) and is_above and low <= value <= high):
+        wanted = f"{from_on} and up to {high:g}"
+        if low > 0.0:
+            wanted = f"a number from {low:g} to {high:g}, the bounds of the run"
         raise InvalidRequest("the change is invalid", [Violation(field, repr(value), wanted)])

@@ -1,11 +1,11 @@
 """The plan: base schedule plus adjustments, a pure function of the event log."""
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from lrpilot.core._changes import (
     BeginDecay,
@@ -85,6 +85,8 @@ class Adjustment:
     """Who made it, of an operator."""
     expires: int = 0
     """Of an advice: horizon from which on it can no longer be approved."""
+    ends_own: bool = False
+    """Of an advice: it takes the place of what the same policy did before."""
 
     @property
     def key(self) -> tuple[int, int, int, int]:
@@ -110,7 +112,7 @@ class Adjustment:
         """
         if self.order >= ORDER_OF_OPERATORS:
             return self.id
-        return f"n{self.decided_at}-{self.order}-{self.part}"
+        return f"n{self.decided_at}-{self.kind}-{self.order}-{self.part}"
 
     @property
     def reason(self) -> str:
@@ -140,6 +142,7 @@ class Adjustment:
             "seq": self.seq,
             "author": self.author,
             "expires": self.expires,
+            "ends_own": self.ends_own,
         }
 
     @classmethod
@@ -206,19 +209,48 @@ class Revision:
         return replace(self, effective=begin, observes_from=begin)
 
 
-def lowered(lr: float, new: float, low: float, eps: float = 0.0) -> float:
-    """Return `lr` after a cut to `new`, by no more than down to `low`, if it falls by over `eps`.
+Scale: TypeAlias = tuple[Literal["cut", "raise", "divide"], float, float, float]
+"""(kind, factor or divisor, limit, eps) of one multiplication or division of an LR."""
 
-    A learning rate at or below `low` stays where the base put it: a cut never raises.
+
+def scaled(lr: float, scales: Iterable[Scale]) -> float:
+    """Return `lr` after multiplications and divisions, each under its limit.
+
+    Down: `x' = max(x * factor, limit)` if `x - x' > eps`, else x; up is mirrored. An LR at or
+    beyond the limit stays where the base put it: a cut never raises, and a raise never lowers.
+    Source: `torch.optim.lr_scheduler.ReduceLROnPlateau`.
     """
-    new = max(new, low)
-    return new if lr - new > eps else lr
+    for kind, factor, limit, eps in scales:
+        new = lr / factor if kind == "divide" else lr * factor
+        if kind == "cut":
+            new = max(new, limit)
+            if lr - new > eps:
+                lr = new
+        else:
+            new = min(new, limit)
+            if new - lr > eps:
+                lr = new
+    return lr
 
 
-def raised(lr: float, new: float, high: float, eps: float = 0.0) -> float:
-    """Return `lr` after a raise to `new`; the mirror of `lowered`."""
-    new = min(new, high)
-    return new if new - lr > eps else lr
+def lowered(lr: float, new: float, low: float) -> float:
+    """Return the lower one of `lr` and `new`, but nothing between `low` and `lr` is passed."""
+    return min(lr, max(new, low))
+
+
+def raised(lr: float, new: float, high: float) -> float:
+    """Return the higher one of `lr` and `new`; the mirror of `lowered`."""
+    return max(lr, min(new, high))
+
+
+def unheld(chain: Iterable[Adjustment], progress: int) -> Iterator[Adjustment]:
+    """Yield the links of a chain that count at `progress`: under a hold no policy's later ones."""
+    is_held = False
+    for item in chain:
+        if is_held and item.order < ORDER_OF_OPERATORS:
+            continue
+        yield item
+        is_held = is_held or (isinstance(item.change, Hold) and not is_over(item, progress))
 
 
 class Plan:
@@ -251,6 +283,7 @@ class Plan:
         self._stage_lists: dict[int, tuple[StageSchedule, ...]] = {}
         self._chains: dict[tuple[int, int, bool], tuple[Adjustment, ...]] = {}
         self._anchors: dict[tuple[Adjustment, int, bool], float] = {}
+        self._compiled: dict[tuple[float, ...], tuple[Scale, ...] | None] = {}
         self._inits: dict[tuple[int, int, bool], dict[int, float]] = {}
         # The last chain evaluated per group: on a constant piece of the base a finished chain
         # is looked up instead of being multiplied again at every step.
@@ -372,6 +405,17 @@ class Plan:
             for item in self._adjustments[:last]
             if id(item) in ids and not is_over(item, progress)
         )
+
+    def own(self, kind: str, progress: int, others: Set[str] = frozenset()) -> list[Adjustment]:
+        """Return what a kind of policy has in force at `progress` that can be taken back.
+
+        `others` are the sources that are not meant, although of that kind.
+        """
+        return [
+            item
+            for item in self.in_force(progress)
+            if item.kind == kind and item.source not in others and isinstance(item.change, ENDABLE)
+        ]
 
     def last_change(self, progress: int) -> int | None:
         """Return where the last change of LR or WD up to `progress` took effect, or None."""
@@ -571,14 +615,16 @@ class Plan:
         return known[index]
 
     def _span(self, stage: StageSchedule, progress: int) -> tuple[int, int]:
-        """Return the first adjustment that takes effect inside a stage, and the first one behind
-        `progress`: entering a stage ends all that came before, save a hold."""
-        first = bisect_left(self._effectives, stage.begin) if stage.begin else 0
-        return first, bisect_right(self._effectives, progress)
+        """Return where a stage begins, and the index of the first adjustment behind `progress`."""
+        return stage.begin, bisect_right(self._effectives, progress)
 
-    def _chain(self, first: int, last: int, *, decays: bool) -> tuple[Adjustment, ...]:
-        """Return the links of a chain in order, without those that were taken back."""
-        known = self._chains.get((first, last, decays))
+    def _chain(self, begin: int, last: int, *, decays: bool) -> tuple[Adjustment, ...]:
+        """Return the links of a chain in order, without those that were taken back.
+
+        Entering a stage at `begin` ends all that came before, save a hold. What a policy decided
+        less than D before it shows inside the stage, as any decision shows at n + D.
+        """
+        known = self._chains.get((begin, last, decays))
         if known is None:
             kinds: tuple[type[Any], ...] = DECAY_CHANGES if decays else RATE_CHANGES
             before = self._adjustments[:last]
@@ -590,33 +636,55 @@ class Plan:
             }
             known = tuple(
                 item
-                for index, item in enumerate(before)
+                for item in before
                 if isinstance(item.change, kinds)
-                and (index >= first or isinstance(item.change, Hold))
+                and (item.effective >= begin or isinstance(item.change, Hold))
                 and not (undone and item.mark in undone)
             )
-            self._chains[first, last, decays] = known
+            self._chains[begin, last, decays] = known
         return known
 
     def _learning_rate(
         self, revision: Revision, index: int, group: int, progress: int, span: tuple[int, int]
     ) -> float:
         """Return the adjusted learning rate, with the adjustments in `span`."""
-        first, last = span
-        base = self._base(revision, index, group, progress, adjusted=True)
-        chain = self._chain(first, last, decays=False)
+        begin, last = span
+        lr = base = self._base(revision, index, group, progress, adjusted=True)
+        chain = self._chain(begin, last, decays=False)
         if not chain:
             return base
         memo = self._memo.get(group)
-        if memo is not None and memo[:4] == (revision.effective, first, last, base):
+        if memo is not None and memo[:4] == (revision.effective, begin, last, base):
             return memo[4]
-        bounds = _bounds(revision.spec)
-        lr = base
-        for item in chain:
-            lr = self._changed_rate(item, lr, group, progress, bounds)
+        bounds = bounds_of(revision.spec)
+        scales = self._scales(span, group, bounds, chain)
+        if scales is not None:
+            lr = scaled(base, scales)
+        else:
+            for item in unheld(chain, progress):
+                lr = self._changed_rate(item, lr, group, progress, bounds)
         if not (self._has_spells and any(_moves(item.change) for item in chain)):
-            self._memo[group] = (revision.effective, first, last, base, lr)
+            self._memo[group] = (revision.effective, begin, last, base, lr)
         return lr
+
+    def _scales(
+        self,
+        span: tuple[int, int],
+        group: int,
+        bounds: tuple[float, float],
+        chain: tuple[Adjustment, ...],
+    ) -> "tuple[Scale, ...] | None":
+        """Return a chain that only multiplies and divides in a form that is quickly evaluated.
+
+        A policy that acts often makes long ones, and on a moving base each is evaluated at each
+        progress. None: there are other links.
+        """
+        key = (*span, group, *bounds)
+        if key not in self._compiled:
+            scales = [_scale_of(item.change, group, bounds) for item in chain]
+            known = [scale for scale in scales if scale is not None]
+            self._compiled[key] = tuple(known) if len(known) == len(scales) else None
+        return self._compiled[key]
 
     def _changed_rate(
         self,
@@ -630,18 +698,10 @@ class Plan:
         low, high = bounds
         if is_over(item, progress):
             return lr
+        scale = _scale_of(item.change, group, bounds)
+        if scale is not None:
+            return scaled(lr, (scale,))
         match item.change:
-            case Multiply() as change:
-                if change.factor < 1.0:
-                    floor = max(_of_group(change.min_lr, group), low)
-                    return lowered(lr, lr * change.factor, floor, change.eps)
-                ceiling = high
-                if change.max_lr is not None:
-                    ceiling = min(_of_group(change.max_lr, group), high)
-                return raised(lr, lr * change.factor, ceiling, change.eps)
-            case Divide() as change:
-                ceiling = min(_of_group(change.max_lr, group), high)
-                return raised(lr, lr / change.divisor, ceiling, change.eps)
             case SetRate() as change:
                 reference = self._anchor(item, 0)
                 new = change.lr * (lr / reference) if reference > 0.0 else lr
@@ -652,10 +712,11 @@ class Plan:
             case BeginDecay() as change:
                 start, floor = self._anchor(item, group), self._floor(item, group)
                 if start <= floor:
-                    return start
+                    return min(lr, start)
                 ratio = min(float(progress - item.effective) / float(change.length), 1.0)
                 k = anneal_factor(change.style, ratio)
-                return lowered(start, floor + k * (start - floor), low)
+                # The base may be on its way down already: an anneal never raises.
+                return lowered(lr, floor + k * (start - floor), low)
             case _:
                 return lr
         return lowered(lr, new, low) if new < lr else raised(lr, new, high)
@@ -665,7 +726,7 @@ class Plan:
     ) -> float:
         stage = self._stages(revision)[index]
         decay = stage.weight_decay(group, progress) or 0.0
-        for item in self._chain(*span, decays=True):
+        for item in unheld(self._chain(*span, decays=True), progress):
             if is_over(item, progress):
                 continue
             if isinstance(item.change, Hold):
@@ -784,7 +845,23 @@ def _moves(change: Change) -> bool:
     )
 
 
-def _bounds(spec: RunSpec) -> tuple[float, float]:
+def _scale_of(change: Change, group: int, bounds: tuple[float, float]) -> Scale | None:
+    """Return a multiplication or division as it is for one group, within the run's bounds."""
+    low, high = bounds
+    match change:
+        case Multiply() if change.factor < 1.0:
+            return "cut", change.factor, max(_of_group(change.min_lr, group), low), change.eps
+        case Multiply():
+            ceiling = high if change.max_lr is None else _of_group(change.max_lr, group)
+            return "raise", change.factor, min(ceiling, high), change.eps
+        case Divide():
+            return "divide", change.divisor, min(_of_group(change.max_lr, group), high), change.eps
+        case _:
+            return None
+
+
+def bounds_of(spec: RunSpec) -> tuple[float, float]:
+    """Return the limits of adjusted LRs."""
     if spec.bounds is None:
         return 0.0, LARGEST_RATE
     high = spec.bounds.max_lr

@@ -314,11 +314,14 @@ class RunState:
 
     def made_by(self, event: Adjusted, seq: int) -> Adjustment:
         """Return what an operator's event adds to the plan, as the event of that `seq`."""
+        advice = self.find(event.advice)
         return self._from_outside(
             event.effective,
             change_from_mapping(event.change),
             decided_at=self.frontier,
-            kind="operator",
+            # What a policy advised is its own still: its next step takes the place of this one.
+            kind="operator" if advice is None else advice.kind,
+            source="operator",
             seq=seq,
             author=event.author,
         )
@@ -330,6 +333,7 @@ class RunState:
         *,
         decided_at: int,
         kind: str,
+        source: str,
         seq: int,
         author: str = "",
     ) -> Adjustment:
@@ -341,7 +345,7 @@ class RunState:
                 order=ORDER_OF_OPERATORS,
                 part=0,
                 kind=kind,
-                source=kind,
+                source=source,
                 mode="act",
                 change=change,
                 before=(),
@@ -438,7 +442,12 @@ class RunState:
         )
         self.plan.adjust(
             self._from_outside(
-                event.begin, cut, decided_at=event.begin, kind="rollback", seq=self.seq
+                event.begin,
+                cut,
+                decided_at=event.begin,
+                kind="rollback",
+                source="rollback",
+                seq=self.seq,
             )
         )
 

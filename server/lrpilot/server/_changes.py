@@ -81,11 +81,11 @@ def shown_change(run: LiveRun, state: core.RunState, events: Sequence[core.Event
     if not events:
         return Change(run=run, effective=at, unchanged=True)
     plan = core.planned(state, events)
-    event = events[0]
+    event = events[-1]
     adjustment, changes, summary = None, [], ""
     if isinstance(event, core.Adjusted):
-        # The event is to be the next one of the log.
-        made = core.made_next(state, event)
+        # The events are to be the next ones of the log.
+        made = core.made_next(state, event, len(events) - 1)
         adjustment = adjustment_message(made, "planned")
         summary = (
             f"{event.author} adjusts from progress {event.effective} on: {made.summary} "

@@ -64,12 +64,14 @@ def adjustment_messages(state: core.RunState) -> list[pb.Adjustment]:
     every = (*state.plan.adjustments, *state.advice, *state.forgotten)
     status = _Status(state)
     return [
-        adjustment_message(item, status.of(item))
+        adjustment_message(item, status.of(item), forgotten=status.is_forgotten(item))
         for item in sorted(every, key=lambda item: item.decision)
     ]
 
 
-def adjustment_message(item: core.Adjustment, status: str) -> pb.Adjustment:
+def adjustment_message(
+    item: core.Adjustment, status: str, *, forgotten: bool = False
+) -> pb.Adjustment:
     """Return one adjustment as people see it."""
     return pb.Adjustment(
         effective=item.effective,
@@ -82,7 +84,7 @@ def adjustment_message(item: core.Adjustment, status: str) -> pb.Adjustment:
         after=item.after,
         mode=item.mode,
         seq=item.seq,
-        forgotten=status == "forgotten",
+        forgotten=forgotten,
         id=item.id,
         summary=item.summary,
         weight_decay_before=item.decays_before,
@@ -103,10 +105,17 @@ class _Status:
         self._undone = plan.undone(at)
         self._in_force = {item.id for item in plan.in_force(at)}
 
+    def is_forgotten(self, item: core.Adjustment) -> bool:
+        """Return whether a later attempt began before the loss that decided it."""
+        return item.id in self._forgotten
+
     def of(self, item: core.Adjustment) -> str:
         """Return the word for one of the run's adjustments."""
         state = self._state
-        if item.id in self._forgotten:
+        if isinstance(item.change, core.Direct) and item.id in state.outcomes:
+            # A rollback that was carried out has forgotten its own directive.
+            return state.outcomes[item.id]
+        if self.is_forgotten(item):
             return "forgotten"
         if item.mode == "held back":
             return item.mode
@@ -114,8 +123,6 @@ class _Status:
             if item.id in state.approved:
                 return "approved"
             return "expired" if state.horizon >= item.expires else "advice"
-        if isinstance(item.change, core.Direct) and item.id in state.outcomes:
-            return state.outcomes[item.id]
         if isinstance(item.change, core.Direct):
             return "asked"
         if isinstance(item.change, core.Note):

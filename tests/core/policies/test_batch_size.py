@@ -35,10 +35,12 @@ def feed(
 def test_it_fires_at_exactly_the_stated_step_and_leaves_one_factor() -> None:
     found = feed(stand(), [256, 256, 512, 512, 1024, 256, 256, 128])
     assert found == [
+        (2, EndOwn("global batch 512, before 256")),
         (2, Multiply(math.sqrt(2.0), "global batch 512, before 256: LR times sqrt(512 / 256)")),
-        (4, EndOwn("global batch 1024, before 512: no factor of 512 any more")),
+        (4, EndOwn("global batch 1024, before 512")),
         (4, Multiply(2.0, "global batch 1024, before 512: LR times sqrt(1024 / 256)")),
-        (5, EndOwn("global batch 256, before 1024: no factor of 1024 any more")),
+        (5, EndOwn("global batch 256, before 1024")),
+        (7, EndOwn("global batch 128, before 256")),
         (7, Multiply(math.sqrt(0.5), "global batch 128, before 256: LR times sqrt(128 / 256)")),
     ]
 
@@ -48,20 +50,23 @@ def test_it_does_not_fire_while_the_batch_stays() -> None:
 
 
 def test_linear_takes_the_whole_ratio() -> None:
-    ((_, change),) = feed(stand(scale="linear"), [300, 100])
+    ((_, ends), (_, change)) = feed(stand(scale="linear"), [300, 100])
+    assert isinstance(ends, EndOwn)
     assert change == Multiply(100 / 300, "global batch 100, before 300: LR times 100 / 300")
 
 
 def test_a_reference_that_is_set_is_what_the_base_is_meant_for() -> None:
     found = feed(stand(reference=64), [256, 64])
-    assert [(n, change.action) for n, change in found] == [(0, "multiply"), (1, "end own")]
+    assert [(n, change.action) for n, change in found] == [
+        (0, "end own"), (0, "multiply"), (1, "end own"),
+    ]  # fmt: skip
     assert feed(stand(reference=64), [64, 64]) == []
 
 
 def test_of_the_changes_within_a_delay_only_the_last_counts() -> None:
     found = feed(stand(delay=4), [1, 2, 3, 4, 5, 6, 7, 8])
     assert [(n, change.action) for n, change in found] == [
-        (1, "multiply"), (5, "end own"), (5, "multiply"),
+        (1, "end own"), (1, "multiply"), (5, "end own"), (5, "multiply"),
     ]  # fmt: skip
     last = found[-1][1]
     assert isinstance(last, Multiply)

@@ -15,7 +15,7 @@ enough; Hägele et al. 2024 (arXiv:2405.18392) find 10 to 20%, with the shape `1
 
 
 def anneal_length(anneal: int | float | str, progress: int, left: int) -> int:
-    """Return the length in the unit, at least 1 and at most what is left of the stage.
+    """Return the length in the unit, at least 1 and at most what is left of the stage, `left >= 1`.
 
     A fraction is rounded, a half to the even side.
     """

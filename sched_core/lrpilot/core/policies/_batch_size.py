@@ -60,7 +60,7 @@ class BatchSize(Stateful[BatchSizeState]):
     ...     state, proposed = policy.observe(state, Observation(n, 2.0, batch=batch), None)
     ...     print([(change.action, getattr(change, "factor", None)) for change in proposed])
     []
-    [('multiply', 2.0)]
+    [('end own', None), ('multiply', 2.0)]
     []
     [('end own', None)]
     """
@@ -97,9 +97,8 @@ class BatchSize(Stateful[BatchSizeState]):
             return state, ()
         reference = state.reference
         reason = f"global batch {batch}, before {state.current}"
-        proposed: tuple[Change, ...] = ()
-        if state.current != reference:
-            proposed = (EndOwn(f"{reason}: no factor of {state.current} any more"),)
+        # Always: the stage before may have left a factor that only shows in this one.
+        proposed: tuple[Change, ...] = (EndOwn(reason),)
         if batch != reference:
             ratio = batch / reference
             factor, rule = (

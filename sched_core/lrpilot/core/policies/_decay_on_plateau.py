@@ -113,7 +113,8 @@ class DecayOnPlateau(Stateful[DecayOnPlateauState]):
         if self._improvement.is_better(report, state.best):
             return replace(state, best=report, bad=0), ()
         state = replace(state, bad=state.bad + 1)
-        if state.bad <= spec.patience or view.at >= phase.decay_begin:
+        left = phase.end - view.at
+        if state.bad <= spec.patience or view.at >= phase.decay_begin or left < 1:
             return state, ()
         n = observation.progress
         what, bar = report_text("loss", spec.window), self._improvement.bar(state.best)
@@ -122,7 +123,5 @@ class DecayOnPlateau(Stateful[DecayOnPlateauState]):
             f"{what} {report:.6g}: none {bar} for {counted(state.bad, 'report')} "
             f"(patience {spec.patience}); anneal over {share}"
         )
-        begin = BeginDecay(
-            anneal_length(spec.anneal, n, phase.end - view.at), spec.anneal_style, reason
-        )
+        begin = BeginDecay(anneal_length(spec.anneal, n, left), spec.anneal_style, reason)
         return replace(state, begun=True), (begin,)

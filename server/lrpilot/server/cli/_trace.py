@@ -12,7 +12,7 @@ from lrpilot.core import simulate as replay
 from lrpilot.server.cli._failures import invalid_fields
 from lrpilot.server.cli._losses import LossRow, make_reports
 
-LONG = 20_000
+LONG = 2_000
 """From so many losses on a progress bar is worth its lines."""
 
 
