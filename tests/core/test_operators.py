@@ -602,3 +602,20 @@ def test_an_advised_rollback_is_asked_for_once_approved() -> None:
     assert isinstance(directive.change, Direct)
     assert (directive.change.directive, directive.change.before) == ("rollback", 2)
     assert directive.effective == log.state.horizon
+
+
+def test_the_next_step_of_a_policy_takes_the_place_of_the_one_that_was_approved() -> None:
+    follows = {"kind": "batch-size", "reference": 256, "mode": "advise"}
+    log = Log(policies=[follows, {**PLATEAU, "patience": 1000}], feedback={"delay": 1})
+    log.open()
+    seen = []
+    for at, batch in enumerate([256, 512, 1024, 256]):
+        report = core.Report(at, 1.0, 1.0, at + 1, batch=batch)
+        events, _ = core.report_losses(log.state, [report], rank=0, incarnation="one")
+        log.write(events)
+        for advice in [item for item in log.state.advice if item.decided_at == at]:
+            approve(log, advice.id, f"at {at} {advice.part}")
+        seen.append(log.state.plan.values(log.state.horizon)[0][0])
+    # 512 and 1024 were approved one after the other, and then that neither holds any more.
+    assert seen == [1.0, 2.0**0.5, 2.0, 1.0]
+    assert len(log.state.approved) == 3

@@ -193,6 +193,14 @@ def test_what_an_operator_does_under_a_hold_applies_to_what_is_held() -> None:
     assert rates(changed, 199, 200, 900) == [0.9, 0.45, 0.45]
 
 
+def test_an_anneal_never_lifts_the_lr_above_where_the_base_is_by_then() -> None:
+    changed = plan((100, BeginDecay(800, "minus_sqrt", "")), learning_rate=LINEAR)
+    base = plan(learning_rate=LINEAR)
+    for at in range(100, 1000, 50):
+        annealed = 0.9 * (1.0 - math.sqrt(min((at - 100) / 800, 1.0)))
+        assert rates(changed, at) == [min(annealed, *rates(base, at))]
+
+
 def test_what_policies_do_under_a_hold_shows_when_it_ends() -> None:
     cuts = [(50, Multiply(0.5, "")), (100, Multiply(0.5, "")), (120, Multiply(0.5, ""))]
     held = made(100, Hold(50, ""), order=ORDER_OF_OPERATORS, seq=2)

@@ -11,7 +11,7 @@ import pytest
 from lrpilot import core
 from lrpilot.core._observers import Watch
 from lrpilot.core._spec import parse_policy
-from lrpilot.core.policies import POLICIES, Quiet
+from lrpilot.core.policies import POLICIES, Plateau, Quiet
 from tests.core.test_operators import act
 from tests.core.test_requests import PLATEAU, Log
 
@@ -277,3 +277,23 @@ def test_an_interval_looks_at_nothing_that_shows_later() -> None:
     log.report(0, [1.0] * 30)
     after = [item.effective for item in log.state.plan.adjustments if item.kind == "plateau"]
     assert after == before != []
+
+
+def test_a_policy_that_cannot_take_a_loss_passes_it_over_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    observe = Plateau.observe
+
+    def fails_at_3(policy: Plateau, state: Any, observation: Any, view: Any) -> Any:
+        if observation.progress == 3:
+            raise OverflowError("too large")
+        return observe(policy, state, observation, view)
+
+    monkeypatch.setattr(Plateau, "observe", fails_at_3)
+    log = Log(policies=[{**PLATEAU, "patience": 1}])
+    log.open()
+    log.report(0, [1.0, 0.5, 0.5, 0.5, 0.5])
+    note, cut = log.state.plan.adjustments
+    assert (note.decided_at, note.change.action) == (3, "note")
+    assert "cannot take what was reported at 3" in note.reason
+    assert (cut.decided_at, cut.change.action) == (4, "multiply")

@@ -319,3 +319,21 @@ def test_operators_changes_at_one_progress_keep_their_order_when_a_run_is_lost()
     first = lost(log, 8)
     second = lost(first, 8)
     assert first.rates(5, 20) == second.rates(5, 20) == log.rates(5, 20)
+
+
+def test_losses_from_before_a_rollback_are_seen_without_its_cut_once_more() -> None:
+    """With an interval a policy's decision depends on it, in this attempt and in the next."""
+
+    def decided(resumes: bool) -> list[tuple[int, int, str]]:
+        policy = {**PLATEAU, "patience": 1}
+        log = run(policies=[policy], feedback={"delay": 4, "interval": 4})
+        log.report(0, [1.0] * 4)
+        act(log, core.Ask("rollback", before=2, factor=0.9))
+        opening(log, 3, newest(log).id)
+        log.report(3, [1.0] * (2 if resumes else 9))
+        if resumes:
+            log.open(4)
+            log.report(4, [1.0] * 8)
+        return [(item.decided_at, item.effective, item.kind) for item in log.state.plan.adjustments]
+
+    assert decided(resumes=True) == decided(resumes=False)

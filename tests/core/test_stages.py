@@ -175,6 +175,17 @@ def test_the_last_stage_may_freeze() -> None:
         assert [item.effective for item in plan.adjustments] == ([9] if frozen == 9 else [])
 
 
+def test_no_anneal_begins_where_nothing_is_left_of_the_stage() -> None:
+    decay = {"kind": "decay-on-plateau", "window": 1, "patience": 3}
+    below: dict[str, Any] = {**until_plateau(), "when": {"below": 1.0}}
+    log = run(below, TWO, policies=[decay])
+    log.report(0, [0.9, 2.0, 2.0, 2.0, 2.0, 2.0])
+    # The stage ends at 4, where the anneal that the loss at 4 calls for would begin only at 8.
+    assert begins(log, "two") == 4
+    assert [item.change.action for item in log.state.plan.adjustments] == ["next stage"]
+    assert log.rates(0, 10) == [1.0] * 4 + [0.5] * 6
+
+
 def test_an_operator_may_be_faster() -> None:
     log = run(until_plateau(), TWO)
     log.report(0, [1.0] * 4)

@@ -16,6 +16,7 @@ from lrpilot.v1 import runs_pb2 as pb
 from lrpilot.v1 import trainer_pb2
 
 if TYPE_CHECKING:
+    from lrpilot.server._ledger import LiveRun
     from tests.server.conftest import Job, Replica, Until
 
 LR = 1e-3
@@ -218,6 +219,24 @@ class TestListRuns:
         assert await self.names(server, 2) == [["a", "a-1"], ["a.1", "b"], ["c"]]
         assert await self.names(server, 5) == [["a", "a-1", "a.1", "b", "c"]]
         assert await self.names(server, 0) == [["a", "a-1", "a.1", "b", "c"]]
+
+    async def test_one_that_cannot_be_read_hides_no_other(
+        self, server: Replica, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("a", "b", "c"):
+            await create(server, name)
+        find = server.ledger.find
+
+        async def broken(name: str) -> LiveRun:
+            if name == "b":
+                raise ZeroDivisionError
+            return await find(name)
+
+        monkeypatch.setattr(server.ledger, "find", broken)
+        listed = (await server.call("ListRuns")).runs
+        assert [run.name for run in listed] == ["a", "b", "c"]
+        unreadable = [run.state == pb.RUN_STATE_UNREADABLE for run in listed]
+        assert unreadable == [False, True, False]
 
     async def test_the_default_page(self, server: Replica) -> None:
         names = [f"run-{number:03}" for number in range(51)]

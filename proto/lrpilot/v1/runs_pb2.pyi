@@ -34,6 +34,8 @@ class _RunStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """An attempt is open."""
     RUN_STATE_FINISHED: _RunState.ValueType  # 3
     """Finished; read-only."""
+    RUN_STATE_UNREADABLE: _RunState.ValueType  # 4
+    """Its log cannot be read; the server's own log says why."""
 
 class RunState(_RunState, metaclass=_RunStateEnumTypeWrapper):
     """Where a run stands."""
@@ -46,6 +48,8 @@ RUN_STATE_RUNNING: RunState.ValueType  # 2
 """An attempt is open."""
 RUN_STATE_FINISHED: RunState.ValueType  # 3
 """Finished; read-only."""
+RUN_STATE_UNREADABLE: RunState.ValueType  # 4
+"""Its log cannot be read; the server's own log says why."""
 global___RunState = RunState
 
 @typing.final

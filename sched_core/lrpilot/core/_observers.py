@@ -105,7 +105,12 @@ class Observers:
             if observation.is_skipped and not policy.reads_skipped:
                 watches.append(watch)
                 continue
-            state, changes = policy.observe(watch.state, observation, view.plan_view())
+            try:
+                state, changes = policy.observe(watch.state, observation, view.plan_view())
+            except (ArithmeticError, ValueError) as error:
+                # The report is in the log: a policy that cannot take it must not end the run.
+                why = f"it cannot take what was reported at {n} and passes it over: {error!r}"
+                state, changes = watch.state, (Note(why),)
             made = view.decide(changes, watch, order, source)
             decided += made
             if made and all(item.mode == "held back" for item in made):

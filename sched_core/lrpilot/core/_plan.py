@@ -353,6 +353,12 @@ class Plan:
             self._changed()
         return replaced
 
+    def before_cuts(self, progress: int) -> "tuple[Plan, list[Adjustment]]":
+        """Return the plan without the cuts of rollbacks past `progress`, and these in order."""
+        cuts = self.cuts_from(progress + 1)
+        others = (item for item in self._adjustments if item not in cuts)
+        return Plan(self._revisions, others, self.rollbacks), cuts
+
     def cuts_from(self, progress: int) -> list[Adjustment]:
         """Return the cuts of rollbacks that show from `progress` on or later."""
         return [

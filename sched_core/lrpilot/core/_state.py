@@ -485,12 +485,17 @@ class RunState:
                 first, observers = count, marked
         # The decisions are in the plan already; they are made once more only for the observers,
         # each of which saw those of the others.
-        plan = self.plan.forget(self.loss_progress[first])
+        plan, cuts = self.plan.forget(self.loss_progress[first]).before_cuts(
+            self.loss_progress[first]
+        )
         known = {
             (item.decided_at, item.order): item.seq
             for item in (*self.plan.adjustments, *self.advice)
         }
         for index in range(first, kept):
+            while cuts and cuts[0].effective <= self.loss_progress[index]:
+                # Losses below where a rollback opened were observed before there was its cut.
+                plan.adjust(cuts.pop(0))
             observers, _ = observers.observe(plan, self._observation(index), 0, known)
         return self.plan.forget(progress), observers
 

@@ -12,6 +12,7 @@ from lrpilot.server._documents import read_spec
 from lrpilot.server._ledger import Ledger, LiveRun
 from lrpilot.server._messages import adjustment_messages, event_message, run_message
 from lrpilot.server._rpc import Behaviour, require
+from lrpilot.server._store import StoreUnavailable
 from lrpilot.v1 import runs_pb2 as pb
 
 logger = logging.getLogger("lrpilot.server")
@@ -83,11 +84,8 @@ class RunService:
         room = MAX_PAGE_BYTES
         done = 0
         for name in names[:size]:
-            run = await self._ledger.find(name)
-            if run.state.exists:
-                message = run_message(run)
-                message.ClearField("adjustments")
-                message.ClearField("spec_document")
+            message = await self._listed(name)
+            if message is not None:
                 room -= message.ByteSize()
                 if room < 0 and answer.runs:
                     break
@@ -96,6 +94,22 @@ class RunService:
         if done < len(names):
             answer.next_page_token = names[done - 1]
         return answer
+
+    async def _listed(self, name: str) -> pb.Run | None:
+        """Return a run as a list shows it; one that cannot be read must not hide the others."""
+        try:
+            run = await self._ledger.find(name)
+            if not run.state.exists:
+                return None
+            message = run_message(run)
+        except StoreUnavailable:
+            raise
+        except Exception:
+            logger.exception("run %s cannot be read", name)
+            return pb.Run(name=name, state=pb.RUN_STATE_UNREADABLE)
+        message.ClearField("adjustments")
+        message.ClearField("spec_document")
+        return message
 
     async def revise_run(self, request: pb.ReviseRunRequest) -> pb.ReviseRunResponse:
         """See the proto file."""

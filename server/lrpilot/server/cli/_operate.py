@@ -39,7 +39,7 @@ from lrpilot.server.cli._options import (
     TimeoutS,
     examples,
 )
-from lrpilot.server.cli._output import needs_matplotlib, write_json, write_output
+from lrpilot.server.cli._output import check_output, needs_matplotlib, write_json, write_output
 from lrpilot.server.cli._remote import Runs, connected
 from lrpilot.server.cli._specs import spec_document
 from lrpilot.v1 import runs_pb2
@@ -440,6 +440,7 @@ def _adjust(name: str, request: runs_pb2.AdjustRunRequest, unchanged: str, wish:
 def _carry_out(wish: Wish, call: Callable[[Runs], Answer], unchanged: str) -> None:
     """Call the server and show its answer; `unchanged` says why nothing was done."""
     draw = None if wish.picture is None else _drawing(wish.picture)
+    check_output(wish.picture)
     with connected(wish.server, wish.timeout_s) as runs:
         effect = effect_of(call(runs), is_dry=wish.dry_run)
     if wish.as_json:

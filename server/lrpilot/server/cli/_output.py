@@ -73,6 +73,17 @@ def write_output(output: str | None, parts: Iterable[bytes]) -> None:
         raise CommandError(f"{output}: {error.strerror}", INVALID) from None
 
 
+def check_output(output: str | None) -> None:
+    """Raise CommandError where `write_output` could not write; call it before what has effects."""
+    if output in (None, "-"):
+        return
+    try:
+        # Appending nothing leaves a file that is there as it is.
+        Path(str(output)).open("ab").close()
+    except OSError as error:
+        raise CommandError(f"{output}: {error.strerror}", INVALID) from None
+
+
 def write_json(value: Any) -> None:
     """Write one line of JSON; see `json_line`."""
     typer.echo(json_line(value))

@@ -33,6 +33,7 @@ _UNANSWERED = (
 
 _HINTS = {
     "RunLive": "repeat the command with --force",
+    "RunNotFound": "`lrpilot run list` shows the runs of this server",
     "PlanChanged": "--dry-run shows what it does to the plan as it is now, and the new etag",
 }
 """What to do about a refusal, by its reason."""
@@ -147,7 +148,8 @@ def failure(error: Any, server: str, timeout_s: float, doubt: str | None = None)
         return CommandError(
             f"no answer from the server at {server}",
             UNREACHABLE,
-            lines=[text],
+            # A connection may break after the server did what was asked.
+            lines=[text] if doubt is None else [text, doubt],
             hint="start one with `lrpilot serve`, or say where it is with --server HOST:PORT or "
             "LRPILOT_SERVER",
         )
