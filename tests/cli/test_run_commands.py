@@ -209,7 +209,7 @@ def test_show_for_people(run: Cli, server: Any, specs: Any) -> None:
             weight_decay_after=[0.0, 0.2],
             status="planned",
         ),
-        adjustment(id="12-300-3000", status="in force", **directive),
+        adjustment(id="12-300-3000", status="asked", **directive),
         adjustment(id="13-300-3000", status="failed", **directive),
     ]
     message = run_message(specs.grouped, adjustments=adjustments, stage="second", held=True)
@@ -542,7 +542,12 @@ def test_a_refusal_is_one_line_and_exit_code_1(
     server.refuse("GetRun", code, reason, "no run 'smal'; near: small")
     result = run("show", "smal")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "error: no run 'smal'; near: small\n"
+    hint = (
+        "hint: `lrpilot run list` shows the runs of this server\n"
+        if reason == "RunNotFound"
+        else ""
+    )
+    assert result.stderr == f"error: no run 'smal'; near: small\n{hint}"
 
 
 def test_a_refusal_without_details_has_its_text(run: Cli, server: Any) -> None:

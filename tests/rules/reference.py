@@ -41,8 +41,8 @@ class Version:
 
     @cached_property
     def bounds(self) -> tuple[float, float]:
-        bounds = self.spec["bounds"]
-        return bounds["min_lr"], bounds["max_lr"]
+        bounds = self.spec.get("bounds", {})
+        return bounds.get("min_lr", 0.0), bounds.get("max_lr", math.inf)
 
     def stage_begin(self, progress: int) -> int:
         ends = [stage["until"] for stage in self.spec.get("stages", ()) if "until" in stage]

@@ -449,7 +449,6 @@ def _carry_out(wish: Wish, call: Callable[[Runs], Answer], unchanged: str) -> No
         typer.echo(f"unchanged: {effect.run.name}: {unchanged}")
     else:
         _say(effect, wish)
-    # What was done is said even if the picture cannot be written.
     if draw is not None and effect.preview:
         write_output(wish.picture, [draw(effect)])
 

@@ -77,9 +77,13 @@ def check_output(output: str | None) -> None:
     """Raise CommandError where `write_output` could not write; call it before what has effects."""
     if output in (None, "-"):
         return
+    path = Path(str(output))
+    was_there = path.exists()
     try:
         # Appending nothing leaves a file that is there as it is.
-        Path(str(output)).open("ab").close()
+        path.open("ab").close()
+        if not was_there:
+            path.unlink()
     except OSError as error:
         raise CommandError(f"{output}: {error.strerror}", INVALID) from None
 
