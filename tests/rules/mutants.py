@@ -194,11 +194,11 @@ def a_policy_decides_the_same_thing_twice(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("non_finite_losses_stay_out_of_policies_and_averages")
 def a_nan_enters_the_average(patch: pytest.MonkeyPatch) -> None:
-    def averaged(self: Observers, observation: Observation) -> Observers:
-        loss = observation.loss or 0.0
-        return replace(self, nonfinite=self.nonfinite + 1, average=loss, average_weight=1.0)
+    def averaged(self: Observers, observation: Observation, watches: Any) -> Observers:
+        loss, broken = observation.loss or 0.0, self.nonfinite + 1
+        return replace(self, watches=watches, nonfinite=broken, average=loss, average_weight=1.0)
 
-    patch.setattr(Observers, "_averaged", averaged)
+    patch.setattr(Observers, "_after", averaged)
 
 
 # Reports.

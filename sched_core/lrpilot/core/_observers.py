@@ -117,9 +117,8 @@ class Observers:
                 watches.append(replace(watch, muted_until=view.free_from()))
                 continue
             waits = any(not isinstance(item.change, Note) for item in made)
-            watches.append(replace(watch, state=state, muted_until=view.at if waits else 0))
-        observers = replace(self, watches=tuple(watches))
-        return observers._averaged(observation), decided
+            watches.append(Watch(watch.spec, watch.stage, state, view.at if waits else 0))
+        return self._after(observation, tuple(watches)), decided
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the state as plain data."""
@@ -190,8 +189,9 @@ class Observers:
             result.append((name, known))
         return result
 
-    def _averaged(self, observation: Observation) -> "Observers":
-        changes: dict[str, Any] = {}
+    def _after(self, observation: Observation, watches: tuple[Watch, ...]) -> "Observers":
+        """Return the state with new watches, and with the counts and averages after a report."""
+        changes: dict[str, Any] = {"watches": watches}
         loss = observation.loss
         if observation.is_skipped:
             changes["skipped"] = self.skipped + 1
