@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lrpilot.core import _canonical
 from lrpilot.core._changes import Change, Note
 from lrpilot.core.policies import Observation, Phase, Policy, Rollback
 
@@ -50,7 +51,9 @@ class Stand:
         view = replace(self.view(n), at=n + self.delay)
         self.state, changes = self.policy.observe(self.state, observation, view)
         # Through its plain form and back, as a snapshot takes it.
-        assert self.policy.decode(self.policy.encode(self.state)) == self.state
+        plain = self.policy.encode(self.state)
+        again = self.policy.encode(self.policy.decode(plain))
+        assert _canonical.to_bytes(again) == _canonical.to_bytes(plain)
         if any(not isinstance(change, Note) for change in changes):
             self._muted_until = n + self.delay
         self.proposed += [(n, change) for change in changes]
