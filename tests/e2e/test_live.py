@@ -60,7 +60,15 @@ def hex_values(values: tuple[tuple[float, ...], tuple[float, ...] | None]) -> tu
 
 
 def told(adjustments: list[Any]) -> list[tuple[Any, ...]]:
-    """Return what people are told of adjustments, in order, as far as timing has no part in it."""
+    """Return what people are told of adjustments, in order, as far as timing has no part in it.
+
+    Reports behind the loss that asked for a rollback may be dropped where the server is away: it
+    forgets them, and whatever they would have decided.
+    """
+    asked_at = max(
+        (item.decided_at for item in adjustments if item.forgotten and item.action == "directive"),
+        default=0,
+    )
     return [
         (
             item.decided_at, item.effective, item.source, item.mode, item.action,
@@ -69,6 +77,7 @@ def told(adjustments: list[Any]) -> list[tuple[Any, ...]]:
             list(item.weight_decay_before), list(item.weight_decay_after),
         )
         for item in adjustments
+        if not (item.forgotten and item.decided_at > asked_at)
     ]  # fmt: skip
 
 
