@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lrpilot import core
+from lrpilot.server._changes import shown_change
+from lrpilot.server._ledger import LiveRun
 from lrpilot.v1 import trainer_pb2
+from tests.core.test_requests import PLATEAU, Log
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -783,3 +786,25 @@ class TestTheLogShownToPeople:
         losses = (await server.call("ListEvents", run="small")).events[-1].losses
         assert [item.skipped for item in losses] == [True, False]
         assert [dict(item.validation_losses) for item in losses] == [{}, {"held_out": 2.5}]
+
+
+def test_what_takes_the_place_of_an_earlier_change_is_shown_without_it() -> None:
+    follows = {"kind": "batch-size", "reference": 256, "mode": "advise"}
+    log = Log(policies=[follows, {**PLATEAU, "patience": 1000}], feedback={"delay": 1})
+    log.open()
+    shown = []
+    for at, batch in enumerate([512, 1024]):
+        report = core.Report(at, 1.0, 1.0, at + 1, batch=batch)
+        events, _ = core.report_losses(log.state, [report], rank=0, incarnation="one")
+        log.write(events)
+        signed = {"reason": "yes", "author": "ann@node-7", "request_id": f"at {at}"}
+        events = core.approve_advice(log.state, log.state.advice[-1].id, **signed)
+        change = shown_change(LiveRun("run"), log.state, events)
+        assert change.adjustment is not None
+        shown.append((list(change.adjustment.before), list(change.adjustment.after)))
+        log.write(events)
+        made = log.state.plan.find(change.adjustment.id)
+        assert made is not None
+        assert (list(made.before), list(made.after)) == shown[-1]
+    # The factor of 512 ends where that of 1024 begins.
+    assert shown == [([1.0], [2.0**0.5]), ([1.0], [2.0])]

@@ -84,8 +84,9 @@ def shown_change(run: LiveRun, state: core.RunState, events: Sequence[core.Event
     event = events[-1]
     adjustment, changes, summary = None, [], ""
     if isinstance(event, core.Adjusted):
-        # The events are to be the next ones of the log.
+        # The events are to be the next ones of the log, each on top of those before it.
         made = core.made_next(state, event, len(events) - 1)
+        made = plan.find(made.id) or made
         adjustment = adjustment_message(made, "planned")
         summary = (
             f"{event.author} adjusts from progress {event.effective} on: {made.summary} "
