@@ -89,8 +89,8 @@ def reports(draw: st.DrawFn, at: int, losses: st.SearchStrategy[float | None] = 
     for attempt in range(tries):
         said.append(Report(at, draw(losses), 1.0, at, skipped=True, tries=attempt))
     more: dict[str, Any] = {}
-    if draw(st.integers(0, 2)) == 0:
-        more["validation"] = {"val_loss": draw(losses.filter(lambda loss: loss is not None))}
+    if draw(st.integers(0, 2)) == 0 and (loss := draw(losses)) is not None:
+        more["validation"] = {"val_loss": loss}
     if draw(st.integers(0, 5)) == 0:
         more["batch"] = draw(st.sampled_from([1, 32, 64, 2**40]))
     if draw(st.integers(0, 5)) == 0:
