@@ -13,7 +13,7 @@ EXPORTED = """
     ScaleDecay ScaleLearningRate SetLearningRate SetTotal SimulatedStep SpecChanged StageSchedule
     StateMismatch TakeBack ValuesRequest Violation Waived acknowledge_directive adjust_run
     approve_advice attach_run base_schedule base_values change_from_mapping change_to_mapping
-    check_attempt create_run decode encode finish_run fold get_values is_over
+    check_attempt create_run decode encode finish_run fold get_values
     learning_rate_schedule made_next open_attempt parse_spec planned read_state report_losses
     restore_snapshot revise_run rows run_not_found save_state simulate spec_difference
     stage_schedules summary_of waive weight_decay_schedule

@@ -82,7 +82,7 @@ from lrpilot.core._operators import (
     made_next,
     planned,
 )
-from lrpilot.core._plan import ENDABLE, Adjustment, Plan, is_over
+from lrpilot.core._plan import ENDABLE, Adjustment, Plan
 from lrpilot.core._presets import PRESETS, Preset
 from lrpilot.core._records import Block
 from lrpilot.core._requests import (
@@ -203,7 +203,6 @@ __all__ = [
     "finish_run",
     "fold",
     "get_values",
-    "is_over",
     "learning_rate_schedule",
     "made_next",
     "open_attempt",

@@ -5,7 +5,7 @@ their default; `encode` and `decode` are inverse to each other. Clocks and rando
 log only as fields of events.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeAlias
 
@@ -250,7 +250,7 @@ def encode(event: Event) -> bytes:
         if (value := getattr(event, item.name)) != item.default
     }
     if isinstance(event, Reported):
-        data["reports"] = [_report_to_list(report) for report in event.reports]
+        data["reports"] = [report_to_list(report) for report in event.reports]
     return _canonical.to_bytes({"kind": event.kind, **data})
 
 
@@ -262,7 +262,7 @@ def decode(data: bytes) -> Event:
         known = ", ".join(sorted(_KINDS))
         raise ValueError(f"event kind: got {kind!r}; this release knows {known}")
     if kind == Reported.kind:
-        content["reports"] = tuple(_report_from_list(item) for item in content["reports"])
+        content["reports"] = tuple(report_from_list(item) for item in content["reports"])
     elif kind == Recorded.kind:
         content["learning_rates"] = tuple(float(item) for item in content["learning_rates"])
         if content["weight_decays"] is not None:
@@ -280,7 +280,7 @@ def decode(data: bytes) -> Event:
 _METRICS = ("skipped", "tries", "validation", "gradient_norm", "batch")
 
 
-def _report_to_list(report: Report) -> list[Any]:
+def report_to_list(report: Report) -> list[Any]:
     """Return a report as plain data; most have nothing beside the first four."""
     plain: list[Any] = [report.progress, report.loss, report.weight, report.moves_to]
     more = {name: value for name in _METRICS if (value := getattr(report, name))}
@@ -289,7 +289,8 @@ def _report_to_list(report: Report) -> list[Any]:
     return [*plain, more] if more else plain
 
 
-def _report_from_list(data: list[Any]) -> Report:
+def report_from_list(data: Sequence[Any]) -> Report:
+    """Return the report that `report_to_list` wrote."""
     progress, loss, weight, moves_to, *rest = data
     more = dict(rest[0]) if rest else {}
     if "gradient_norm" in more:

@@ -291,7 +291,7 @@ def _resolved(state: RunState, action: Action, reason: str) -> Change | None:
                 return None
             return Hold(None, reason)
         case ReleaseValues():
-            held = _holds(plan, at)
+            held = _in_force(plan, at, Hold)
             return taking_back(held, reason) if held else None
         case TakeBack(name):
             return _undo(state, name, reason)
@@ -317,13 +317,12 @@ def _decay(state: RunState, action: DecayNow, reason: str) -> BeginDecay:
         raise InvalidRequest(
             "the anneal is invalid", [Violation("begin_decay.length", repr(action.length), wanted)]
         )
-    for item in plan.in_force(at):
-        if isinstance(item.change, BeginDecay):
-            raise _refused(
-                state,
-                f"an anneal is in force since progress {item.effective}: take it back first "
-                f"(undo {item.id})",
-            )
+    if begun := _in_force(plan, at, BeginDecay):
+        raise _refused(
+            state,
+            f"an anneal is in force since progress {begun[0].effective}: take it back first "
+            f"(undo {begun[0].id})",
+        )
     return BeginDecay(length, action.style, reason)  # type: ignore[arg-type]
 
 
@@ -413,17 +412,16 @@ def _approved(state: RunState, advice: Adjustment) -> Change:
             raise _refused(state, f"stage {change.leaves!r} is not in force at progress {at}")
         case StretchWarmup() if state.plan.phase(at).name != "warmup":
             raise _refused(state, f"the warmup is over at progress {at}")
-        case BeginDecay() if any(
-            isinstance(item.change, BeginDecay) for item in state.plan.in_force(at)
-        ):
+        case BeginDecay() if _in_force(state.plan, at, BeginDecay):
             raise _refused(state, f"an anneal is in force at progress {at}")
         case ScaleWeightDecay() if not state.spec.has_weight_decay:
             raise _refused(state, "the run sets no weight decay")
     return change
 
 
-def _holds(plan: Plan, at: int) -> list[Adjustment]:
-    return [item for item in plan.in_force(at) if isinstance(item.change, Hold)]
+def _in_force(plan: Plan, at: int, kind: type[Change]) -> list[Adjustment]:
+    """Return the adjustments of one kind that count at a progress."""
+    return [item for item in plan.in_force(at) if isinstance(item.change, kind)]
 
 
 def _refuse_unopened(state: RunState) -> None:

@@ -243,14 +243,17 @@ def raised(lr: float, new: float, high: float) -> float:
     return max(lr, min(new, high))
 
 
-def unheld(chain: Iterable[Adjustment], progress: int) -> Iterator[Adjustment]:
-    """Yield the links of a chain that count at `progress`: under a hold no policy's later ones."""
+def counting(chain: Iterable[Adjustment], progress: int) -> Iterator[Adjustment]:
+    """Yield the links of a chain that count at `progress`.
+
+    They are those that are not over by themselves, and under a hold no policy's later ones.
+    """
     is_held = False
     for item in chain:
-        if is_held and item.order < ORDER_OF_OPERATORS:
+        if is_over(item, progress) or (is_held and item.order < ORDER_OF_OPERATORS):
             continue
         yield item
-        is_held = is_held or (isinstance(item.change, Hold) and not is_over(item, progress))
+        is_held = is_held or isinstance(item.change, Hold)
 
 
 class Plan:
@@ -276,6 +279,7 @@ class Plan:
         self._moves_stages = any(
             isinstance(item.change, (NextStage, StretchWarmup)) for item in self._adjustments
         )
+        self._directives = [item for item in self._adjustments if isinstance(item.change, Direct)]
         self._has_spells = any(
             isinstance(item.change, (Hold, Curve, BeginDecay)) for item in self._adjustments
         )
@@ -389,13 +393,7 @@ class Plan:
 
     def undone(self, progress: int) -> set[str]:
         """Return the marks of the adjustments that are taken back at `progress`."""
-        last = bisect_right(self._effectives, progress)
-        return {
-            target
-            for item in self._adjustments[:last]
-            if isinstance(item.change, Undo)
-            for target in item.change.targets
-        }
+        return self._undone(bisect_right(self._effectives, progress))
 
     def in_force(self, progress: int) -> tuple[Adjustment, ...]:
         """Return the changes of LR and WD that count at `progress`, in order."""
@@ -403,8 +401,8 @@ class Plan:
             return ()
         revision = self._revision_at(progress)
         stages = self._stages(revision)
-        first, last = self._span(stages[stage_at(stages, progress)], progress)
-        links = (*self._chain(first, last, decays=False), *self._chain(first, last, decays=True))
+        begin, last = self._span(stages[stage_at(stages, progress)], progress)
+        links = (*self._chain(begin, last, decays=False), *self._chain(begin, last, decays=True))
         ids = {id(item) for item in links}
         return tuple(
             item
@@ -441,11 +439,7 @@ class Plan:
 
     def directives(self, begin: int, last: int) -> list[Adjustment]:
         """Return the directives that take effect from `begin` up to and with `last`."""
-        return [
-            item
-            for item in self._adjustments
-            if isinstance(item.change, Direct) and begin <= item.effective <= last
-        ]
+        return [item for item in self._directives if begin <= item.effective <= last]
 
     def observing(self, progress: int) -> RunSpec:
         """Return the spec whose policies see the loss at `progress`."""
@@ -613,8 +607,7 @@ class Plan:
                 continue
             begin = stages[at].begin
             if adjusted:
-                behind, _ = self._span(stages[at - 1], begin)
-                span = (behind, bisect_left(self._effectives, begin))
+                span = (stages[at - 1].begin, bisect_left(self._effectives, begin))
                 known[at] = self._learning_rate(revision, at - 1, group, begin, span)
             else:
                 known[at] = self._base(revision, at - 1, group, begin, adjusted=False)
@@ -633,22 +626,25 @@ class Plan:
         known = self._chains.get((begin, last, decays))
         if known is None:
             kinds: tuple[type[Any], ...] = DECAY_CHANGES if decays else RATE_CHANGES
-            before = self._adjustments[:last]
-            undone = {
-                target
-                for item in before
-                if isinstance(item.change, Undo)
-                for target in item.change.targets
-            }
+            undone = self._undone(last)
             known = tuple(
                 item
-                for item in before
+                for item in self._adjustments[:last]
                 if isinstance(item.change, kinds)
                 and (item.effective >= begin or isinstance(item.change, Hold))
                 and not (undone and item.mark in undone)
             )
             self._chains[begin, last, decays] = known
         return known
+
+    def _undone(self, last: int) -> set[str]:
+        """Return the marks of what the first `last` adjustments take back."""
+        return {
+            target
+            for item in self._adjustments[:last]
+            if isinstance(item.change, Undo)
+            for target in item.change.targets
+        }
 
     def _learning_rate(
         self, revision: Revision, index: int, group: int, progress: int, span: tuple[int, int]
@@ -667,7 +663,7 @@ class Plan:
         if scales is not None:
             lr = scaled(base, scales)
         else:
-            for item in unheld(chain, progress):
+            for item in counting(chain, progress):
                 lr = self._changed_rate(item, lr, group, progress, bounds)
         if not (self._has_spells and any(_moves(item.change) for item in chain)):
             self._memo[group] = (revision.effective, begin, last, base, lr)
@@ -702,8 +698,6 @@ class Plan:
     ) -> float:
         """Return `lr` after one link of the chain, within the run's bounds."""
         low, high = bounds
-        if is_over(item, progress):
-            return lr
         scale = _scale_of(item.change, group, bounds)
         if scale is not None:
             return scaled(lr, (scale,))
@@ -732,15 +726,12 @@ class Plan:
     ) -> float:
         stage = self._stages(revision)[index]
         decay = stage.weight_decay(group, progress) or 0.0
-        for item in unheld(self._chain(*span, decays=True), progress):
-            if is_over(item, progress):
-                continue
+        for item in counting(self._chain(*span, decays=True), progress):
             if isinstance(item.change, Hold):
                 decay = self._anchor(item, group, decays=True)
             elif isinstance(item.change, ScaleWeightDecay):
                 bound = item.change.max_weight_decay
-                if bound is None:
-                    bound = LARGEST_RATE
+                bound = LARGEST_RATE if bound is None else bound
                 decay = min(decay * item.change.factor, max(decay, bound))
         return decay
 
@@ -753,8 +744,8 @@ class Plan:
             revision = self._revision_met_by(item)
             stages = self._stages(revision)
             index = stage_at(stages, at)
-            first, _ = self._span(stages[index], at)
-            span = (first, bisect_left(self._adjustments, item.key, key=lambda other: other.key))
+            last = bisect_left(self._adjustments, item.key, key=lambda other: other.key)
+            span = (stages[index].begin, last)
             evaluate = self._weight_decay if decays else self._learning_rate
             group = min(group, len(revision.spec.group_names) - 1)
             known = self._anchors[key] = evaluate(revision, index, group, at, span)
@@ -794,11 +785,6 @@ class PlanView:
         """Peak of the base LR in the stage that holds `at`."""
         return self.plan.stage(self.at).peaks
 
-    @property
-    def floor(self) -> tuple[float, ...]:
-        """`min` of the base LR in the stage that holds `at`."""
-        return self.plan.stage(self.at).floors
-
     @cached_property
     def phase(self) -> Phase:
         """Where in the base schedule n lies."""
@@ -808,11 +794,6 @@ class PlanView:
     def total(self) -> int:
         """Planned length of the run."""
         return self.plan.observing(self.now).total
-
-    @property
-    def rollbacks(self) -> tuple[Rollback, ...]:
-        """The rollbacks of the run so far."""
-        return self.plan.rollbacks
 
 
 def taking_back(adjustments: Sequence[Adjustment], reason: str) -> Undo:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lrpilot.core._events import Report
+from lrpilot.core._events import Report, report_from_list, report_to_list
 from lrpilot.core.policies import Observation
 
 
@@ -94,10 +94,10 @@ class Reporters:
             "incarnations": sorted(self.incarnations.items()),
             "positions": sorted(self.positions.items()),
             "parts": [
-                [at, [[rank, report_to_mapping(part)] for rank, part in sorted(parts.items())]]
+                [at, [[rank, report_to_list(part)] for rank, part in sorted(parts.items())]]
                 for at, parts in sorted(self.parts.items())
             ],
-            "skips": [report_to_mapping(report) for _, report in sorted(self.skips.items())],
+            "skips": [report_to_list(report) for _, report in sorted(self.skips.items())],
             "members": [
                 [at, sorted(members.items())] for at, members in sorted(self.members.items())
             ],
@@ -111,12 +111,12 @@ class Reporters:
             incarnations=dict(data["incarnations"]),
             positions=dict(data["positions"]),
             parts={
-                at: {rank: report_from_mapping(part) for rank, part in parts}
+                at: {rank: report_from_list(part) for rank, part in parts}
                 for at, parts in data["parts"]
             },
             skips={
-                (item["progress"], item["tries"]): report_from_mapping(item)
-                for item in data["skips"]
+                (report.progress, report.tries): report
+                for report in map(report_from_list, data["skips"])
             },
             members={
                 at: {rank: None if loss is None else float(loss) for rank, loss in members}
@@ -142,20 +142,6 @@ def weighted_mean(values: Sequence[tuple[float, float | None]]) -> tuple[float |
         total += weight * value
         weights += weight
     return total / weights, len(others)
-
-
-def report_to_mapping(report: Report) -> dict[str, Any]:
-    """Return a report as plain data."""
-    return {name: getattr(report, name) for name in Report.__dataclass_fields__}
-
-
-def report_from_mapping(data: Mapping[str, Any]) -> Report:
-    """Return the report that `report_to_mapping` wrote."""
-    values = dict(data)
-    for name in ("loss", "weight", "gradient_norm"):
-        values[name] = None if values[name] is None else float(values[name])
-    values["validation"] = {name: float(x) for name, x in data["validation"].items()}
-    return Report(**values)
 
 
 def _skipped(report: Report) -> Observation:

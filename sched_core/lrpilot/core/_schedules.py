@@ -317,8 +317,6 @@ class StageSchedule:
     stays_from: int | None
     """Of the last stage, the progress from which on LR and WD stay as they are; None: they do not
     before the total."""
-    states_weight_decay: bool
-    """Whether the stage states a WD of its own, or is the only one."""
     _rates: tuple[_GroupRates, ...]
     _rates_freeze: int | None
     _decays: tuple[_GroupDecay, ...] | None
@@ -498,7 +496,6 @@ def _stage(
         decay_begin=decay_begin,
         decay_end=end,
         stays_from=frozen,
-        states_weight_decay=stage.weight_decay is not None or not name,
         _rates=curves,
         _rates_freeze=_least(None if ended else total, frozen),
         _decays=None if decay is None else tuple(_group_decay(decay, g) for g in groups),

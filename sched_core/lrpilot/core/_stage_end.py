@@ -1,14 +1,15 @@
 """What ends a stage before its latest progress: a watch on the loss, as policies are."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from lrpilot.core._changes import Change, NextStage
 from lrpilot.core._spec import Condition
 from lrpilot.core.policies import Observation, View
+from lrpilot.core.policies._improvement import Improvement
 from lrpilot.core.policies._state import Stateful
+from lrpilot.core.policies._window import mean_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +59,20 @@ class StageEnd(Stateful[StageEndState]):
         if plateau is not None:
             if len(recent) < plateau.window:
                 return StageEndState(best, bad, recent), ()
-            report, recent = _mean(recent), ()
-            if report < best * (1.0 - plateau.threshold):
+            report, recent = mean_of(recent), ()
+            improvement = Improvement("min", plateau.threshold, "rel")
+            if improvement.is_better(report, best):
                 best, bad = report, 0
             else:
                 bad += 1
             if bad > plateau.patience:
                 reason = (
-                    f"{_what(plateau.window, self._when.metric)} {report:.6g}: none below "
-                    f"{best:.6g} * (1 - {plateau.threshold:g}) for {bad} reports (patience "
-                    f"{plateau.patience})"
+                    f"{_what(plateau.window, self._when.metric)} {report:.6g}: none "
+                    f"{improvement.bar(best)} for {bad} reports (patience {plateau.patience})"
                 )
         elif below is not None:
             recent = recent[-below.window :]
-            mean = _mean(recent)
+            mean = mean_of(recent)
             if len(recent) == below.window and mean <= below.value:
                 reason = (
                     f"{_what(below.window, self._when.metric)} {mean:.6g}: at most {below.value:g}"
@@ -80,15 +81,6 @@ class StageEnd(Stateful[StageEndState]):
         if not reason or view.at < self._earliest:
             return state, ()
         return state, (NextStage(self._name, reason),)
-
-
-def _mean(losses: Sequence[float]) -> float:
-    """Return the mean of some losses; huge ones make it infinite."""
-    # The first loss is taken as it is: 0.0 + -0.0 would lose its sign.
-    total = losses[0]
-    for loss in losses[1:]:
-        total += loss
-    return total / len(losses)
 
 
 def _what(window: int, metric: str) -> str:

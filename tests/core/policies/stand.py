@@ -6,7 +6,7 @@ from typing import Any
 
 from lrpilot.core import _canonical
 from lrpilot.core._changes import Change, Note
-from lrpilot.core.policies import Observation, Phase, Policy, Rollback
+from lrpilot.core.policies import Observation, Phase, Policy
 
 FLAT = Phase("", 0, "constant", 0, 0.0, 100_000.0, 100_000)
 """A run without warmup whose LR never moves."""
@@ -21,10 +21,8 @@ class StandView:
     adjusted: tuple[float, ...] = (1e-3,)
     weight_decay: tuple[float, ...] | None = (0.1,)
     peak: tuple[float, ...] = (1e-3,)
-    floor: tuple[float, ...] = (0.0,)
     phase: Phase = FLAT
     total: int = 100_000
-    rollbacks: tuple[Rollback, ...] = ()
 
 
 @dataclass

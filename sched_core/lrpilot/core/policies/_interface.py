@@ -117,20 +117,12 @@ class View(Protocol):
         """Peak of the base LR in the stage that holds `at`."""
 
     @property
-    def floor(self) -> tuple[float, ...]:
-        """`min` of the base LR in the stage that holds `at`."""
-
-    @property
     def phase(self) -> Phase:
         """Where in the base schedule n lies."""
 
     @property
     def total(self) -> int:
         """Planned length of the run."""
-
-    @property
-    def rollbacks(self) -> tuple[Rollback, ...]:
-        """The rollbacks of the run so far, those that a later one undid included."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from lrpilot.core._errors import InvalidState
 from lrpilot.core._fields import count, number, one_of
 from lrpilot.core.policies._interface import Mode, Observation, PolicySpec, Quiet, View
 from lrpilot.core.policies._state import Stateful
+from lrpilot.core.policies._window import mean_of
 
 PARTS = 16
 """Parts of a decade of progress; the losses in one become one point of the fit."""
@@ -227,11 +228,7 @@ def _closed(state: SlowConvergenceState) -> SlowConvergenceState:
 
 def _gain(parts: tuple[int, ...], means: tuple[float, ...]) -> float:
     """Return by how much the loss falls per decade, fitted by least squares."""
-    x = sum(parts) / len(parts)
-    total = 0.0
-    for mean in means:
-        total += mean
-    y = total / len(means)
+    x, y = sum(parts) / len(parts), mean_of(means)
     upper = lower = 0.0
     for part, mean in zip(parts, means, strict=True):
         upper += (part - x) * (y - mean)

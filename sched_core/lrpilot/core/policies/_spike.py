@@ -9,6 +9,7 @@ from lrpilot.core._changes import Change, Curve, Direct, EndOwn, Note
 from lrpilot.core._fields import count, number, one_of
 from lrpilot.core.policies._interface import Misfit, Mode, Observation, PolicySpec, Quiet, View
 from lrpilot.core.policies._state import Stateful
+from lrpilot.core.policies._window import mean_of
 
 _LET_IN = 3
 """The outlier in a row from which on the statistics take them in."""
@@ -181,7 +182,7 @@ class Spike(Stateful[SpikeState]):
         if len(losses) < self._spec.least:
             return math.inf
         losses = losses[-self._spec.window :]
-        mean = _mean(losses)
+        mean = mean_of(losses)
         if loss <= mean:
             return math.inf
         # In order, and not by sum(), whose last bit depends on the version of Python.
@@ -239,15 +240,8 @@ class Spike(Stateful[SpikeState]):
         return f"loss {loss:.6g} above {state.bar:.6g}: {outliers} since {state.began}"
 
 
-def _mean(losses: Sequence[float]) -> float:
-    total = 0.0
-    for x in losses:
-        total += x
-    return total / len(losses)
-
-
 def _is_severe(losses: tuple[float, ...], loss: float) -> bool:
     if len(losses) < _AVERAGED:
         return False
-    mean = _mean(losses[-_AVERAGED:])
+    mean = mean_of(losses[-_AVERAGED:])
     return mean > 0.0 and loss >= _SEVERE * mean
