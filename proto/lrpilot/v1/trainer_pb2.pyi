@@ -216,6 +216,7 @@ class OpenAttemptRequest(google.protobuf.message.Message):
     REPORTERS_FIELD_NUMBER: builtins.int
     DIRECTIVE_FIELD_NUMBER: builtins.int
     MET_IN_FIELD_NUMBER: builtins.int
+    LEADER_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run."""
     request_id: builtins.str
@@ -241,6 +242,10 @@ class OpenAttemptRequest(google.protobuf.message.Message):
     directive: builtins.str
     """Id of the rollback directive that this attempt carries out: then it opens with
     the cut that the directive asks for. Empty: none.
+    """
+    leader: builtins.bool
+    """True: leader mode. The caller alone gets the values of the attempt, passes them
+    on, and may go on with those that it was offered while the server is away.
     """
     @property
     def reporters(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
@@ -268,9 +273,10 @@ class OpenAttemptRequest(google.protobuf.message.Message):
         reporters: collections.abc.Iterable[builtins.int] | None = ...,
         directive: builtins.str = ...,
         met_in: global___Attempt | None = ...,
+        leader: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_progress", b"_progress", "met_in", b"met_in", "progress", b"progress"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_progress", b"_progress", "directive", b"directive", "incarnation", b"incarnation", "key", b"key", "met_in", b"met_in", "progress", b"progress", "rank", b"rank", "reporter", b"reporter", "reporters", b"reporters", "request_id", b"request_id", "run", b"run", "state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_progress", b"_progress", "directive", b"directive", "incarnation", b"incarnation", "key", b"key", "leader", b"leader", "met_in", b"met_in", "progress", b"progress", "rank", b"rank", "reporter", b"reporter", "reporters", b"reporters", "request_id", b"request_id", "run", b"run", "state", b"state"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_progress", b"_progress"]) -> typing.Literal["progress"] | None: ...
 
 global___OpenAttemptRequest = OpenAttemptRequest
@@ -313,6 +319,7 @@ class OpenAttemptResponse(google.protobuf.message.Message):
     FEEDBACK_FIELD_NUMBER: builtins.int
     JOINED_FIELD_NUMBER: builtins.int
     RESTORED_FIELD_NUMBER: builtins.int
+    HOLDER_FIELD_NUMBER: builtins.int
     begin: builtins.int
     """Progress at which it opened, in the run's unit."""
     delay: builtins.int
@@ -329,6 +336,10 @@ class OpenAttemptResponse(google.protobuf.message.Message):
     """True: the caller joined an attempt that another rank opened."""
     restored: builtins.bool
     """True: the server had lost the run and restored it from `state`."""
+    holder: builtins.bytes
+    """Leader mode: 128 random bits that make the caller the holder of the attempt's
+    values; empty: the attempt has none, and every rank asks for itself.
+    """
     @property
     def attempt(self) -> global___Attempt:
         """The attempt."""
@@ -352,9 +363,10 @@ class OpenAttemptResponse(google.protobuf.message.Message):
         feedback: builtins.bool = ...,
         joined: builtins.bool = ...,
         restored: builtins.bool = ...,
+        holder: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["attempt", b"attempt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "begin", b"begin", "delay", b"delay", "feedback", b"feedback", "groups", b"groups", "has_weight_decay", b"has_weight_decay", "horizon", b"horizon", "joined", b"joined", "restored", b"restored", "unit", b"unit"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "begin", b"begin", "delay", b"delay", "feedback", b"feedback", "groups", b"groups", "has_weight_decay", b"has_weight_decay", "holder", b"holder", "horizon", b"horizon", "joined", b"joined", "restored", b"restored", "unit", b"unit"]) -> None: ...
 
 global___OpenAttemptResponse = OpenAttemptResponse
 
@@ -372,6 +384,8 @@ class GetValuesRequest(google.protobuf.message.Message):
     IN_USE_FIELD_NUMBER: builtins.int
     BLOCKED_FIELD_NUMBER: builtins.int
     WAIT_MS_FIELD_NUMBER: builtins.int
+    HOLDER_FIELD_NUMBER: builtins.int
+    EXPLAIN_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run."""
     begin: builtins.int
@@ -388,6 +402,10 @@ class GetValuesRequest(google.protobuf.message.Message):
     """
     wait_ms: builtins.int
     """Longest wait for values beyond the horizon, milliseconds, at most 30,000."""
+    holder: builtins.bytes
+    """Leader mode: what OpenAttempt returned as `holder`."""
+    explain: builtins.bool
+    """True: the answer names the changes that its values follow."""
     @property
     def attempt(self) -> global___Attempt:
         """The attempt."""
@@ -403,9 +421,11 @@ class GetValuesRequest(google.protobuf.message.Message):
         in_use: builtins.int = ...,
         blocked: builtins.bool = ...,
         wait_ms: builtins.int = ...,
+        holder: builtins.bytes = ...,
+        explain: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["attempt", b"attempt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "begin", b"begin", "blocked", b"blocked", "count", b"count", "in_use", b"in_use", "run", b"run", "stride", b"stride", "wait_ms", b"wait_ms"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "begin", b"begin", "blocked", b"blocked", "count", b"count", "explain", b"explain", "holder", b"holder", "in_use", b"in_use", "run", b"run", "stride", b"stride", "wait_ms", b"wait_ms"]) -> None: ...
 
 global___GetValuesRequest = GetValuesRequest
 
@@ -453,10 +473,14 @@ class GetValuesResponse(google.protobuf.message.Message):
     HORIZON_FIELD_NUMBER: builtins.int
     FRONTIER_FIELD_NUMBER: builtins.int
     DIRECTIVES_FIELD_NUMBER: builtins.int
+    CHANGES_FIELD_NUMBER: builtins.int
+    PLAN_FIELD_NUMBER: builtins.int
     horizon: builtins.int
     """First progress whose values are not fixed yet."""
     frontier: builtins.int
     """Least progress whose loss is not final."""
+    plan: builtins.str
+    """What changes whenever the plan does: values offered under another one are old."""
     @property
     def block(self) -> global___Block:
         """The values; absent: they were not fixed within `wait_ms`."""
@@ -467,6 +491,12 @@ class GetValuesResponse(google.protobuf.message.Message):
         effect at the first used progress from its own on, once.
         """
 
+    @property
+    def changes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Change]:
+        """Changes of LR or WD that take effect in the block, or between its begin and the
+        step before it, in the order in which they apply; where asked for.
+        """
+
     def __init__(
         self,
         *,
@@ -474,11 +504,71 @@ class GetValuesResponse(google.protobuf.message.Message):
         horizon: builtins.int = ...,
         frontier: builtins.int = ...,
         directives: collections.abc.Iterable[global___Directive] | None = ...,
+        changes: collections.abc.Iterable[global___Change] | None = ...,
+        plan: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["block", b"block"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block", b"block", "directives", b"directives", "frontier", b"frontier", "horizon", b"horizon"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "changes", b"changes", "directives", b"directives", "frontier", b"frontier", "horizon", b"horizon", "plan", b"plan"]) -> None: ...
 
 global___GetValuesResponse = GetValuesResponse
+
+@typing.final
+class Change(google.protobuf.message.Message):
+    """A change of LR or WD: what it did and why."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
+    SOURCE_FIELD_NUMBER: builtins.int
+    SUMMARY_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    BEFORE_FIELD_NUMBER: builtins.int
+    AFTER_FIELD_NUMBER: builtins.int
+    WEIGHT_DECAY_BEFORE_FIELD_NUMBER: builtins.int
+    WEIGHT_DECAY_AFTER_FIELD_NUMBER: builtins.int
+    id: builtins.str
+    """Name within the run."""
+    progress: builtins.int
+    """First progress at which it shows."""
+    source: builtins.str
+    """Who decided, such as "policies.0 (plateau)", "operator" or "rollback"."""
+    summary: builtins.str
+    """What it does, as one phrase."""
+    reason: builtins.str
+    """Why, as one phrase with the numbers."""
+    @property
+    def before(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Learning rate at `progress` per group, without it."""
+
+    @property
+    def after(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Learning rate likewise, with it."""
+
+    @property
+    def weight_decay_before(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Weight decay at `progress` per group, without it; empty: the run sets none."""
+
+    @property
+    def weight_decay_after(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Weight decay likewise, with it."""
+
+    def __init__(
+        self,
+        *,
+        id: builtins.str = ...,
+        progress: builtins.int = ...,
+        source: builtins.str = ...,
+        summary: builtins.str = ...,
+        reason: builtins.str = ...,
+        before: collections.abc.Iterable[builtins.float] | None = ...,
+        after: collections.abc.Iterable[builtins.float] | None = ...,
+        weight_decay_before: collections.abc.Iterable[builtins.float] | None = ...,
+        weight_decay_after: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["after", b"after", "before", b"before", "id", b"id", "progress", b"progress", "reason", b"reason", "source", b"source", "summary", b"summary", "weight_decay_after", b"weight_decay_after", "weight_decay_before", b"weight_decay_before"]) -> None: ...
+
+global___Change = Change
 
 @typing.final
 class Directive(google.protobuf.message.Message):
@@ -705,14 +795,22 @@ class SaveStateResponse(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     STATE_FIELD_NUMBER: builtins.int
+    IN_FORCE_FIELD_NUMBER: builtins.int
     state: builtins.bytes
     """Opaque and versioned; give it back to OpenAttempt."""
+    @property
+    def in_force(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Change]:
+        """Changes of LR or WD that count at the progress: the values there are not those of
+        the base schedule alone.
+        """
+
     def __init__(
         self,
         *,
         state: builtins.bytes = ...,
+        in_force: collections.abc.Iterable[global___Change] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["state", b"state"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["in_force", b"in_force", "state", b"state"]) -> None: ...
 
 global___SaveStateResponse = SaveStateResponse
 
@@ -772,3 +870,132 @@ class AcknowledgeDirectiveResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___AcknowledgeDirectiveResponse = AcknowledgeDirectiveResponse
+
+@typing.final
+class OfferValuesRequest(google.protobuf.message.Message):
+    """Request of OfferValues."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    HOLDER_FIELD_NUMBER: builtins.int
+    BEGIN_FIELD_NUMBER: builtins.int
+    STRIDE_FIELD_NUMBER: builtins.int
+    COUNT_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """Name of the run."""
+    holder: builtins.bytes
+    """What OpenAttempt returned as `holder`."""
+    begin: builtins.int
+    """First progress wanted."""
+    stride: builtins.int
+    """Distance between wanted progresses, >= 1."""
+    count: builtins.int
+    """Most steps wanted, 1 to 4,096."""
+    @property
+    def attempt(self) -> global___Attempt:
+        """The attempt."""
+
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        attempt: global___Attempt | None = ...,
+        holder: builtins.bytes = ...,
+        begin: builtins.int = ...,
+        stride: builtins.int = ...,
+        count: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["attempt", b"attempt"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "begin", b"begin", "count", b"count", "holder", b"holder", "run", b"run", "stride", b"stride"]) -> None: ...
+
+global___OfferValuesRequest = OfferValuesRequest
+
+@typing.final
+class OfferValuesResponse(google.protobuf.message.Message):
+    """Answer of OfferValues."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BLOCK_FIELD_NUMBER: builtins.int
+    PLAN_FIELD_NUMBER: builtins.int
+    PERMITTED_FIELD_NUMBER: builtins.int
+    plan: builtins.str
+    """What GetValues calls `plan`."""
+    permitted: builtins.int
+    """First progress that the holder may not use without the server."""
+    @property
+    def block(self) -> global___Block:
+        """The values, perhaps fewer than wanted."""
+
+    def __init__(
+        self,
+        *,
+        block: global___Block | None = ...,
+        plan: builtins.str = ...,
+        permitted: builtins.int = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["block", b"block"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "permitted", b"permitted", "plan", b"plan"]) -> None: ...
+
+global___OfferValuesResponse = OfferValuesResponse
+
+@typing.final
+class DeclareValuesRequest(google.protobuf.message.Message):
+    """Request of DeclareValues."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    HOLDER_FIELD_NUMBER: builtins.int
+    BLOCKS_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """Name of the run."""
+    holder: builtins.bytes
+    """What OpenAttempt returned as `holder`."""
+    @property
+    def attempt(self) -> global___Attempt:
+        """The attempt."""
+
+    @property
+    def blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Block]:
+        """What was used that no answer of GetValues had brought, in order of progress, at
+        most 4,096 steps.
+        """
+
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        attempt: global___Attempt | None = ...,
+        holder: builtins.bytes = ...,
+        blocks: collections.abc.Iterable[global___Block] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["attempt", b"attempt"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "blocks", b"blocks", "holder", b"holder", "run", b"run"]) -> None: ...
+
+global___DeclareValuesRequest = DeclareValuesRequest
+
+@typing.final
+class DeclareValuesResponse(google.protobuf.message.Message):
+    """Answer of DeclareValues."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    HORIZON_FIELD_NUMBER: builtins.int
+    FRONTIER_FIELD_NUMBER: builtins.int
+    horizon: builtins.int
+    """First progress whose values are not fixed yet."""
+    frontier: builtins.int
+    """Least progress whose loss is not final."""
+    def __init__(
+        self,
+        *,
+        horizon: builtins.int = ...,
+        frontier: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["frontier", b"frontier", "horizon", b"horizon"]) -> None: ...
+
+global___DeclareValuesResponse = DeclareValuesResponse

@@ -47,6 +47,16 @@ class TrainerServiceStub(object):
                 request_serializer=lrpilot_dot_v1_dot_trainer__pb2.AcknowledgeDirectiveRequest.SerializeToString,
                 response_deserializer=lrpilot_dot_v1_dot_trainer__pb2.AcknowledgeDirectiveResponse.FromString,
                 )
+        self.OfferValues = channel.unary_unary(
+                '/lrpilot.v1.TrainerService/OfferValues',
+                request_serializer=lrpilot_dot_v1_dot_trainer__pb2.OfferValuesRequest.SerializeToString,
+                response_deserializer=lrpilot_dot_v1_dot_trainer__pb2.OfferValuesResponse.FromString,
+                )
+        self.DeclareValues = channel.unary_unary(
+                '/lrpilot.v1.TrainerService/DeclareValues',
+                request_serializer=lrpilot_dot_v1_dot_trainer__pb2.DeclareValuesRequest.SerializeToString,
+                response_deserializer=lrpilot_dot_v1_dot_trainer__pb2.DeclareValuesResponse.FromString,
+                )
 
 
 class TrainerServiceServicer(object):
@@ -78,7 +88,7 @@ class TrainerServiceServicer(object):
         """Returns recorded values that begin at `begin`; records them first when they
         lie below the horizon; waits when they do not. An answer without a block says
         that `wait_ms` passed: ask again.
-        Errors: FAILED_PRECONDITION (AttemptSuperseded, RunFinished),
+        Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder, RunFinished),
         OUT_OF_RANGE (BeyondHorizon: further than a block beyond the horizon;
         BeforeAttempt).
         """
@@ -110,6 +120,28 @@ class TrainerServiceServicer(object):
         """Records what became of a directive. The reporter says it; repeating it is
         harmless. Errors: NOT_FOUND (AdjustmentNotFound), FAILED_PRECONDITION
         (AttemptSuperseded, NotReporter).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def OfferValues(self, request, context):
+        """Leader mode: returns values beyond the horizon as the plan has them now, for the
+        holder to go on with while the server is away, after recording that it may. They
+        are not fixed: whatever the holder used of them it declares.
+        Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder, RunFinished),
+        OUT_OF_RANGE (BeforeAttempt).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DeclareValues(self, request, context):
+        """Leader mode: records as fact what the holder used while the server was away. Losses
+        that would have acted there are final as absent, and what operators changed there
+        takes effect after it. Repeating it is harmless.
+        Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder), OUT_OF_RANGE
+        (BeyondPermit, BeforeAttempt), ALREADY_EXISTS (ValuesConflict).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -147,6 +179,16 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.AcknowledgeDirective,
                     request_deserializer=lrpilot_dot_v1_dot_trainer__pb2.AcknowledgeDirectiveRequest.FromString,
                     response_serializer=lrpilot_dot_v1_dot_trainer__pb2.AcknowledgeDirectiveResponse.SerializeToString,
+            ),
+            'OfferValues': grpc.unary_unary_rpc_method_handler(
+                    servicer.OfferValues,
+                    request_deserializer=lrpilot_dot_v1_dot_trainer__pb2.OfferValuesRequest.FromString,
+                    response_serializer=lrpilot_dot_v1_dot_trainer__pb2.OfferValuesResponse.SerializeToString,
+            ),
+            'DeclareValues': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeclareValues,
+                    request_deserializer=lrpilot_dot_v1_dot_trainer__pb2.DeclareValuesRequest.FromString,
+                    response_serializer=lrpilot_dot_v1_dot_trainer__pb2.DeclareValuesResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -260,5 +302,39 @@ class TrainerService(object):
         return grpc.experimental.unary_unary(request, target, '/lrpilot.v1.TrainerService/AcknowledgeDirective',
             lrpilot_dot_v1_dot_trainer__pb2.AcknowledgeDirectiveRequest.SerializeToString,
             lrpilot_dot_v1_dot_trainer__pb2.AcknowledgeDirectiveResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def OfferValues(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/lrpilot.v1.TrainerService/OfferValues',
+            lrpilot_dot_v1_dot_trainer__pb2.OfferValuesRequest.SerializeToString,
+            lrpilot_dot_v1_dot_trainer__pb2.OfferValuesResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def DeclareValues(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/lrpilot.v1.TrainerService/DeclareValues',
+            lrpilot_dot_v1_dot_trainer__pb2.DeclareValuesRequest.SerializeToString,
+            lrpilot_dot_v1_dot_trainer__pb2.DeclareValuesResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

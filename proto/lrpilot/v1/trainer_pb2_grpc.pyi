@@ -56,7 +56,7 @@ class TrainerServiceStub:
     """Returns recorded values that begin at `begin`; records them first when they
     lie below the horizon; waits when they do not. An answer without a block says
     that `wait_ms` passed: ask again.
-    Errors: FAILED_PRECONDITION (AttemptSuperseded, RunFinished),
+    Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder, RunFinished),
     OUT_OF_RANGE (BeyondHorizon: further than a block beyond the horizon;
     BeforeAttempt).
     """
@@ -88,6 +88,28 @@ class TrainerServiceStub:
     """Records what became of a directive. The reporter says it; repeating it is
     harmless. Errors: NOT_FOUND (AdjustmentNotFound), FAILED_PRECONDITION
     (AttemptSuperseded, NotReporter).
+    """
+
+    OfferValues: grpc.UnaryUnaryMultiCallable[
+        lrpilot.v1.trainer_pb2.OfferValuesRequest,
+        lrpilot.v1.trainer_pb2.OfferValuesResponse,
+    ]
+    """Leader mode: returns values beyond the horizon as the plan has them now, for the
+    holder to go on with while the server is away, after recording that it may. They
+    are not fixed: whatever the holder used of them it declares.
+    Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder, RunFinished),
+    OUT_OF_RANGE (BeforeAttempt).
+    """
+
+    DeclareValues: grpc.UnaryUnaryMultiCallable[
+        lrpilot.v1.trainer_pb2.DeclareValuesRequest,
+        lrpilot.v1.trainer_pb2.DeclareValuesResponse,
+    ]
+    """Leader mode: records as fact what the holder used while the server was away. Losses
+    that would have acted there are final as absent, and what operators changed there
+    takes effect after it. Repeating it is harmless.
+    Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder), OUT_OF_RANGE
+    (BeyondPermit, BeforeAttempt), ALREADY_EXISTS (ValuesConflict).
     """
 
 class TrainerServiceAsyncStub:
@@ -122,7 +144,7 @@ class TrainerServiceAsyncStub:
     """Returns recorded values that begin at `begin`; records them first when they
     lie below the horizon; waits when they do not. An answer without a block says
     that `wait_ms` passed: ask again.
-    Errors: FAILED_PRECONDITION (AttemptSuperseded, RunFinished),
+    Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder, RunFinished),
     OUT_OF_RANGE (BeyondHorizon: further than a block beyond the horizon;
     BeforeAttempt).
     """
@@ -154,6 +176,28 @@ class TrainerServiceAsyncStub:
     """Records what became of a directive. The reporter says it; repeating it is
     harmless. Errors: NOT_FOUND (AdjustmentNotFound), FAILED_PRECONDITION
     (AttemptSuperseded, NotReporter).
+    """
+
+    OfferValues: grpc.aio.UnaryUnaryMultiCallable[
+        lrpilot.v1.trainer_pb2.OfferValuesRequest,
+        lrpilot.v1.trainer_pb2.OfferValuesResponse,
+    ]
+    """Leader mode: returns values beyond the horizon as the plan has them now, for the
+    holder to go on with while the server is away, after recording that it may. They
+    are not fixed: whatever the holder used of them it declares.
+    Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder, RunFinished),
+    OUT_OF_RANGE (BeforeAttempt).
+    """
+
+    DeclareValues: grpc.aio.UnaryUnaryMultiCallable[
+        lrpilot.v1.trainer_pb2.DeclareValuesRequest,
+        lrpilot.v1.trainer_pb2.DeclareValuesResponse,
+    ]
+    """Leader mode: records as fact what the holder used while the server was away. Losses
+    that would have acted there are final as absent, and what operators changed there
+    takes effect after it. Repeating it is harmless.
+    Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder), OUT_OF_RANGE
+    (BeyondPermit, BeforeAttempt), ALREADY_EXISTS (ValuesConflict).
     """
 
 class TrainerServiceServicer(metaclass=abc.ABCMeta):
@@ -194,7 +238,7 @@ class TrainerServiceServicer(metaclass=abc.ABCMeta):
         """Returns recorded values that begin at `begin`; records them first when they
         lie below the horizon; waits when they do not. An answer without a block says
         that `wait_ms` passed: ask again.
-        Errors: FAILED_PRECONDITION (AttemptSuperseded, RunFinished),
+        Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder, RunFinished),
         OUT_OF_RANGE (BeyondHorizon: further than a block beyond the horizon;
         BeforeAttempt).
         """
@@ -232,6 +276,32 @@ class TrainerServiceServicer(metaclass=abc.ABCMeta):
         """Records what became of a directive. The reporter says it; repeating it is
         harmless. Errors: NOT_FOUND (AdjustmentNotFound), FAILED_PRECONDITION
         (AttemptSuperseded, NotReporter).
+        """
+
+    @abc.abstractmethod
+    def OfferValues(
+        self,
+        request: lrpilot.v1.trainer_pb2.OfferValuesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lrpilot.v1.trainer_pb2.OfferValuesResponse, collections.abc.Awaitable[lrpilot.v1.trainer_pb2.OfferValuesResponse]]:
+        """Leader mode: returns values beyond the horizon as the plan has them now, for the
+        holder to go on with while the server is away, after recording that it may. They
+        are not fixed: whatever the holder used of them it declares.
+        Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder, RunFinished),
+        OUT_OF_RANGE (BeforeAttempt).
+        """
+
+    @abc.abstractmethod
+    def DeclareValues(
+        self,
+        request: lrpilot.v1.trainer_pb2.DeclareValuesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lrpilot.v1.trainer_pb2.DeclareValuesResponse, collections.abc.Awaitable[lrpilot.v1.trainer_pb2.DeclareValuesResponse]]:
+        """Leader mode: records as fact what the holder used while the server was away. Losses
+        that would have acted there are final as absent, and what operators changed there
+        takes effect after it. Repeating it is harmless.
+        Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder), OUT_OF_RANGE
+        (BeyondPermit, BeforeAttempt), ALREADY_EXISTS (ValuesConflict).
         """
 
 def add_TrainerServiceServicer_to_server(servicer: TrainerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...
