@@ -85,6 +85,10 @@ class FakeTrainer:
         self.reports: list[pb.LossReport] = []
         """Every report, in order of arrival."""
         self.directives: list[pb.Directive] = []
+        self.changes: list[pb.Change] = []
+        self.plan = "one"
+        self.declared: dict[int, tuple[tuple[float, float], ...]] = {}
+        """What a holder has declared: the pairs of each group by progress."""
         self.attempt = 1
         self.keys: set[str] = set()
         self.outcome = pb.REPORT_OUTCOME_RECORDED
@@ -150,6 +154,10 @@ class FakeTrainer:
     def token(attempt: int) -> bytes:
         return b"0123456789abcde" + str(attempt).encode()
 
+    def holder(self) -> bytes:
+        """Return the token of the holder of the attempt."""
+        return b"holder" + str(self.attempt).encode()
+
     def fixed(self) -> int:
         if self.horizon is not None:
             return self.horizon
@@ -168,6 +176,7 @@ class FakeTrainer:
             self.frontier = self.begin
         self.keys.add(request.key)
         return pb.OpenAttemptResponse(
+            holder=self.holder() if request.leader else b"",
             attempt=pb.Attempt(number=self.attempt, token=self.token(self.attempt)),
             begin=self.begin,
             delay=self.delay,
@@ -182,21 +191,54 @@ class FakeTrainer:
         if not self.feedback:
             self.frontier = max(self.frontier, request.in_use)
         self.changed.wait_for(lambda: request.begin < self.fixed(), request.wait_ms / 1000)
-        answer = pb.GetValuesResponse(horizon=self.fixed(), frontier=self.frontier)
+        answer = pb.GetValuesResponse(horizon=self.fixed(), frontier=self.frontier, plan=self.plan)
         steps = range(
             request.begin,
             min(self.fixed(), request.begin + request.count * request.stride),
             request.stride,
         )
         if steps:
-            answer.block.begin, answer.block.stride = request.begin, request.stride
-            for at in steps:
-                for group in range(len(self.groups)):
-                    answer.block.learning_rates.append(self.rate(at, group))
-                    if self.has_weight_decay:
-                        answer.block.weight_decays.append(self.decay(at, group))
+            answer.block.CopyFrom(self.block(steps))
             answer.directives.extend(item for item in self.directives if item.progress <= steps[-1])
+            if request.explain:
+                first = steps[0] - request.stride
+                answer.changes.extend(
+                    item for item in self.changes if first < item.progress <= steps[-1]
+                )
         return answer
+
+    def block(self, steps: range) -> pb.Block:
+        """Return the values of some steps: what was declared, else the formula."""
+        block = pb.Block(begin=steps[0], stride=steps.step)
+        for at in steps:
+            formula = [(self.rate(at, group), self.decay(at, group)) for group in self.members]
+            for rate, decay in self.declared.get(at, formula):
+                block.learning_rates.append(rate)
+                if self.has_weight_decay:
+                    block.weight_decays.append(decay)
+        return block
+
+    @property
+    def members(self) -> range:
+        return range(len(self.groups))
+
+    def offer_values(self, request: pb.OfferValuesRequest) -> pb.OfferValuesResponse:
+        steps = range(request.begin, request.begin + request.count * request.stride, request.stride)
+        return pb.OfferValuesResponse(
+            block=self.block(steps), plan=self.plan, permitted=steps[-1] + 1
+        )
+
+    def declare_values(self, request: pb.DeclareValuesRequest) -> pb.DeclareValuesResponse:
+        size = len(self.groups)
+        for block in request.blocks:
+            decays = block.weight_decays or [0.0] * len(block.learning_rates)
+            pairs = list(zip(block.learning_rates, decays, strict=True))
+            for step in range(len(pairs) // size):
+                at = block.begin + step * block.stride
+                self.declared[at] = tuple(pairs[step * size : (step + 1) * size])
+        end = max(self.declared) + 1
+        self.frontier = max(self.frontier, end - self.delay)
+        return pb.DeclareValuesResponse(horizon=self.fixed(), frontier=self.frontier)
 
     def report_losses(self, request: pb.ReportLossesRequest) -> pb.ReportLossesResponse:
         self.reports.extend(request.reports)
@@ -227,6 +269,8 @@ class _Service:
             "ReportLosses": trainer.report_losses,
             "SaveState": trainer.save_state,
             "AcknowledgeDirective": trainer.acknowledge_directive,
+            "OfferValues": trainer.offer_values,
+            "DeclareValues": trainer.declare_values,
         }
         for method, behaviour in behaviours.items():
             setattr(self, method, self._served(trainer, method, behaviour))

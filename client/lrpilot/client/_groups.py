@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from lrpilot.client._errors import GroupMismatch, invalid_argument
-from lrpilot.client._lease import Values
+from lrpilot.client._values import Values
 from lrpilot.v1 import trainer_pb2 as pb
 
 logger = logging.getLogger("lrpilot.client")

@@ -5,16 +5,15 @@ The training thread looks values up; only where one is missing does it ask the s
 
 import logging
 import math
-import struct
 import threading
 import time
 from collections.abc import Collection
-from itertools import repeat
-from typing import TypeAlias
 
 from lrpilot.client import _timing
 from lrpilot.client._call import Backoff, Link, Unanswered
+from lrpilot.client._changes import Change, read_change
 from lrpilot.client._directives import Directive, read_directive
+from lrpilot.client._due import Due
 from lrpilot.client._errors import (
     AttemptSuperseded,
     BeforeAttempt,
@@ -29,12 +28,10 @@ from lrpilot.client._errors import (
     ValuesPending,
 )
 from lrpilot.client._reporter import Reporter
+from lrpilot.client._values import Values, hold, read_block
 from lrpilot.v1 import trainer_pb2 as pb
 
 logger = logging.getLogger("lrpilot.client")
-
-Values: TypeAlias = tuple[tuple[float, float | None], ...]
-"""Learning rate and weight decay of each group; None: the run sets no weight decay."""
 
 
 class Lease:
@@ -47,20 +44,24 @@ class Lease:
         reporters: tuple[int, ...],
         reporter: Reporter | None,
         carried_out: Collection[str] = (),
+        *,
+        explain: bool = False,
     ) -> None:
-        """Begin to renew values; the directives named by `carried_out` are met no more."""
+        """Begin to renew values; the directives named by `carried_out` are met no more.
+
+        With `explain` the changes that the values follow are fetched with them.
+        """
         self._link = link
         self._attempt = opened.attempt
         self._begin = opened.begin
         self._delay = opened.delay
         self._reporters = reporters
         self._reporter = reporter
-        self._groups = len(opened.groups)
-        self._has_weight_decay = opened.has_weight_decay
+        self._opened = opened
+        self.explain = explain
         self._known: dict[int, Values] = {}
-        self._directives: dict[str, Directive] = {}
-        """Directives that were not met yet, by id, in the order in which they came."""
-        self._met = set(carried_out)
+        self._directives: Due[Directive] = Due(carried_out)
+        self._changes: Due[Change] = Due()
         self._lock = threading.Lock()
         self._in_use = opened.begin
         # The increment is known once a second value was asked for; that of iterations at once.
@@ -102,19 +103,15 @@ class Lease:
 
     def next_due(self, progress: int) -> Directive | None:
         """Return the first directive that is due at a progress in use; it is met now."""
-        with self._lock:
-            due = [item for item in self._directives.values() if item.progress <= progress]
-            if not due:
-                return None
-            first = min(due, key=lambda item: item.progress)
-            del self._directives[first.id]
-            self._met.add(first.id)
-            return first
+        return self._directives.next(progress)
+
+    def next_change(self, progress: int) -> Change | None:
+        """Return the first change that shows at a progress in use, once."""
+        return self._changes.next(progress)
 
     def awaits_rollback(self) -> bool:
         """Return whether a rollback was asked for and not met yet."""
-        with self._lock:
-            return any(item.kind == "rollback" for item in self._directives.values())
+        return self._directives.has(lambda item: item.kind == "rollback")
 
     def close(self) -> None:
         """Let the background thread end; its call was ended with the link."""
@@ -168,6 +165,7 @@ class Lease:
             count=_timing.MAX_STEPS if self._stride else 1,
             in_use=progress,
             blocked=True,
+            explain=self.explain,
         )
         reporter = self._reporter
         is_behind = reporter is not None and reporter.until < progress
@@ -312,6 +310,7 @@ class Lease:
                         count=_timing.MAX_STEPS,
                         in_use=in_use,
                         wait_ms=int(_timing.RENEW_WAIT_S * 1000),
+                        explain=self.explain,
                     ),
                     _timing.RENEW_WAIT_S + _timing.ANSWER_S,
                 )
@@ -342,51 +341,18 @@ class Lease:
     def _add(self, answer: pb.GetValuesResponse) -> int:
         """Keep the values of an answer and return the number of steps."""
         self._link.heard(answer.frontier, answer.horizon)
-        block = answer.block
-        rates, decays = tuple(block.learning_rates), tuple(block.weight_decays)
-        steps, rest = divmod(len(rates), self._groups)
-        expected = len(rates) if self._has_weight_decay else 0
-        if rest or not steps or block.stride < 1 or len(decays) != expected:
-            raise self._broken(
-                ServerError(
-                    f"run {self._link.run!r}: the server at {self._link.address} sent a block of "
-                    f"{len(rates)} learning rates and {len(decays)} weight decays for "
-                    f"{self._groups} groups",
-                    facts={"run": self._link.run, "address": self._link.address},
-                )
-            )
-        pairs: list[tuple[float, float | None]] = list(
-            zip(rates, decays or repeat(None, len(rates)), strict=True)
-        )
-        with self._lock:
-            # Before the values: whoever sees those must find the directives that they reach.
-            for sent in answer.directives:
-                if sent.id not in self._met:
-                    self._directives.setdefault(sent.id, read_directive(sent))
-            for step in range(steps):
-                progress = block.begin + step * block.stride
-                values = tuple(pairs[step * self._groups : (step + 1) * self._groups])
-                known = self._known.setdefault(progress, values)
-                if known is not values and _bits(known) != _bits(values):
-                    raise self._broken(
-                        ValuesDiffer(
-                            f"run {self._link.run!r}: the server at {self._link.address} gave "
-                            f"{known!r} for progress {progress} of attempt "
-                            f"{self._attempt.number} before, and now {values!r}",
-                            facts={
-                                "run": self._link.run,
-                                "progress": progress,
-                                "known": known,
-                                "got": values,
-                            },
-                        )
-                    )
-            self._forget()
-        return steps
-
-    def _broken(self, error: LrpilotError) -> LrpilotError:
-        self._link.fail(error)
-        return error
+        try:
+            got = read_block(self._link, self._opened, answer.block)
+            with self._lock:
+                # Before the values: whoever sees those must find the directives that they reach.
+                self._directives.add(map(read_directive, answer.directives))
+                self._changes.add(map(read_change, answer.changes))
+                hold(self._link, self._attempt, self._known, got)
+                self._forget()
+        except (ServerError, ValuesDiffer) as error:
+            self._link.fail(error)
+            raise
+        return len(got)
 
     def _forget(self) -> None:
         keep = _timing.KEPT_PAST + _timing.MAX_AHEAD + _timing.MAX_STEPS
@@ -395,10 +361,3 @@ class Lease:
             oldest = [at for at in self._known if at < self._in_use][:surplus]
             for progress in oldest:
                 del self._known[progress]
-
-
-def _bits(values: Values) -> bytes:
-    """Return the bits of values, to compare them."""
-    return b"".join(
-        struct.pack("<d", number) for pair in values for number in pair if number is not None
-    )

@@ -15,11 +15,11 @@ from lrpilot.client._call import Link
 from lrpilot.client._directives import Directive, Handler, Kind
 from lrpilot.client._errors import ConnectRefused, LrpilotError, invalid_argument
 from lrpilot.client._launch import find_place
-from lrpilot.client._lease import Values
 from lrpilot.client._loss import Loss
 from lrpilot.client._metrics import Said, metric_name
 from lrpilot.client._scheduler import Scheduler
 from lrpilot.client._session import Session, agree
+from lrpilot.client._values import Values
 from lrpilot.v1 import trainer_pb2 as pb
 
 logger = logging.getLogger("lrpilot.client")

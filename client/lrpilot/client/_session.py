@@ -31,11 +31,12 @@ from lrpilot.client._errors import (
     invalid_argument,
 )
 from lrpilot.client._launch import Group, Place
-from lrpilot.client._lease import Lease, Values
+from lrpilot.client._lease import Lease
 from lrpilot.client._loss import Loss, take
 from lrpilot.client._metrics import Said
 from lrpilot.client._reporter import Reporter
 from lrpilot.client._state import SavedState, decode
+from lrpilot.client._values import Values
 from lrpilot.v1 import trainer_pb2 as pb
 
 logger = logging.getLogger("lrpilot.client")
