@@ -6,10 +6,11 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
@@ -102,12 +103,12 @@ class Server:
         self.ledger = Ledger(store, committer)
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
         self._trainer_service = TrainerService(self.ledger)
-        self._health = health.aio.HealthServicer()
         services: dict[ServiceDescriptor, Service] = {
             trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"]: self._trainer_service,
             runs_pb2.DESCRIPTOR.services_by_name["RunService"]: RunService(self.ledger),
         }
         self._names = [descriptor.full_name for descriptor in services]
+        self._health = _Health(("", *self._names))
         self.grpc.add_generic_rpc_handlers(
             tuple(
                 handlers(descriptor, service, metrics) for descriptor, service in services.items()
@@ -141,9 +142,35 @@ class Server:
     async def drain(self) -> None:
         """Take no more calls; return once those under way are done, or their time is up."""
         await self._health.enter_graceful_shutdown()
+        self._health.end_watches()
         self._trainer_service.drain()
         await self.grpc.stop(DRAIN_S)
         await self.ledger.settle()
+
+
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]
+    """The standard health service, whose watches do not hold up the end of the server.
+
+    Every client that was given several addresses watches it, for as long as it is connected.
+    """
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self._names = names
+        self._ending = asyncio.Event()
+
+    def end_watches(self) -> None:
+        """Say the end to everyone who watches, and end the watches: they ask elsewhere now."""
+        self._ending.set()
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        """Send the status of a service, which changes once: when the server ends."""
+        answer = health_pb2.HealthCheckResponse
+        is_known = request.service in self._names
+        await context.write(answer(status=answer.SERVING if is_known else answer.SERVICE_UNKNOWN))
+        await self._ending.wait()
+        if is_known:
+            await context.write(answer(status=answer.NOT_SERVING))
 
 
 async def _serve(
