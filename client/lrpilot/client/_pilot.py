@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar, overload
 import grpc
 
 from lrpilot.client import _timing
+from lrpilot.client._address import read_target
 from lrpilot.client._arguments import Spec, integer, positive, spec_reader, text
 from lrpilot.client._call import Link
 from lrpilot.client._directives import Directive, Handler, Kind
@@ -66,7 +67,9 @@ def connect(
     one: rank 0 then speaks for all, and every rank gets the same pilot or the same error.
 
     Args:
-        address: HOST:PORT of the server.
+        address: HOST:PORT of the server. Several of them with commas between are asked in turn,
+            each while it serves; so are the hosts that a DNS name stands for. gRPC's own targets
+            (dns:///HOST:PORT, ipv4:…, ipv6:…, unix:PATH) are taken as they are.
         run: name of the run.
         spec: the run spec: path of a YAML file, its text (YAML of several lines, or JSON), or a
             mapping with the same fields. It creates the run; on a known run it is compared with
@@ -93,7 +96,7 @@ def connect(
     place = find_place(rank, world_size, key)
     problem = None
     try:
-        text("address", address)
+        target = read_target(address)
         text("run", run)
         read_spec = spec_reader(spec)
         if on_change not in _ON_CHANGE:
@@ -112,7 +115,7 @@ def connect(
         "connect every rank alike",
     )
     link = Link(
-        lambda: grpc.insecure_channel(address, options=_OPTIONS),
+        lambda: grpc.insecure_channel(target.name, options=_OPTIONS + target.options),
         address=address,
         run=run,
         rank=place.rank,

@@ -32,11 +32,11 @@ RECONNECT_CAP_S = 1.0
 """Greatest pause of gRPC between two attempts to connect. It adds to the pause between calls,
 and a rank that waits should not miss a server that is back for a second or two."""
 
-OUTAGE_TIMEOUT_S = 1800.0
+OUTAGE_TIMEOUT_S = 900.0
 """How long a training thread waits without any contact to the server, unless told otherwise."""
 
 CONNECT_PATIENCE_S = 120.0
-"""How long `connect` tries to reach the server: a wrong address should not cost half an hour."""
+"""How long `connect` tries to reach the server: a wrong address should not cost a quarter of an hour."""
 
 OPEN_PATIENCE_S = 300.0
 """How long opening tries to reach the server. The other ranks wait in a collective meanwhile,
