@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 ALL = """
 AdjustmentNotFound AdjustmentRefused AdviceExpired AttemptNotOpen AttemptOpen AttemptSuperseded
-BacklogFull BeforeAttempt BelowResumePoint BeyondHorizon ClientFailed ConnectRefused Directive
-DirectiveDeclined GroupMismatch InvalidArgument InvalidFields InvalidRequest InvalidSpec
+BacklogFull BeforeAttempt BelowResumePoint BeyondHorizon CaptureRefused ClientFailed ConnectRefused
+Directive DirectiveDeclined GroupMismatch InvalidArgument InvalidFields InvalidRequest InvalidSpec
 InvalidState JoinRefused LossConflict LossUnreadable LossesPending LrpilotError NotReporter Pilot
 PilotClosed PlanChanged ResumePointRequired RevisionRefused RollbackHandler RunExists RunFinished
 RunLive RunNotFound Scheduler ServerError ServerUnavailable SnapshotCost SpecChanged StateMismatch
@@ -51,6 +51,7 @@ def test_signatures() -> None:
         "optimizer",
         "state",
         "defer",
+        "wd_in_graph",
     ]
     assert list(inspect.signature(lrpilot.Scheduler.step).parameters)[1:] == [
         "increment",

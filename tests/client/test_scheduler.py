@@ -244,7 +244,6 @@ def test_deferred_opening(
     assert scheduler.progress == begin
     assert pilot.attempt == 1
     assert optimizer.rates == [trainer.rate(begin)]
-    assert optimizer.hooks == {}
     optimizer.step()
     assert len(trainer.calls["OpenAttempt"]) == 1
 

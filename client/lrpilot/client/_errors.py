@@ -205,6 +205,10 @@ class BacklogFull(LrpilotError):
     """More reports wait for delivery than are kept in memory."""
 
 
+class CaptureRefused(LrpilotError):
+    """A CUDA graph would not follow the schedule; the message says why, and what to do."""
+
+
 class LossUnreadable(LrpilotError):
     """A loss that was reported as a tensor could not be read from its device."""
 

@@ -1,8 +1,10 @@
 """The parameter groups of an optimizer: which of the run's groups each is, and writing to them."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
+from lrpilot.client._capture import CapturedStep, InGraph
 from lrpilot.client._errors import GroupMismatch, invalid_argument
 from lrpilot.client._values import Values
 from lrpilot.v1 import trainer_pb2 as pb
@@ -20,17 +22,20 @@ class Groups:
     Always found anew in the optimizer: its `load_state_dict` replaces their dictionaries.
     """
 
-    def __init__(self, optimizer: Any) -> None:
+    def __init__(self, optimizer: Any, wd_in_graph: InGraph = "refuse") -> None:
         if not isinstance(getattr(optimizer, "param_groups", None), (list, tuple)):
             raise invalid_argument("optimizer", optimizer, "an object with param_groups")
         self._optimizer = optimizer
         self._run = ""
         self._names: list[str] = []
         self._has_weight_decay = False
-        self._own = [group.get("weight_decay") for group in optimizer.param_groups]
-        """Weight decay of each param group when it was attached."""
+        self._own = [_number(group.get("weight_decay")) for group in optimizer.param_groups]
+        """Weight decay of each param group when it was attached, or when it was added."""
         self._plan: list[tuple[int, bool]] = []
         """For each param group the run's group, and whether its weight decay is written."""
+        self._written: Values = ()
+        """Values of the run's groups that were written last."""
+        self._step = CapturedStep(optimizer, wd_in_graph)
 
     def bind(self, run: str, opened: pb.OpenAttemptResponse) -> None:
         """Match the param groups with the run's. Raises GroupMismatch."""
@@ -40,19 +45,40 @@ class Groups:
         self._match()
 
     def write(self, values: Values) -> None:
-        """Write LR and WD into every param group. Raises GroupMismatch."""
+        """Write LR and WD into every param group. Raises GroupMismatch, CaptureRefused."""
         groups = self._optimizer.param_groups
         if len(groups) != len(self._plan):
             # add_param_group was called.
             self._match()
+        wanted = {at: values[index][1] for at, (index, decays) in enumerate(self._plan) if decays}
+        self._step.check(self._run, wanted)
         for group, (index, decays) in zip(groups, self._plan, strict=True):
             rate, decay = values[index]
             _put(group, "lr", rate)
             if decays:
                 _put(group, "weight_decay", decay)
+        self._written = values
+
+    def applied(self) -> Values:
+        """Return LR and WD of each param group as the optimizer's step uses them.
+
+        A tensor holds them in its own precision. Nothing is read from a device: what a tensor
+        there holds is told from what was written.
+        """
+        held = []
+        for at, group in enumerate(self._optimizer.param_groups[: len(self._plan)]):
+            index, decays = self._plan[at]
+            rate, decay = self._written[index]
+            own = self._own[at]
+            used = self._step.kept.get(at)
+            if used is None:
+                used = _held(group.get("weight_decay"), decay if decays else own)
+            held.append((_held(group["lr"], rate), used))
+        return tuple(held)
 
     def _match(self) -> None:
         groups = self._optimizer.param_groups
+        self._own += [_number(group.get("weight_decay")) for group in groups[len(self._own) :]]
         plan = [(index, self._has_weight_decay) for index in self._indices(groups)]
         if self._has_weight_decay:
             without = [at for at, group in enumerate(groups) if group.get("weight_decay") is None]
@@ -73,6 +99,8 @@ class Groups:
                     kept,
                 )
         self._plan = plan
+        _separate(groups, "lr", [index for index, _ in plan])
+        _separate(groups, "weight_decay", plan)
 
     @property
     def _named(self) -> bool:
@@ -103,7 +131,7 @@ class Groups:
 
     def _keeps_zero(self, at: int) -> bool:
         group = self._optimizer.param_groups[at]
-        attached = self._own[at] if at < len(self._own) else group.get("weight_decay")
+        attached = self._own[at]
         return attached is not None and group.setdefault(OWN, attached) == 0
 
 
@@ -114,3 +142,29 @@ def _put(group: Any, key: str, value: Any) -> None:
         held.fill_(value)
     else:
         group[key] = value
+
+
+def _number(held: Any) -> Any:
+    """Return a tensor as a number, read once before the training: it is written to later."""
+    return held.item() if hasattr(held, "fill_") else held
+
+
+def _held(held: Any, written: Any) -> Any:
+    """Return what a param group holds, given what was written to it last."""
+    if not hasattr(held, "fill_"):
+        return held
+    if held.device.type == "cpu":
+        return held.item()
+    return held.new_full((), written, device="cpu").item()
+
+
+def _separate(groups: Any, key: str, owners: Sequence[object]) -> None:
+    """Give param groups tensors of their own where the values may differ.
+
+    torch hands the one tensor that an optimizer was made with to every param group.
+    """
+    first: dict[int, object] = {}
+    for group, owner in zip(groups, owners, strict=True):
+        held = group.get(key)
+        if hasattr(held, "fill_") and first.setdefault(id(held), owner) != owner:
+            group[key] = held.clone()

@@ -13,6 +13,7 @@ from lrpilot.client import _timing
 from lrpilot.client._address import read_target
 from lrpilot.client._arguments import Spec, integer, positive, spec_reader, text
 from lrpilot.client._call import Link
+from lrpilot.client._capture import InGraph
 from lrpilot.client._directives import Directive, Handler, Kind
 from lrpilot.client._errors import ConnectRefused, LrpilotError, invalid_argument
 from lrpilot.client._launch import find_place
@@ -172,7 +173,11 @@ class Pilot:
         return None if opened is None else opened.attempt.number
 
     def scheduler(
-        self, optimizer: Any, state: Mapping[str, Any] | None = None, defer: bool = False
+        self,
+        optimizer: Any,
+        state: Mapping[str, Any] | None = None,
+        defer: bool = False,
+        wd_in_graph: InGraph = "refuse",
     ) -> Scheduler:
         """Open the attempt, or join it, and return a scheduler that has written LR and WD.
 
@@ -184,11 +189,17 @@ class Pilot:
             defer: open it later, at `load_state_dict`, `apply` or right before the optimizer's
                 first step, whichever comes first: for frameworks that load their state after
                 building the scheduler.
+            wd_in_graph: what to do where the weight decay changes and the optimizer's step was
+                captured into a CUDA graph with a weight decay that is no tensor on the device:
+                "refuse" it with CaptureRefused, or "warn", once a capture, and train on with the
+                one captured. A weight decay that stays the same is never refused.
 
         Raises InvalidArgument, InvalidState, ResumePointRequired, JoinRefused, StateMismatch,
         RunFinished, AttemptOpen, GroupMismatch, ServerUnavailable, ….
         """
-        return Scheduler(self._session, optimizer, state=state, defer=defer)
+        return Scheduler(
+            self._session, optimizer, state=state, defer=defer, wd_in_graph=wd_in_graph
+        )
 
     def values(self, n: int) -> Values:
         """Return `(learning_rate, weight_decay)` at progress `n` of each group of the spec.

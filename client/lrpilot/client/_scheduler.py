@@ -2,16 +2,18 @@
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from lrpilot.client import _timing
 from lrpilot.client._arguments import integer
+from lrpilot.client._capture import InGraph, before_each_step, refuse_in_capture
 from lrpilot.client._errors import AttemptNotOpen, invalid_argument
 from lrpilot.client._groups import Groups
 from lrpilot.client._loss import Loss
 from lrpilot.client._metrics import Said, metric_name
 from lrpilot.client._session import Session
 from lrpilot.client._state import SavedState, decode, encode
+from lrpilot.client._values import Values
 
 logger = logging.getLogger("lrpilot.client")
 
@@ -24,12 +26,18 @@ class Scheduler:
     """
 
     def __init__(
-        self, session: Session, optimizer: Any, *, state: Mapping[str, Any] | None, defer: bool
+        self,
+        session: Session,
+        optimizer: Any,
+        *,
+        state: Mapping[str, Any] | None,
+        defer: bool,
+        wd_in_graph: InGraph = "refuse",
     ) -> None:
         if defer and state is not None:
             raise invalid_argument("defer", defer, "False where a state is given")
         self._session = session
-        self._groups = Groups(optimizer)
+        self._groups = Groups(optimizer, wd_in_graph)
         self._progress: int | None = None
         self._increment = 0
         self._tries = 0
@@ -39,8 +47,8 @@ class Scheduler:
         self._hook: Any = None
         if not defer:
             self._open(state)
-        elif hasattr(optimizer, "register_step_pre_hook"):
-            self._hook = optimizer.register_step_pre_hook(self._before_first_step)
+        else:
+            self._hook = before_each_step(optimizer, self._before_first_step)
 
     @property
     def progress(self) -> int:
@@ -84,12 +92,13 @@ class Scheduler:
             skipped: the optimizer refused the update, such as after an fp16 overflow: the
                 progress stays, whatever the increment, and the same values are written again.
 
-        Raises InvalidArgument, AttemptNotOpen, LossConflict, ServerUnavailable,
+        Raises InvalidArgument, AttemptNotOpen, CaptureRefused, LossConflict, ServerUnavailable,
         AttemptSuperseded, …, what a background thread met since the last call, and what a
         handler raises. After ServerUnavailable the step is made and reported, and `apply()` tries
         again for its values.
         """
         here = self.progress
+        refuse_in_capture("scheduler.step()")
         increment = integer("increment", increment, 1, _timing.MAX_PROGRESS - here, _BY_NAME)
         said = Said(loss, weight, val_losses, grad_norm, batch, skipped)
         there = here if skipped else here + increment
@@ -118,8 +127,21 @@ class Scheduler:
         if self._progress is None:
             self._open(None)
         else:
+            refuse_in_capture("scheduler.apply()")
             self._write()
             self._session.arrive()
+
+    def applied(self) -> Values:
+        """Return LR and WD of each param group as the optimizer's step uses them, for logs.
+
+        A tensor holds them in its own precision, a captured step keeps a weight decay that is no
+        tensor, and a param group may keep its own. Nothing is read from a device. Weight decay is
+        None where a param group has none.
+
+        Raises AttemptNotOpen.
+        """
+        _ = self.progress
+        return self._groups.applied()
 
     def go_to(self, progress: int) -> None:
         """Stand at another progress and write its values; a rollback of the pilot calls it."""
@@ -154,7 +176,15 @@ class Scheduler:
         else:
             self._session.refuse_other(decode(self._session.link.run, state), self._progress)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Scheduler cannot be pickled or copied: it belongs to a connection of this process. "
+            "Save scheduler.state_dict() instead, and keep the scheduler out of data sets, "
+            "collate functions and models that are copied or sent to other processes"
+        )
+
     def _open(self, state: Mapping[str, Any] | None) -> None:
+        refuse_in_capture("opening the attempt")
         opened = self._session.open(state)
         self._groups.bind(self._session.link.run, opened)
         self._progress = self._session.progress if self._is_late else opened.begin
