@@ -53,7 +53,6 @@ class Lease:
         """
         self._link = link
         self._attempt = opened.attempt
-        self._begin = opened.begin
         self._delay = opened.delay
         self._reporters = reporters
         self._reporter = reporter
@@ -119,30 +118,27 @@ class Lease:
         if self._thread is not threading.current_thread():
             self._thread.join(_timing.JOIN_S)
 
+    def check(self) -> None:
+        """Raise what a background thread met, or PilotClosed."""
+        self._link.check()
+
+    def settle(self, timeout_s: float) -> bool:
+        """Return whether the server knows all values that were used: always."""
+        del timeout_s
+        return True
+
     # On the training thread.
 
     def _take_stride(self, step: int) -> None:
         if step > self._delay and not self._is_short:
             # Easily missed where progress counts samples or tokens: D counts in them too.
             self._is_short = True
-            logger.warning(
-                "run %s: feedback.delay is %d, less than a step of %d: nothing is fixed ahead, so "
-                "that each step waits for the server; 32 steps would be %d",
-                self._link.run,
-                self._delay,
-                step,
-                32 * step,
-            )
+            warn_of_short(self._link, self._delay, step)
         self._stride = step
         self._renew_at = -1.0
 
     def _fetch(self, progress: int) -> Values:
-        if progress < self._begin:
-            raise BeforeAttempt(
-                f"attempt {self._attempt.number} of run {self._link.run!r} opened at progress "
-                f"{self._begin}; values at {progress} belong to an attempt before it",
-                facts={"run": self._link.run, "progress": progress, "begin": self._begin},
-            )
+        refuse_before(self._link, self._opened, progress)
         self._waiting = True
         try:
             return self._wait(progress)
@@ -361,3 +357,25 @@ class Lease:
             oldest = [at for at in self._known if at < self._in_use][:surplus]
             for progress in oldest:
                 del self._known[progress]
+
+
+def warn_of_short(link: Link, delay: int, step: int) -> None:
+    """Say that a delay is less than a step."""
+    logger.warning(
+        "run %s: feedback.delay is %d, less than a step of %d: nothing is fixed ahead, so "
+        "that each step waits for the server; 32 steps would be %d",
+        link.run,
+        delay,
+        step,
+        32 * step,
+    )
+
+
+def refuse_before(link: Link, opened: pb.OpenAttemptResponse, progress: int) -> None:
+    """Raise BeforeAttempt where a progress lies below the one at which the attempt opened."""
+    if progress < opened.begin:
+        raise BeforeAttempt(
+            f"attempt {opened.attempt.number} of run {link.run!r} opened at progress "
+            f"{opened.begin}; values at {progress} belong to an attempt before it",
+            facts={"run": link.run, "progress": progress, "begin": opened.begin},
+        )
