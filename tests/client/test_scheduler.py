@@ -260,6 +260,19 @@ def test_a_deferred_attempt_opens_before_the_first_step_of_a_real_optimizer(
     assert parameter.item() == -trainer.rate(0)
 
 
+def test_a_deferred_attempt_opens_though_others_have_hooks_too(
+    trainer: FakeTrainer, connect: Connect
+) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=1.0)
+    scheduler = connect().scheduler(optimizer, defer=True)
+    seen: list[float] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(optimizer.param_groups[0]["lr"]))
+    for _ in range(2):
+        optimizer.step()
+        scheduler.step(loss=1.0)
+    assert seen == [trainer.rate(0), trainer.rate(1)]
+
+
 def test_defer_and_state_exclude_each_other(connect: Connect, optimizer: FakeOptimizer) -> None:
     state = {"version": 1, "run": "small", "progress": 5, "state": ""}
     with pytest.raises(lrpilot.InvalidArgument, match="defer"):

@@ -101,6 +101,10 @@ class Scheduler:
         refuse_in_capture("scheduler.step()")
         increment = integer("increment", increment, 1, _timing.MAX_PROGRESS - here, _BY_NAME)
         said = Said(loss, weight, val_losses, grad_norm, batch, skipped)
+        if self._hook is not None:
+            # Not while it is called: the optimizer goes through its hooks then.
+            self._hook.remove()
+            self._hook = None
         there = here if skipped else here + increment
         self._session.report(here, said, there, self._tries)
         if skipped:
@@ -188,9 +192,6 @@ class Scheduler:
         opened = self._session.open(state)
         self._groups.bind(self._session.link.run, opened)
         self._progress = self._session.progress if self._is_late else opened.begin
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
         self._session.schedulers.add(self)
         self._write()
 
