@@ -7,8 +7,9 @@ from typing import Any
 
 from lrpilot.client import _timing
 from lrpilot.client._arguments import integer, positive
+from lrpilot.client._device import PendingLoss
 from lrpilot.client._errors import InvalidArgument, invalid_argument
-from lrpilot.client._loss import Loss, Number, PendingLoss, take
+from lrpilot.client._loss import Loss, Number, take
 
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,64}")
 

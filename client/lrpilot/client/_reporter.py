@@ -9,6 +9,7 @@ from itertools import islice
 
 from lrpilot.client import _timing
 from lrpilot.client._call import Backoff, Link, Unanswered
+from lrpilot.client._device import PendingLoss
 from lrpilot.client._errors import (
     BacklogFull,
     BelowResumePoint,
@@ -19,7 +20,7 @@ from lrpilot.client._errors import (
     PilotClosed,
     invalid_argument,
 )
-from lrpilot.client._loss import Number, PendingLoss, same_bits
+from lrpilot.client._loss import Number, same_bits
 from lrpilot.client._metrics import MAX_VALIDATION_LOSSES, Metrics, norm
 from lrpilot.v1 import trainer_pb2 as pb
 
