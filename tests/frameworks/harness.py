@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lrpilot.v1 import runs_pb2 as pb
 from tests.e2e.harness import DEADLINE_S, ROOT, Runs, Spec, serve, wait_until
 
 STEPS, SAVE_AT, PAUSE_AT, DIE_AFTER = 30, 16, 6, 21
@@ -120,6 +121,55 @@ def train_interrupted(
     finally:
         server.dispose()
     return training
+
+
+@dataclass(frozen=True)
+class Once:
+    """What came of a training that nothing interrupted."""
+
+    used: dict[int, list[tuple[str, str | None]]]
+    """Progress to (LR, WD) of each param group."""
+    losses: dict[int, str]
+    """Progress to the loss that was given."""
+    records: list[pb.LossRecord]
+    """What the server's log has of each report, in order."""
+    folder: Path
+    """Where the program wrote."""
+    log: str
+    """What the program wrote to its standard streams."""
+
+
+def train_once(tmp_path: Path, program: str, spec: Spec, *command: str, **options: Any) -> Once:
+    """Train without interruption, and return what was used and what the server knows of it.
+
+    `command` and `options` are those of `train_interrupted`.
+    """
+    folder = tmp_path / "training"
+    folder.mkdir()
+    server = serve(tmp_path / "data")
+    plan = {
+        "address": server.grpc,
+        "spec": spec,
+        "folder": str(folder),
+        "steps": STEPS,
+        "save_at": SAVE_AT,
+        "resumes": False,
+        "record": "once",
+        **options,
+    }
+    try:
+        process = _start(folder, program, plan, command)
+        try:
+            process.wait(TRAINING_S)
+        finally:
+            _end(process)
+        log = (folder / "once.log").read_text()
+        assert process.returncode == 0, log
+        with Runs(server.grpc) as runs:
+            records = [item for event in runs.events(spec["name"]) for item in event.losses]
+    finally:
+        server.dispose()
+    return Once(*_read(folder / "once"), records, folder, log)
 
 
 def check(
