@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, NoReturn, TypeVar, overload
 
 import grpc
 
@@ -313,6 +313,13 @@ class Pilot:
         if link.failure is not None and not link.failure_raised:
             link.failure_raised = True
             raise link.failure
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a Pilot cannot be pickled or copied: it is a connection of this process. Keep it out "
+            "of data sets, collate functions and what else goes to other processes; there, pass "
+            "the numbers that are needed, such as pilot.run"
+        )
 
     def __enter__(self) -> "Pilot":
         return self
