@@ -232,6 +232,10 @@ class Run(google.protobuf.message.Message):
     SKIPPED_FIELD_NUMBER: builtins.int
     ROLLBACKS_FIELD_NUMBER: builtins.int
     ETAG_FIELD_NUMBER: builtins.int
+    LEADER_FIELD_NUMBER: builtins.int
+    PERMITTED_FIELD_NUMBER: builtins.int
+    DECLARATION_FIELD_NUMBER: builtins.int
+    DECLARED_STEPS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name."""
     state: global___RunState.ValueType
@@ -265,9 +269,11 @@ class Run(google.protobuf.message.Message):
     nonfinite_losses: builtins.int
     """Number of NaN and infinite losses among them."""
     waivers: builtins.int
-    """Number of waivers in this attempt."""
+    """Number of waivers in this attempt, and of declarations that did what one does."""
     late_losses: builtins.int
-    """Number of losses that came after their step was final."""
+    """Number of losses that no policy saw, since they came after their step was final or
+    a declaration passed over it.
+    """
     seq: builtins.int
     """Sequence number of the last event."""
     digest: builtins.str
@@ -282,6 +288,14 @@ class Run(google.protobuf.message.Message):
     """Number of rollbacks."""
     etag: builtins.str
     """Changes whenever the plan does; give it back to change the plan that was seen."""
+    leader: builtins.bool
+    """True: the current attempt is in leader mode."""
+    permitted: builtins.int
+    """Leader mode: first progress that the job may not use without the server; 0: it may
+    use none.
+    """
+    declared_steps: builtins.int
+    """Steps that the job went on alone in this attempt, over all stretches."""
     @property
     def values(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GroupValues]:
         """Values at `progress`, one per group."""
@@ -303,6 +317,12 @@ class Run(google.protobuf.message.Message):
     @property
     def validation_losses(self) -> google.protobuf.internal.containers.ScalarMap[builtins.str, builtins.float]:
         """Newest validation losses by name."""
+
+    @property
+    def declaration(self) -> global___Declaration:
+        """Leader mode: the newest stretch of the attempt over which the job went on alone;
+        absent: there was none.
+        """
 
     def __init__(
         self,
@@ -336,15 +356,45 @@ class Run(google.protobuf.message.Message):
         skipped: builtins.int = ...,
         rollbacks: builtins.int = ...,
         etag: builtins.str = ...,
+        leader: builtins.bool = ...,
+        permitted: builtins.int = ...,
+        declaration: global___Declaration | None = ...,
+        declared_steps: builtins.int = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "created_at", b"created_at", "loss", b"loss", "smoothed_loss", b"smoothed_loss", "updated_at", b"updated_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "adjustments", b"adjustments", "attempt", b"attempt", "begin", b"begin", "created_at", b"created_at", "delay", b"delay", "digest", b"digest", "etag", b"etag", "frontier", b"frontier", "held", b"held", "horizon", b"horizon", "late_losses", b"late_losses", "loss", b"loss", "losses", b"losses", "name", b"name", "nonfinite_losses", b"nonfinite_losses", "progress", b"progress", "rollbacks", b"rollbacks", "seq", b"seq", "skipped", b"skipped", "smoothed_loss", b"smoothed_loss", "spec_document", b"spec_document", "stage", b"stage", "state", b"state", "total", b"total", "unit", b"unit", "updated_at", b"updated_at", "validation_losses", b"validation_losses", "values", b"values", "waivers", b"waivers"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "created_at", b"created_at", "declaration", b"declaration", "loss", b"loss", "smoothed_loss", b"smoothed_loss", "updated_at", b"updated_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "adjustments", b"adjustments", "attempt", b"attempt", "begin", b"begin", "created_at", b"created_at", "declaration", b"declaration", "declared_steps", b"declared_steps", "delay", b"delay", "digest", b"digest", "etag", b"etag", "frontier", b"frontier", "held", b"held", "horizon", b"horizon", "late_losses", b"late_losses", "leader", b"leader", "loss", b"loss", "losses", b"losses", "name", b"name", "nonfinite_losses", b"nonfinite_losses", "permitted", b"permitted", "progress", b"progress", "rollbacks", b"rollbacks", "seq", b"seq", "skipped", b"skipped", "smoothed_loss", b"smoothed_loss", "spec_document", b"spec_document", "stage", b"stage", "state", b"state", "total", b"total", "unit", b"unit", "updated_at", b"updated_at", "validation_losses", b"validation_losses", "values", b"values", "waivers", b"waivers"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_loss", b"_loss"]) -> typing.Literal["loss"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_smoothed_loss", b"_smoothed_loss"]) -> typing.Literal["smoothed_loss"] | None: ...
 
 global___Run = Run
+
+@typing.final
+class Declaration(google.protobuf.message.Message):
+    """A stretch over which a job in leader mode went on without the server."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    BEGIN_FIELD_NUMBER: builtins.int
+    END_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    begin: builtins.int
+    """First progress, in the unit."""
+    end: builtins.int
+    """First progress behind the last one used."""
+    steps: builtins.int
+    """Number of steps."""
+    def __init__(
+        self,
+        *,
+        begin: builtins.int = ...,
+        end: builtins.int = ...,
+        steps: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["begin", b"begin", "end", b"end", "steps", b"steps"]) -> None: ...
+
+global___Declaration = Declaration
 
 @typing.final
 class CreateRunRequest(google.protobuf.message.Message):
@@ -776,10 +826,15 @@ class AdjustRunResponse(google.protobuf.message.Message):
     PREVIEW_FIELD_NUMBER: builtins.int
     CHANGES_FIELD_NUMBER: builtins.int
     UNCHANGED_FIELD_NUMBER: builtins.int
+    PENDING_FIELD_NUMBER: builtins.int
     effective: builtins.int
     """First progress at which it shows."""
     unchanged: builtins.bool
     """True when nothing was to be done."""
+    pending: builtins.bool
+    """True: the job is in leader mode and may go on alone beyond `effective`; if it has,
+    the change takes effect behind that.
+    """
     @property
     def adjustment(self) -> global___Adjustment:
         """The adjustment; absent where the spec changed instead."""
@@ -805,9 +860,10 @@ class AdjustRunResponse(google.protobuf.message.Message):
         preview: collections.abc.Iterable[global___PreviewPoint] | None = ...,
         changes: collections.abc.Iterable[global___SpecChange] | None = ...,
         unchanged: builtins.bool = ...,
+        pending: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adjustment", b"adjustment", "run", b"run"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adjustment", b"adjustment", "changes", b"changes", "effective", b"effective", "preview", b"preview", "run", b"run", "unchanged", b"unchanged"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adjustment", b"adjustment", "changes", b"changes", "effective", b"effective", "pending", b"pending", "preview", b"preview", "run", b"run", "unchanged", b"unchanged"]) -> None: ...
 
 global___AdjustRunResponse = AdjustRunResponse
 
@@ -821,8 +877,11 @@ class ApproveAdviceResponse(google.protobuf.message.Message):
     ADJUSTMENT_FIELD_NUMBER: builtins.int
     RUN_FIELD_NUMBER: builtins.int
     PREVIEW_FIELD_NUMBER: builtins.int
+    PENDING_FIELD_NUMBER: builtins.int
     effective: builtins.int
     """First progress at which it shows."""
+    pending: builtins.bool
+    """As in AdjustRunResponse."""
     @property
     def adjustment(self) -> global___Adjustment:
         """The adjustment that came of it."""
@@ -842,9 +901,10 @@ class ApproveAdviceResponse(google.protobuf.message.Message):
         adjustment: global___Adjustment | None = ...,
         run: global___Run | None = ...,
         preview: collections.abc.Iterable[global___PreviewPoint] | None = ...,
+        pending: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["adjustment", b"adjustment", "run", b"run"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["adjustment", b"adjustment", "effective", b"effective", "preview", b"preview", "run", b"run"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["adjustment", b"adjustment", "effective", b"effective", "pending", b"pending", "preview", b"preview", "run", b"run"]) -> None: ...
 
 global___ApproveAdviceResponse = ApproveAdviceResponse
 
@@ -859,10 +919,13 @@ class ReviseRunResponse(google.protobuf.message.Message):
     UNCHANGED_FIELD_NUMBER: builtins.int
     PREVIEW_FIELD_NUMBER: builtins.int
     CHANGES_FIELD_NUMBER: builtins.int
+    PENDING_FIELD_NUMBER: builtins.int
     effective: builtins.int
     """First progress at which the new spec shows."""
     unchanged: builtins.bool
     """True when the run has that spec already, so that nothing was done."""
+    pending: builtins.bool
+    """As in AdjustRunResponse."""
     @property
     def run(self) -> global___Run:
         """The run."""
@@ -883,9 +946,10 @@ class ReviseRunResponse(google.protobuf.message.Message):
         unchanged: builtins.bool = ...,
         preview: collections.abc.Iterable[global___PreviewPoint] | None = ...,
         changes: collections.abc.Iterable[global___SpecChange] | None = ...,
+        pending: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["run", b"run"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["changes", b"changes", "effective", b"effective", "preview", b"preview", "run", b"run", "unchanged", b"unchanged"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["changes", b"changes", "effective", b"effective", "pending", b"pending", "preview", b"preview", "run", b"run", "unchanged", b"unchanged"]) -> None: ...
 
 global___ReviseRunResponse = ReviseRunResponse
 
@@ -912,7 +976,7 @@ class Event(google.protobuf.message.Message):
     """Digest of the log up to and including it, lowercase hexadecimal."""
     kind: builtins.str
     """"created", "attached", "opened", "joined", "reported", "recorded", "waived",
-    "revised", "adjusted", "acknowledged" or "finished".
+    "permitted", "declared", "revised", "adjusted", "acknowledged" or "finished".
     """
     attempt: builtins.int
     """Attempt it belongs to, 0: none."""

@@ -892,7 +892,9 @@ class OfferValuesRequest(google.protobuf.message.Message):
     stride: builtins.int
     """Distance between wanted progresses, >= 1."""
     count: builtins.int
-    """Most steps wanted, 1 to 4,096."""
+    """Most steps wanted, 1 to 4,096; with more than 8 groups fewer come, so that the
+    message stays small.
+    """
     @property
     def attempt(self) -> global___Attempt:
         """The attempt."""
@@ -921,10 +923,13 @@ class OfferValuesResponse(google.protobuf.message.Message):
     BLOCK_FIELD_NUMBER: builtins.int
     PLAN_FIELD_NUMBER: builtins.int
     PERMITTED_FIELD_NUMBER: builtins.int
+    OFFER_FIELD_NUMBER: builtins.int
     plan: builtins.str
     """What GetValues calls `plan`."""
     permitted: builtins.int
     """First progress that the holder may not use without the server."""
+    offer: builtins.int
+    """Names what the values knew of the log; grows with it. A declaration gives it back."""
     @property
     def block(self) -> global___Block:
         """The values, perhaps fewer than wanted."""
@@ -935,9 +940,10 @@ class OfferValuesResponse(google.protobuf.message.Message):
         block: global___Block | None = ...,
         plan: builtins.str = ...,
         permitted: builtins.int = ...,
+        offer: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["block", b"block"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["block", b"block", "permitted", b"permitted", "plan", b"plan"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["block", b"block", "offer", b"offer", "permitted", b"permitted", "plan", b"plan"]) -> None: ...
 
 global___OfferValuesResponse = OfferValuesResponse
 
@@ -951,10 +957,15 @@ class DeclareValuesRequest(google.protobuf.message.Message):
     ATTEMPT_FIELD_NUMBER: builtins.int
     HOLDER_FIELD_NUMBER: builtins.int
     BLOCKS_FIELD_NUMBER: builtins.int
+    OFFER_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run."""
     holder: builtins.bytes
     """What OpenAttempt returned as `holder`."""
+    offer: builtins.int
+    """The least `offer` of the answers that the values came from: what was decided
+    after it is not in them. 0: not known, then it is the oldest one that reached them.
+    """
     @property
     def attempt(self) -> global___Attempt:
         """The attempt."""
@@ -962,7 +973,7 @@ class DeclareValuesRequest(google.protobuf.message.Message):
     @property
     def blocks(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Block]:
         """What was used that no answer of GetValues had brought, in order of progress, at
-        most 4,096 steps.
+        most as many steps as one answer of OfferValues may have.
         """
 
     def __init__(
@@ -972,9 +983,10 @@ class DeclareValuesRequest(google.protobuf.message.Message):
         attempt: global___Attempt | None = ...,
         holder: builtins.bytes = ...,
         blocks: collections.abc.Iterable[global___Block] | None = ...,
+        offer: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["attempt", b"attempt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "blocks", b"blocks", "holder", b"holder", "run", b"run"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "blocks", b"blocks", "holder", b"holder", "offer", b"offer", "run", b"run"]) -> None: ...
 
 global___DeclareValuesRequest = DeclareValuesRequest
 

@@ -140,8 +140,8 @@ class TrainerServiceServicer(object):
         """Leader mode: records as fact what the holder used while the server was away. Losses
         that would have acted there are final as absent, and what operators changed there
         takes effect after it. Repeating it is harmless.
-        Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder), OUT_OF_RANGE
-        (BeyondPermit, BeforeAttempt), ALREADY_EXISTS (ValuesConflict).
+        Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder, RunFinished),
+        OUT_OF_RANGE (BeyondPermit, BeforeAttempt), ALREADY_EXISTS (ValuesConflict).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -108,8 +108,8 @@ class TrainerServiceStub:
     """Leader mode: records as fact what the holder used while the server was away. Losses
     that would have acted there are final as absent, and what operators changed there
     takes effect after it. Repeating it is harmless.
-    Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder), OUT_OF_RANGE
-    (BeyondPermit, BeforeAttempt), ALREADY_EXISTS (ValuesConflict).
+    Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder, RunFinished),
+    OUT_OF_RANGE (BeyondPermit, BeforeAttempt), ALREADY_EXISTS (ValuesConflict).
     """
 
 class TrainerServiceAsyncStub:
@@ -196,8 +196,8 @@ class TrainerServiceAsyncStub:
     """Leader mode: records as fact what the holder used while the server was away. Losses
     that would have acted there are final as absent, and what operators changed there
     takes effect after it. Repeating it is harmless.
-    Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder), OUT_OF_RANGE
-    (BeyondPermit, BeforeAttempt), ALREADY_EXISTS (ValuesConflict).
+    Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder, RunFinished),
+    OUT_OF_RANGE (BeyondPermit, BeforeAttempt), ALREADY_EXISTS (ValuesConflict).
     """
 
 class TrainerServiceServicer(metaclass=abc.ABCMeta):
@@ -300,8 +300,8 @@ class TrainerServiceServicer(metaclass=abc.ABCMeta):
         """Leader mode: records as fact what the holder used while the server was away. Losses
         that would have acted there are final as absent, and what operators changed there
         takes effect after it. Repeating it is harmless.
-        Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder), OUT_OF_RANGE
-        (BeyondPermit, BeforeAttempt), ALREADY_EXISTS (ValuesConflict).
+        Errors: FAILED_PRECONDITION (AttemptSuperseded, NotHolder, RunFinished),
+        OUT_OF_RANGE (BeyondPermit, BeforeAttempt), ALREADY_EXISTS (ValuesConflict).
         """
 
 def add_TrainerServiceServicer_to_server(servicer: TrainerServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -102,6 +102,18 @@ class BeforeAttempt(LrpilotError):
     """The values wanted lie below the progress at which the attempt opened."""
 
 
+class NotHolder(LrpilotError):
+    """The attempt is in leader mode, and the request is not its holder's; or it is in none."""
+
+
+class BeyondPermit(LrpilotError):
+    """The holder used values further ahead than the log says that it may."""
+
+
+class ValuesConflict(LrpilotError):
+    """Other values were declared for that progress; both are named."""
+
+
 class NotReporter(LrpilotError):
     """The rank is not the declared reporter, or another incarnation of it reports."""
 

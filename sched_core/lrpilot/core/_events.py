@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeAlias
 
 from lrpilot.core import _canonical
+from lrpilot.core._records import Block
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +105,8 @@ class Opened:
     """Of a rollback: where the damage began, and the progress of the loss that asked for it."""
     factor: float = 1.0
     """Of a rollback: what the LR is multiplied by from `begin` on."""
+    holder: str = ""
+    """Leader mode: 128 random bits, hexadecimal, of the one who gets the values; empty: all do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +146,30 @@ class Recorded:
     """Likewise; None: the run sets none."""
     in_use: int
     """Greatest progress known to be in use."""
+
+
+@dataclass(frozen=True, slots=True)
+class Permitted:
+    """The holder may go on alone with values that it was offered."""
+
+    kind: ClassVar[str] = "permitted"
+    attempt: int
+    begin: int
+    """The horizon: values below it were fixed."""
+    end: int
+    """First progress that it may not use alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Declared:
+    """What the holder used alone: facts from here on."""
+
+    kind: ClassVar[str] = "declared"
+    attempt: int
+    blocks: tuple[Block, ...]
+    """In order of progress."""
+    offer: int
+    """Sequence number of the permit up to which the values knew the log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,6 +244,8 @@ Event: TypeAlias = (
     | Joined
     | Reported
     | Recorded
+    | Permitted
+    | Declared
     | Waived
     | Revised
     | Adjusted
@@ -233,6 +262,8 @@ _KINDS: dict[str, type[Any]] = {
         Joined,
         Reported,
         Recorded,
+        Permitted,
+        Declared,
         Waived,
         Revised,
         Adjusted,
@@ -251,6 +282,8 @@ def encode(event: Event) -> bytes:
     }
     if isinstance(event, Reported):
         data["reports"] = [report_to_list(report) for report in event.reports]
+    elif isinstance(event, Declared):
+        data["blocks"] = [block.to_mapping() for block in event.blocks]
     return _canonical.to_bytes({"kind": event.kind, **data})
 
 
@@ -267,6 +300,8 @@ def decode(data: bytes) -> Event:
         content["learning_rates"] = tuple(float(item) for item in content["learning_rates"])
         if content["weight_decays"] is not None:
             content["weight_decays"] = tuple(float(item) for item in content["weight_decays"])
+    elif kind == Declared.kind:
+        content["blocks"] = tuple(Block.from_mapping(item) for item in content["blocks"])
     elif kind == Opened.kind:
         content["reporters"] = tuple(content.get("reporters", ()))
         content["factor"] = float(content.get("factor", 1.0))

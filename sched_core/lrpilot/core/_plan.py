@@ -7,6 +7,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
 
+from lrpilot.core import _canonical
 from lrpilot.core._changes import (
     BeginDecay,
     Change,
@@ -46,6 +47,9 @@ DECAY_CHANGES = (ScaleWeightDecay, Hold)
 
 ENDABLE = (Multiply, Divide, SetRate, Curve, Hold, BeginDecay, ScaleWeightDecay)
 """Changes that can be taken back."""
+
+STAGE_CHANGES = (NextStage, StretchWarmup)
+"""Changes of the base schedule itself."""
 
 Values: TypeAlias = tuple[tuple[float, ...], tuple[float, ...] | None]
 """Learning rates and weight decays of one progress, one per group; None: the run sets none."""
@@ -208,6 +212,13 @@ class Revision:
             return self
         return replace(self, effective=begin, observes_from=begin)
 
+    def postponed(self, begin: int, end: int, seq: int, observes_from: int) -> "Revision":
+        """Return the revision as it is where what came after `seq` waits until `end`."""
+        if self.seq <= seq or not begin <= self.effective < end:
+            return self
+        observes_from = max(self.observes_from, observes_from)
+        return replace(self, effective=end, observes_from=observes_from)
+
 
 Scale: TypeAlias = tuple[Literal["cut", "raise", "divide"], float, float, float]
 """(kind, factor or divisor, limit, eps) of one multiplication or division of an LR."""
@@ -277,7 +288,7 @@ class Plan:
     def _changed(self) -> None:
         self._effectives = [item.effective for item in self._adjustments]
         self._moves_stages = any(
-            isinstance(item.change, (NextStage, StretchWarmup)) for item in self._adjustments
+            isinstance(item.change, STAGE_CHANGES) for item in self._adjustments
         )
         self._directives = [item for item in self._adjustments if isinstance(item.change, Direct)]
         self._has_spells = any(
@@ -287,6 +298,7 @@ class Plan:
         self._stage_lists: dict[int, tuple[StageSchedule, ...]] = {}
         self._chains: dict[tuple[int, int, bool], tuple[Adjustment, ...]] = {}
         self._anchors: dict[tuple[Adjustment, int, bool], float] = {}
+        self._tag = ""
         self._compiled: dict[tuple[float, ...], tuple[Scale, ...] | None] = {}
         self._inits: dict[tuple[int, int, bool], dict[int, float]] = {}
         # The last chain evaluated per group: on a constant piece of the base a finished chain
@@ -307,6 +319,15 @@ class Plan:
     def spec(self) -> RunSpec:
         """The newest spec."""
         return self._revisions[-1].spec
+
+    @property
+    def tag(self) -> str:
+        """What changes whenever the revisions or the adjustments do."""
+        if not self._tag:
+            revisions = [item.effective for item in self._revisions]
+            names = [[item.id, item.effective] for item in self._adjustments]
+            self._tag = _canonical.chain("", _canonical.to_bytes([revisions, names]))
+        return self._tag
 
     # Changing the plan.
 
@@ -345,6 +366,25 @@ class Plan:
             if item.effective == adjustment.effective and item.key > adjustment.key:
                 others = [*self._adjustments[:index], *self._adjustments[index + 1 :]]
                 self._adjustments[index] = Plan(self._revisions, others).stated(item)
+
+    def postpone(self, begin: int, end: int, seq: int, observes_from: int) -> None:
+        """Let what operators did after the event with that `seq` wait until `end`.
+
+        It is what would take effect from `begin` on. What it does is stated anew; the policies of
+        a new spec see the losses from `observes_from` on.
+        """
+        late = [
+            item
+            for item in self._adjustments
+            if item.seq > seq and item.order >= ORDER_OF_OPERATORS and begin <= item.effective < end
+        ]
+        self._revisions = [
+            item.postponed(begin, end, seq, observes_from) for item in self._revisions
+        ]
+        self._adjustments = [item for item in self._adjustments if item not in late]
+        self._changed()
+        for item in late:
+            self.adjust(self.stated(replace(item, effective=end)))
 
     def rolled_back(self, rollback: Rollback, directive: str) -> list[Adjustment]:
         """Note a rollback; return what it takes the place of: the cuts of earlier ones, and the
@@ -409,6 +449,28 @@ class Plan:
             for item in self._adjustments[:last]
             if id(item) in ids and not is_over(item, progress)
         )
+
+    def changes(self, begin: int, last: int) -> list[Adjustment]:
+        """Return what changes LR or WD from `begin` up to and with `last`, in order."""
+        first = bisect_left(self._effectives, begin)
+        end = bisect_right(self._effectives, last)
+        kinds = (*ENDABLE, *STAGE_CHANGES, Undo)
+        return [item for item in self._adjustments[first:end] if isinstance(item.change, kinds)]
+
+    def departures(self, progress: int) -> list[Adjustment]:
+        """Return what makes the values at `progress` others than the base schedule's, in order."""
+        counting = {item.id for item in self.in_force(progress)}
+        return [
+            item
+            for item in self._adjustments[: bisect_right(self._effectives, progress)]
+            if item.id in counting
+            or (isinstance(item.change, STAGE_CHANGES) and self._shows(item, progress))
+        ]
+
+    def _shows(self, adjustment: Adjustment, progress: int) -> bool:
+        """Return whether the values at `progress` are others without an adjustment."""
+        others = (item for item in self._adjustments if item is not adjustment)
+        return Plan(self._revisions, others).values(progress) != self.values(progress)
 
     def own(self, kind: str, progress: int, others: Set[str] = frozenset()) -> list[Adjustment]:
         """Return what a kind of policy has in force at `progress` that can be taken back.

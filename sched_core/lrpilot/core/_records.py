@@ -1,8 +1,9 @@
 """The values that an attempt has handed out, found again by progress."""
 
-from bisect import bisect_right, insort
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lrpilot.core._plan import Values
 
@@ -26,6 +27,11 @@ class Block:
     def end(self) -> int:
         """First progress behind the block, on its stride."""
         return self.begin + self.steps * self.stride
+
+    @property
+    def last(self) -> int:
+        """Last progress."""
+        return self.end - self.stride
 
     def at(self, progress: int) -> Values | None:
         """Return the values at `progress`, or None where the block has none."""
@@ -53,6 +59,28 @@ class Block:
             weight_decays=None if self.weight_decays is None else self.weight_decays[part],
         )
 
+    def to_mapping(self) -> dict[str, Any]:
+        """Return the block as plain data."""
+        return {
+            "begin": self.begin,
+            "stride": self.stride,
+            "groups": self.groups,
+            "learning_rates": self.learning_rates,
+            "weight_decays": self.weight_decays,
+        }
+
+    @classmethod
+    def from_mapping(cls, data: Mapping[str, Any]) -> "Block":
+        """Return the block that `to_mapping` wrote."""
+        decays = data["weight_decays"]
+        return cls(
+            begin=data["begin"],
+            stride=data["stride"],
+            groups=data["groups"],
+            learning_rates=tuple(float(item) for item in data["learning_rates"]),
+            weight_decays=None if decays is None else tuple(float(item) for item in decays),
+        )
+
 
 class Records:
     """Blocks in order of their begin. Where blocks overlap they hold the same values."""
@@ -68,6 +96,24 @@ class Records:
         """Add a block."""
         insort(self._blocks, block, key=lambda item: item.begin)
         self._widest = max(self._widest, block.end - block.begin)
+
+    def forget(self, progress: int) -> None:
+        """Drop what is recorded from `progress` on."""
+        first = bisect_left(self._blocks, progress - self._widest, key=lambda item: item.begin)
+        parts = (block.cut(block.begin, progress) for block in self._blocks[first:])
+        # What is left of a block begins where it began: the order stays.
+        self._blocks[first:] = [part for part in parts if part is not None]
+
+    def last_below(self, progress: int) -> int | None:
+        """Return the last recorded progress below `progress`, or None."""
+        last = None
+        index = bisect_left(self._blocks, progress, key=lambda item: item.begin)
+        while index and (last is None or self._blocks[index - 1].begin + self._widest > last):
+            index -= 1
+            block = self._blocks[index]
+            step = min(block.steps - 1, (progress - 1 - block.begin) // block.stride)
+            last = max(last or 0, block.begin + step * block.stride)
+        return last
 
     def at(self, progress: int) -> Values | None:
         """Return the recorded values at `progress`, or None."""

@@ -1,7 +1,7 @@
 """Who reports, how far each has come, and what is there of steps that not all have reported."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,6 +65,19 @@ class Reporters:
         if kept:
             self.parts[at] = {rank: part for rank, part in parts.items() if rank in kept}
         return {rank: part for rank, part in parts.items() if rank not in kept}
+
+    def forget(self, observation: Observation) -> dict[int, float | None]:
+        """Return the losses of a final step by rank, and let no reporter have said them."""
+        at = observation.progress
+        if len(self.ranks) == 1:
+            return {self.ranks[0]: observation.loss}
+        return self.members.pop(at, {})
+
+    def forget_below(self, until: int) -> Iterator[tuple[int, dict[int, float | None]]]:
+        """Yield the losses of the steps below `until` that are not final, and drop them here."""
+        self.skips = {key: report for key, report in self.skips.items() if key[0] >= until}
+        for at in sorted(at for at in self.parts if at < until):
+            yield at, {rank: report.loss for rank, report in self.parts.pop(at).items()}
 
     def _combined(self, at: int, parts: Mapping[int, Report]) -> Observation:
         reports = [parts[rank] for rank in self.ranks if rank in parts]

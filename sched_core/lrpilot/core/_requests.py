@@ -24,12 +24,14 @@ from lrpilot.core._errors import (
     BeforeAttempt,
     BelowResumePoint,
     BeyondHorizon,
+    BeyondPermit,
     InvalidRequest,
     InvalidSpec,
     InvalidState,
     JoinRefused,
     LossConflict,
     LossesPending,
+    NotHolder,
     NotReporter,
     PlanChanged,
     ResumePointRequired,
@@ -39,16 +41,19 @@ from lrpilot.core._errors import (
     RunNotFound,
     SpecChanged,
     StateMismatch,
+    ValuesConflict,
     Violation,
 )
 from lrpilot.core._events import (
     Acknowledged,
     Attached,
     Created,
+    Declared,
     Event,
     Finished,
     Joined,
     Opened,
+    Permitted,
     Recorded,
     Report,
     Reported,
@@ -56,9 +61,10 @@ from lrpilot.core._events import (
     Waived,
 )
 from lrpilot.core._fields import LARGEST_PROGRESS, is_metric
-from lrpilot.core._records import Block
+from lrpilot.core._plan import Plan, Values
+from lrpilot.core._records import Block, Records
 from lrpilot.core._spec import RunSpec, spec_difference
-from lrpilot.core._state import RunState, last_trainer_spec
+from lrpilot.core._state import Permit, RunState, last_trainer_spec
 from lrpilot.core.policies import Observation
 
 MAX_BLOCK_STEPS = 128
@@ -66,6 +72,9 @@ MAX_BLOCK_STEPS = 128
 
 MAX_BLOCK_VALUES = 32_768
 """Most learning rates in one block, over all its steps: it must fit into one message."""
+
+MAX_OFFERED_STEPS = 4096
+"""Most steps in one offer, and in one declaration."""
 
 MAX_PROGRESS = LARGEST_PROGRESS
 """Greatest progress."""
@@ -317,6 +326,8 @@ class OpenRequest:
     """Id of the rollback directive that the attempt carries out; empty: none."""
     met_in: tuple[int, str] | None = None
     """Number and token of the attempt in which that directive was met."""
+    holder: str = ""
+    """Leader mode: 128 random bits for the one who gets the values; hexadecimal."""
 
 
 def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
@@ -457,6 +468,7 @@ def _opened(
         fold=fold,
         reporters=request.reporters if len(request.reporters) > 1 else (),
         opener=request.rank if request.rank in request.reporters[1:] else None,
+        holder=request.holder,
     )
 
 
@@ -480,6 +492,9 @@ def _check_ranks(request: OpenRequest) -> None:
     if len(set(request.reporters)) != len(request.reporters):
         shown = ", ".join(str(rank) for rank in request.reporters)
         violations.append(Violation("reporters", shown, "each rank once"))
+    if request.holder and request.key:
+        wanted = "none in leader mode: the ranks get their values from the one who opens"
+        violations.append(Violation("key", repr(request.key), wanted))
     if violations:
         raise InvalidRequest("the request to open an attempt is invalid", violations)
 
@@ -602,15 +617,8 @@ def get_values(state: RunState, request: ValuesRequest) -> Block | Recorded | No
     """
     begin, stride = request.begin, request.stride
     _check_values_request(request)
-    count = min(request.count, max(1, MAX_BLOCK_VALUES // len(state.spec.group_names)))
-    if begin < state.begin:
-        raise BeforeAttempt(
-            f"attempt {state.attempt} of run {state.name!r} opened at progress {state.begin}; "
-            f"values at {begin} belong to an attempt before it",
-            run=state.name,
-            progress=begin,
-            begin=state.begin,
-        )
+    count = min(request.count, _most_steps(state))
+    _refuse_before(state, begin)
     known = state.records.block(begin, stride)
     if known is not None:
         return known.cut(begin, begin + count * stride)
@@ -649,6 +657,9 @@ def waive(state: RunState, wanted: int) -> list[Event]:
     """
     if not state.spec.has_feedback or state.finished or wanted < state.horizon:
         return []
+    if state.holder:
+        # It goes on alone, and a declaration does what a waiver does.
+        return []
     times = (wanted - state.horizon) // state.delay + 1
     until = state.frontier + times * state.delay
     reporters = state.reporters
@@ -661,6 +672,22 @@ def waive(state: RunState, wanted: int) -> list[Event]:
     return [Waived(state.attempt, until, counted)]
 
 
+def _most_steps(state: RunState) -> int:
+    """Return how many steps fit into one message."""
+    return max(1, MAX_BLOCK_VALUES // len(state.spec.group_names))
+
+
+def _refuse_before(state: RunState, progress: int) -> None:
+    if progress < state.begin:
+        raise BeforeAttempt(
+            f"attempt {state.attempt} of run {state.name!r} opened at progress {state.begin}; "
+            f"values at {progress} belong to an attempt before it",
+            run=state.name,
+            progress=progress,
+            begin=state.begin,
+        )
+
+
 def _check_values_request(request: ValuesRequest) -> None:
     violations = [
         *_outside("begin", request.begin, 0, MAX_PROGRESS),
@@ -670,6 +697,195 @@ def _check_values_request(request: ValuesRequest) -> None:
     ]
     if violations:
         raise InvalidRequest("the request for values is invalid", violations)
+
+
+# Leader mode.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OfferRequest:
+    """A request for values to go on with while the server is away."""
+
+    begin: int
+    stride: int = 1
+    count: int = MAX_OFFERED_STEPS
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """Values beyond the horizon as the plan has them; the state may move on meanwhile."""
+
+    begin: int
+    stride: int
+    steps: int
+    plan: Plan
+    records: Records
+    etag: str
+    """The state's."""
+    permit: Permit
+    permitted: int
+    """First progress that the holder may not use alone."""
+
+    def block(self) -> Block:
+        """Return the values, recorded ones where they are recorded. This takes its time."""
+        last = self.begin + self.steps * self.stride
+        points = range(self.begin, last, self.stride)
+        values = [self.records.at(point) or self.plan.values(point) for point in points]
+        decays = None
+        if values[0][1] is not None:
+            decays = tuple(decay for _, group in values for decay in group or ())
+        rates = tuple(rate for group, _ in values for rate in group)
+        return Block(self.begin, self.stride, len(values[0][0]), rates, decays)
+
+
+def check_holder(state: RunState, holder: str) -> None:
+    """Raise NotHolder where an attempt in leader mode gets a request that is not its holder's."""
+    if state.holder and holder != state.holder:
+        raise NotHolder(
+            f"attempt {state.attempt} of run {state.name!r} is in leader mode: its values go to "
+            "the rank that opened it, and the others get them from there",
+            run=state.name,
+            attempt=state.attempt,
+        )
+
+
+def _refuse_others(state: RunState, holder: str) -> None:
+    check_holder(state, holder)
+    if not state.holder:
+        raise NotHolder(
+            f"attempt {state.attempt} of run {state.name!r} is not in leader mode: nobody may go "
+            "on alone in it",
+            run=state.name,
+            attempt=state.attempt,
+        )
+
+
+def offer_values(state: RunState, request: OfferRequest, *, holder: str) -> list[Event]:
+    """Let the holder go on alone with the values of an offer; nothing where it may already.
+
+    Raises NotHolder, BeforeAttempt, RunFinished, InvalidRequest.
+    """
+    _refuse_others(state, holder)
+    violations = [
+        *_outside("begin", request.begin, 0, MAX_PROGRESS),
+        *_outside("stride", request.stride, 1, MAX_PROGRESS),
+        *_outside("count", request.count, 1, MAX_OFFERED_STEPS),
+    ]
+    if violations:
+        raise InvalidRequest("the request for an offer is invalid", violations)
+    _refuse_before(state, request.begin)
+    _refuse_finished(state)
+    end = request.begin + (_offered_steps(state, request) - 1) * request.stride + 1
+    if end <= state.permitted and state.permits[-1].plan == state.etag:
+        return []
+    return [Permitted(state.attempt, state.horizon, max(end, state.permitted))]
+
+
+def offered(state: RunState, request: OfferRequest) -> Offer:
+    """Return what `offer_values` has permitted."""
+    steps = _offered_steps(state, request)
+    plan, records = state.plan, Records()
+    for block in state.records.between(request.begin, request.begin + steps * request.stride):
+        records.add(block)
+    return Offer(
+        begin=request.begin,
+        stride=request.stride,
+        steps=steps,
+        plan=Plan(plan.revisions, plan.adjustments, plan.rollbacks),
+        records=records,
+        etag=state.etag,
+        permit=state.permits[-1],
+        permitted=state.permitted,
+    )
+
+
+def _offered_steps(state: RunState, request: OfferRequest) -> int:
+    room = (MAX_PROGRESS - request.begin) // request.stride + 1
+    return min(request.count, room, _most_steps(state))
+
+
+def declare_values(
+    state: RunState, blocks: Sequence[Block], *, holder: str, offer: int = 0
+) -> list[Event]:
+    """Record as fact what the holder used alone; nothing where that is done already.
+
+    `offer`: the sequence number of the oldest permit whose values were used; 0: not known.
+
+    Raises NotHolder, BeforeAttempt, BeyondPermit, ValuesConflict, RunFinished, InvalidRequest.
+    """
+    _refuse_others(state, holder)
+    _check_declared(state, blocks)
+    _refuse_before(state, blocks[0].begin)
+    known = state.declared[-1].end if state.declared else 0
+    fresh = []
+    for block in blocks:
+        if (part := block.cut(block.begin, known)) is not None:
+            _refuse_other_values(state, part)
+        if (part := block.cut(known, block.end)) is not None:
+            fresh.append(part)
+    if not fresh:
+        return []
+    _refuse_finished(state)
+    first, last = fresh[0].begin, fresh[-1].last
+    # The least that is certain: what was used is no older than the first offer that reached it.
+    usable = [item for item in state.permits if (item.seq == offer if offer else item.end > first)]
+    if last >= state.permitted or not usable:
+        raise BeyondPermit(
+            f"values up to progress {last} of run {state.name!r} were used without the server; in "
+            f"attempt {state.attempt} that is permitted below {state.permitted}: the server lost "
+            "what it had recorded, or the offer is another attempt's; restart the job from its "
+            "checkpoint",
+            run=state.name,
+            progress=last,
+            permitted=state.permitted,
+        )
+    return [Declared(state.attempt, tuple(fresh), usable[0].seq)]
+
+
+def _refuse_other_values(state: RunState, block: Block) -> None:
+    for at in range(block.begin, block.end, block.stride):
+        known, got = state.declared_values(at), block.at(at)
+        if known is None or got is None or not _same_values(known, got):
+            raise ValuesConflict(
+                f"progress {at} of attempt {state.attempt} of run {state.name!r} was declared with "
+                f"LR and WD {known}; got {got}",
+                run=state.name,
+                progress=at,
+            )
+
+
+def _same_values(a: Values, b: Values) -> bool:
+    pairs = zip((*a[0], *(a[1] or ())), (*b[0], *(b[1] or ())), strict=True)
+    return all(_canonical.same_bits(x, y) for x, y in pairs)
+
+
+def _check_declared(state: RunState, blocks: Sequence[Block]) -> None:
+    groups = len(state.spec.group_names)
+    most = min(MAX_OFFERED_STEPS, _most_steps(state))
+    violations = []
+    passed = -1
+    for index, block in enumerate(blocks):
+        path = f"blocks.{index}"
+        rates, decays = len(block.learning_rates), len(block.weight_decays or ())
+        violations += _outside(f"{path}.begin", block.begin, passed + 1, MAX_PROGRESS)
+        violations += _outside(f"{path}.stride", block.stride, 1, MAX_PROGRESS)
+        if rates == 0 or rates % groups:
+            wanted = f"{groups} for each step, and a step at least"
+            violations.append(Violation(f"{path}.learning_rates", f"{rates} numbers", wanted))
+        if decays != (rates if state.spec.has_weight_decay else 0):
+            wanted = "as many as learning rates, and none where the run sets no weight decay"
+            violations.append(Violation(f"{path}.weight_decays", f"{decays} numbers", wanted))
+        if not all(map(isfinite, (*block.learning_rates, *(block.weight_decays or ())))):
+            violations.append(Violation(path, "a number that is not finite", "finite numbers"))
+        if violations:
+            break
+        violations += _outside(f"{path}.end", block.last, passed + 1, MAX_PROGRESS - 1)
+        passed = block.last
+    steps = sum(block.steps for block in blocks if block.groups)
+    if not blocks or steps > most:
+        violations.append(Violation("blocks", f"{steps} steps", f"1 to {most} steps"))
+    if violations:
+        raise InvalidRequest("the declaration is invalid", violations)
 
 
 # Losses.

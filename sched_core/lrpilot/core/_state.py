@@ -10,7 +10,7 @@ A snapshot is a shortcut to a fold and nothing more.
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from lrpilot.core import _canonical
 from lrpilot.core._changes import Change, Multiply, Undo, change_from_mapping
@@ -19,10 +19,12 @@ from lrpilot.core._events import (
     Adjusted,
     Attached,
     Created,
+    Declared,
     Event,
     Finished,
     Joined,
     Opened,
+    Permitted,
     Recorded,
     Reported,
     Revised,
@@ -57,10 +59,34 @@ are computed again; they come out the same unless the release or the machine is 
 
 _PLAIN = (
     "name", "seq", "digest", "lost_seq", "lost_digest", "may_revise", "finished", "keys",
-    "attempt", "token", "begin", "key", "frontier", "in_use", "waivers", "moved", "origin",
-    "openings", "loss_progress", "outcomes", "approved", "made",
+    "attempt", "token", "holder", "begin", "key", "frontier", "in_use", "waivers", "moved",
+    "origin", "permits", "declared", "rewinds", "loss_progress", "outcomes", "approved", "made",
 )  # fmt: skip
 """Attributes that a snapshot holds as they are."""
+
+
+class Permit(NamedTuple):
+    """Up to where the holder may go on alone, and what it knew when it was told."""
+
+    seq: int
+    """Sequence number of the event."""
+    begin: int
+    """The horizon then."""
+    end: int
+    """First progress that it may not use alone."""
+    plan: str
+    """The state's `etag` then."""
+
+
+class Declaration(NamedTuple):
+    """A stretch over which the holder went on alone."""
+
+    begin: int
+    """First progress."""
+    end: int
+    """First progress behind the last one."""
+    steps: int
+    """Number of progresses used in it."""
 
 
 class RunState:
@@ -88,6 +114,8 @@ class RunState:
         self.attempt = 0
         """Number of the current attempt; 0 before the first."""
         self.token = ""
+        self.holder = ""
+        """Leader mode: token of the one who gets the values; empty: all ranks do."""
         self.begin = 0
         """Progress at which the attempt opened."""
         self.key = ""
@@ -97,12 +125,17 @@ class RunState:
         self.in_use = 0
         """Greatest progress known to be in use."""
         self.waivers = 0
-        """Waivers of this attempt."""
+        """Waivers of this attempt, and declarations that did what one does."""
         self.moved = False
         """Whether the reporter said anything in this attempt."""
 
-        self.openings: list[tuple[int, int]] = []
-        """(seq, begin) of each attempt's opening."""
+        self.permits: list[Permit] = []
+        """Permits of this attempt, in order."""
+        self.declared: list[Declaration] = []
+        """Stretches of this attempt over which the holder went on alone, in order."""
+
+        self.rewinds: list[tuple[int, int]] = []
+        """(seq, progress) of each event from which on the losses from a progress on are others."""
         self.origin = 0
         """Above 0 once a saved state was taken over: losses below it are known only through the
         observers."""
@@ -179,7 +212,7 @@ class RunState:
     def history_differs(self, seq: int, progress: int) -> bool:
         """Return whether the losses below `progress` are others now than they were at `seq`."""
         return progress < self.origin or any(
-            opened > seq and begin < progress for opened, begin in self.openings
+            at > seq and first < progress for at, first in self.rewinds
         )
 
     @property
@@ -194,9 +227,18 @@ class RunState:
     @property
     def etag(self) -> str:
         """What changes whenever the plan does."""
-        plan = [self.attempt, len(self.plan.revisions), self.pending_spec is not None]
-        names = [item.id for item in self.plan.adjustments]
-        return _canonical.chain("", _canonical.to_bytes([plan, names]))[:16]
+        plan = [self.attempt, self.pending_spec is not None, self.plan.tag]
+        return _canonical.chain("", _canonical.to_bytes(plan))[:16]
+
+    @property
+    def permitted(self) -> int:
+        """First progress that the holder may not use alone; 0: it may use none."""
+        return max((item.end for item in self.permits), default=0)
+
+    def declared_values(self, progress: int) -> Values | None:
+        """Return what the holder declared at `progress` in this attempt, or None."""
+        is_declared = any(item.begin <= progress < item.end for item in self.declared)
+        return self.records.at(progress) if is_declared else None
 
     def observation(self, progress: int, tries: int = 0) -> Observation | None:
         """Return what is known of a progress after so many skipped updates, or None."""
@@ -239,6 +281,10 @@ class RunState:
                 self._record(event)
             case Waived():
                 self._waive(event)
+            case Permitted():
+                self.permits.append(Permit(self.seq, event.begin, event.end, self.etag))
+            case Declared():
+                self._declare(event)
             case Joined():
                 rank = self.reporters.ranks[0] if event.rank is None else event.rank
                 self.reporters.incarnations[rank] = event.incarnation
@@ -287,19 +333,80 @@ class RunState:
     def _waive(self, event: Waived) -> None:
         counted = dict(event.counted)
         for at in [at for at in self.reporters.parts if at < event.until]:
-            for rank, report in self.reporters.only(at, counted.get(at, ())).items():
-                if report.loss is not None:
-                    self.late[at, rank] = report.loss
+            others = self.reporters.only(at, counted.get(at, ()))
+            self._come_late(at, {rank: report.loss for rank, report in others.items()})
         self._advance(event.until)
         self.waivers += 1
 
-    def _observe(self, observation: Observation) -> None:
+    def _declare(self, event: Declared) -> None:
+        """Take what the holder used alone for a fact, and let the rest follow from it."""
+        first, end = event.blocks[0].begin, event.blocks[-1].last + 1
+        offer = next(item for item in self.permits if item.seq == event.offer)
+        # The first progress whose values the holder had not got. With a stride it may lie below the
+        # first one used alone: what takes effect between the two was to show there.
+        last = self.records.last_below(first)
+        begin = self.begin if last is None else max(self.begin, last + 1)
+        has_feedback = self.spec.has_feedback
+        self.plan.postpone(begin, end, offer.seq, end - self.delay if has_feedback else 0)
+        self.records.forget(first)
+        for block in event.blocks:
+            self.records.add(block)
+        self.in_use = max(self.in_use, end - 1)
+        steps = sum(block.steps for block in event.blocks)
+        if self.declared and self.declared[-1].end == begin:
+            first, _, before = self.declared.pop()
+            steps += before
+        self.declared.append(Declaration(first, end, steps))
+        if has_feedback:
+            # Below the horizon then, the values that were offered were fixed.
+            self._pass_over(max(begin, offer.begin) - self.delay, end - self.delay)
+
+    def _pass_over(self, first: int, until: int) -> None:
+        """Make the losses from `first` on and below `until` final as absent, come or not come.
+
+        Those from `until` on are observed anew: without the others they may decide otherwise.
+        """
+        first = max(first, self.begin)
+        if first >= until:
+            return
+        self.waivers += 1
+        self.rewinds.append((self.seq, first))
+        index = bisect_left(self.loss_progress, first)
+        seen = [self._observation(at) for at in range(index, len(self.loss_progress))]
+        known = {
+            (item.decided_at, item.order): item.seq
+            for item in (*self.plan.adjustments, *self.advice)
+        }
+        late = self.late
+        self._rewind(first)
+        self.late = late
+        for observation in seen:
+            if observation.progress < until and not observation.is_skipped:
+                self._come_late(observation.progress, self.reporters.forget(observation))
+            elif observation.progress >= until:
+                self._observe(observation, known)
+        for at, losses in self.reporters.forget_below(until):
+            self._come_late(at, losses)
+        self._advance(until)
+        # A decision that was made once more, on the same loss, keeps its name.
+        made = {item.decision for item in (*self.plan.adjustments, *self.advice)}
+        self.forgotten = [item for item in self.forgotten if item.decision not in made]
+
+    def _come_late(self, progress: int, losses: Mapping[int, float | None]) -> None:
+        """Keep the losses of a step that is final without them, by rank."""
+        for rank, loss in losses.items():
+            if loss is not None:
+                self.late[progress, rank] = loss
+
+    def _observe(
+        self, observation: Observation, known: Mapping[tuple[int, int], int] | None = None
+    ) -> None:
         index = len(self.loss_progress)
         self.loss_progress.append(observation.progress)
         self.loss_values.append(observation.loss)
         if not observation.is_plain:
             self.extras[index] = observation
-        self.observers, decided = self.observers.observe(self.plan, observation, self.seq)
+        self.observers, decided = self.observers.observe(self.plan, observation, self.seq, known)
         self.advice += [item for item in decided if item.mode != "act"]
         if len(self.loss_progress) % MARK_EVERY == 0 and not observation.is_skipped:
             self.marks.append((len(self.loss_progress), self.observers))
@@ -413,9 +520,11 @@ class RunState:
         else:
             for block in records.between(event.begin, event.begin + self.delay):
                 self.records.add(block)
-        self.openings.append((self.seq, event.begin))
+        self.rewinds.append((self.seq, event.begin))
         self.attempt = event.attempt
         self.token = event.token
+        self.holder = event.holder
+        self.permits, self.declared = [], []
         self.begin = event.begin
         self.key = event.key
         if event.key:
@@ -521,7 +630,7 @@ class RunState:
                 [item for item in self.advice if item.decided_at < progress][-MAX_SAVED_ADVICE:]
             ),
             "observers": observers.to_mapping(),
-            "records": [_block_to_mapping(block) for block in self._unused_records(progress)],
+            "records": [block.to_mapping() for block in self._unused_records(progress)],
         }
 
     def _unused_records(self, progress: int) -> list[Block]:
@@ -584,7 +693,7 @@ class RunState:
         if given == [item.spec.to_mapping() for item in self.plan.revisions if item.by_trainer]:
             # Trainers who have given another spec since asked for other values.
             for item in fold["records"]:
-                self.records.add(_block_from_mapping(item))
+                self.records.add(Block.from_mapping(item))
 
     # Snapshots.
 
@@ -611,7 +720,7 @@ class RunState:
                 "rollbacks": [astuple(item) for item in self.plan.rollbacks],
                 "advice": [item.to_mapping() for item in self.advice],
                 "forgotten": [item.to_mapping() for item in self.forgotten],
-                "records": [_block_to_mapping(block) for block in self.records],
+                "records": [block.to_mapping() for block in self.records],
             }
         )
 
@@ -624,7 +733,9 @@ def restore_snapshot(data: bytes) -> RunState:
         setattr(state, name, content[name])
     state.trainer_spec = _spec_from_mapping(content["trainer_spec"])
     state.pending_spec = _spec_from_mapping(content["pending_spec"])
-    state.openings = [(seq, begin) for seq, begin in content["openings"]]
+    state.rewinds = [(seq, first) for seq, first in content["rewinds"]]
+    state.permits = [Permit(*item) for item in content["permits"]]
+    state.declared = [Declaration(*item) for item in content["declared"]]
     state.answers = {key: (kind, number) for key, (kind, number) in content["answers"].items()}
     state.loss_values = [None if item is None else float(item) for item in content["loss_values"]]
     state.extras = {index: observation_from_mapping(item) for index, item in content["extras"]}
@@ -641,7 +752,7 @@ def restore_snapshot(data: bytes) -> RunState:
     state.advice = [Adjustment.from_mapping(item) for item in content["advice"]]
     state.forgotten = [Adjustment.from_mapping(item) for item in content["forgotten"]]
     for item in content["records"]:
-        state.records.add(_block_from_mapping(item))
+        state.records.add(Block.from_mapping(item))
     return state
 
 
@@ -732,24 +843,3 @@ def _spec_to_mapping(spec: RunSpec | None) -> dict[str, Any] | None:
 
 def _spec_from_mapping(data: Mapping[str, Any] | None) -> RunSpec | None:
     return None if data is None else parse_spec(data)
-
-
-def _block_to_mapping(block: Block) -> dict[str, Any]:
-    return {
-        "begin": block.begin,
-        "stride": block.stride,
-        "groups": block.groups,
-        "learning_rates": block.learning_rates,
-        "weight_decays": block.weight_decays,
-    }
-
-
-def _block_from_mapping(data: Mapping[str, Any]) -> Block:
-    decays = data["weight_decays"]
-    return Block(
-        begin=data["begin"],
-        stride=data["stride"],
-        groups=data["groups"],
-        learning_rates=tuple(float(item) for item in data["learning_rates"]),
-        weight_decays=None if decays is None else tuple(float(item) for item in decays),
-    )

@@ -31,6 +31,8 @@ class Change:
     changes: Sequence[pb.SpecChange] = ()
     unchanged: bool = False
     repeated: bool = False
+    pending: bool = False
+    """Whether it takes effect behind what a job in leader mode may use alone meanwhile."""
     summary: str = ""
     """One line for the log of the server."""
 
@@ -80,6 +82,7 @@ def shown_change(run: LiveRun, state: core.RunState, events: Sequence[core.Event
     at = state.horizon
     if not events:
         return Change(run=run, effective=at, unchanged=True)
+    pending = _is_pending(state, at)
     plan = core.planned(state, events)
     event = events[-1]
     adjustment, changes, summary = None, [], ""
@@ -107,7 +110,8 @@ def shown_change(run: LiveRun, state: core.RunState, events: Sequence[core.Event
         adjustment=adjustment,
         preview=preview(state, plan, at),
         changes=changes,
-        summary=summary,
+        pending=pending,
+        summary=summary + (" (later, if the job goes on alone beyond it)" if pending else ""),
     )
 
 
@@ -119,7 +123,13 @@ def repeated_change(run: LiveRun, state: core.RunState, request_id: str, effecti
         effective=effective,
         adjustment=None if made is None else adjustment_message(made, "planned"),
         repeated=True,
+        pending=_is_pending(state, effective),
     )
+
+
+def _is_pending(state: core.RunState, effective: int) -> bool:
+    """Return whether a job in leader mode may use values from `effective` on without a change."""
+    return bool(state.holder) and effective < state.permitted
 
 
 def preview(state: core.RunState, plan: core.Plan, at: int) -> list[pb.PreviewPoint]:

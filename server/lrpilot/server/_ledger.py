@@ -17,6 +17,7 @@ from typing import TypeVar
 from lrpilot import core
 from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._store import LogRow, SeqTaken, Store
+from lrpilot.v1.trainer_pb2 import SaveStateResponse
 
 T = TypeVar("T")
 
@@ -51,8 +52,8 @@ class LiveRun:
         """When a rank last asked for something, on the monotonic clock; None: not yet."""
         self.blocks: dict[tuple[int, int, int, int], bytes] = {}
         """Serialized blocks of the current attempt."""
-        self.saved: tuple[tuple[str, int], bytes] | None = None
-        """The state saved last, by digest of the log and progress."""
+        self.saved: tuple[tuple[str, int], SaveStateResponse] | None = None
+        """The answer with the state saved last, by digest of the log and progress."""
         self.late: set[tuple[int, int]] = set()
         """(seq, progress) of each loss that came after its step was final."""
         self._blocked = 0
@@ -139,6 +140,9 @@ class LiveRun:
             # New ones stand at the end.
             new = islice(reversed(self.state.late), len(self.state.late) - late)
             self.late.update((row.seq, progress) for progress, _ in new)
+        elif isinstance(event, core.Declared):
+            # It undoes what was recorded behind it.
+            self.blocks.clear()
         if (self.state.seq, self.state.digest) != (row.seq, row.digest):
             raise CorruptLog(
                 f"event {row.seq} of run {self.state.name!r}: the log says digest "

@@ -56,7 +56,15 @@ def run_message(run: LiveRun) -> pb.Run:
         skipped=state.observers.skipped,
         rollbacks=len(state.plan.rollbacks),
         etag=state.etag,
+        leader=bool(state.holder),
+        permitted=state.permitted,
+        declaration=_declaration(state.declared[-1]) if state.declared else None,
+        declared_steps=sum(item.steps for item in state.declared),
     )
+
+
+def _declaration(item: core.Declaration) -> pb.Declaration:
+    return pb.Declaration(begin=item.begin, end=item.end, steps=item.steps)
 
 
 def adjustment_messages(state: core.RunState) -> list[pb.Adjustment]:
@@ -172,6 +180,8 @@ def event_message(row: LogRow, late: Set[tuple[int, int]]) -> pb.Event:
                 )
             elif event.fold is not None:
                 message.summary += ", from a state whose past is not the log's"
+            if event.holder:
+                message.summary += ", in leader mode"
             if event.directive:
                 message.summary += (
                     f", rolled back as directive {event.directive} asked: LR x {event.factor:g}"
@@ -200,6 +210,19 @@ def event_message(row: LogRow, late: Set[tuple[int, int]]) -> pb.Event:
             message.progress = event.begin
             message.summary = (
                 f"values recorded from progress {event.begin} on, stride {event.stride}"
+            )
+        case core.Permitted():
+            message.progress = event.end
+            message.summary = (
+                f"the job may go on alone from progress {event.begin} up to {event.end - 1}"
+            )
+        case core.Declared():
+            begin, end = event.blocks[0].begin, event.blocks[-1].last + 1
+            message.progress = begin
+            steps = sum(block.steps for block in event.blocks)
+            message.summary = (
+                f"the job went on alone from progress {begin} to {end - 1}, {steps} steps: losses "
+                f"that would have acted there waived, what operators changed moved to {end}"
             )
         case core.Waived():
             message.progress = event.until

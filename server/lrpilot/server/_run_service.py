@@ -137,6 +137,7 @@ class RunService:
             unchanged=done.unchanged,
             preview=done.preview,
             changes=done.changes,
+            pending=done.pending,
         )
 
     async def adjust_run(self, request: pb.AdjustRunRequest) -> pb.AdjustRunResponse:
@@ -161,6 +162,7 @@ class RunService:
             preview=done.preview,
             changes=done.changes,
             unchanged=done.unchanged,
+            pending=done.pending,
         )
 
     async def approve_advice(self, request: pb.ApproveAdviceRequest) -> pb.ApproveAdviceResponse:
@@ -183,6 +185,7 @@ class RunService:
             adjustment=done.adjustment,
             run=run_message(done.run),
             preview=done.preview,
+            pending=done.pending,
         )
 
     async def _change(

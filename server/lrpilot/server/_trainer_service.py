@@ -5,7 +5,7 @@ import logging
 import secrets
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from google.protobuf.message import Message
 
@@ -13,6 +13,7 @@ from lrpilot import core
 from lrpilot.server._documents import read_spec
 from lrpilot.server._ledger import Ledger, LiveRun
 from lrpilot.server._rpc import Behaviour, require
+from lrpilot.server._trainer_messages import block_message, change_messages, read_blocks
 from lrpilot.v1 import trainer_pb2 as pb
 
 logger = logging.getLogger("lrpilot.server")
@@ -66,6 +67,8 @@ class TrainerService:
             "ReportLosses": self.report_losses,
             "SaveState": self.save_state,
             "AcknowledgeDirective": self.acknowledge_directive,
+            "OfferValues": self.offer_values,
+            "DeclareValues": self.declare_values,
         }
 
     @property
@@ -78,6 +81,8 @@ class TrainerService:
             "ReportLossesRequest": pb.ReportLossesRequest,
             "SaveStateRequest": pb.SaveStateRequest,
             "AcknowledgeDirectiveRequest": pb.AcknowledgeDirectiveRequest,
+            "OfferValuesRequest": pb.OfferValuesRequest,
+            "DeclareValuesRequest": pb.DeclareValuesRequest,
         }
 
     def drain(self) -> None:
@@ -129,6 +134,7 @@ class TrainerService:
             reporters=_reporters(request),
             incarnation=request.incarnation,
             token=secrets.token_hex(16),
+            holder=secrets.token_hex(16) if request.leader else "",
             directive=request.directive,
             met_in=(
                 (request.met_in.number, request.met_in.token.hex())
@@ -150,10 +156,11 @@ class TrainerService:
         repeated = state.answers.get(request.request_id) == ("opened", state.attempt)
         if opened:
             logger.info(
-                "run %s: attempt %d opened at progress %d%s",
+                "run %s: attempt %d opened at progress %d%s%s",
                 state.name,
                 state.attempt,
                 state.begin,
+                " in leader mode" if state.holder else "",
                 " (restored from a saved state)" if restored else "",
             )
         _seen(run)
@@ -168,6 +175,7 @@ class TrainerService:
             feedback=state.spec.has_feedback,
             joined=not repeated,
             restored=restored,
+            holder=bytes.fromhex(state.holder) if repeated else b"",
         )
 
     async def get_values(self, request: pb.GetValuesRequest) -> bytes:
@@ -180,21 +188,29 @@ class TrainerService:
             in_use=request.in_use,
         )
         end_s = time.monotonic() + min(request.wait_ms / 1000.0, MAX_WAIT_S)
-        block = await self._block(run, request.attempt, wanted)
+        if run.state.holder:
+            # What is recorded here may be undone by a declaration that another replica took.
+            await self._ledger.refresh(run)
+        asker = _Asker(request.attempt, request.holder.hex())
+        block = await self._block(run, asker, wanted)
         # Also before a wait, which may be long: its ranks are there.
         _seen(run)
         if block is None and request.blocked:
             async with run.blocked():
-                block = await self._wait(run, request.attempt, wanted, end_s, blocked=True)
+                block = await self._wait(run, asker, wanted, end_s, blocked=True)
         elif block is None:
-            block = await self._wait(run, request.attempt, wanted, end_s, blocked=False)
+            block = await self._wait(run, asker, wanted, end_s, blocked=False)
         _seen(run)
         state = run.state
         rest = pb.GetValuesResponse(
             horizon=state.horizon,
             frontier=state.frontier,
             directives=[] if block is None else _directives(state, block),
+            plan=state.etag,
         )
+        if block is not None and request.explain:
+            changes = state.plan.changes(block.begin - block.stride + 1, block.last)
+            rest.changes.extend(change_messages(changes))
         # Serialized messages that follow each other are merged when they are read.
         return (b"" if block is None else _block_bytes(run, block)) + rest.SerializeToString()
 
@@ -244,12 +260,16 @@ class TrainerService:
         await self._ledger.refresh(run)
         end_s = time.monotonic() + min(request.wait_ms / 1000.0, MAX_WAIT_S)
 
-        def save(state: core.RunState) -> bytes:
+        def save(state: core.RunState) -> pb.SaveStateResponse:
             _check(state, request.attempt)
             # Every rank may ask for the same one.
             key = (state.digest, request.progress)
             if run.saved is None or run.saved[0] != key:
-                run.saved = (key, core.save_state(state, request.progress))
+                answer = pb.SaveStateResponse(
+                    state=core.save_state(state, request.progress),
+                    in_force=change_messages(state.plan.departures(request.progress)),
+                )
+                run.saved = (key, answer)
             return run.saved[1]
 
         while True:
@@ -264,7 +284,7 @@ class TrainerService:
                 run = await self._ledger.run(request.run)
             else:
                 _seen(run)
-                return pb.SaveStateResponse(state=saved)
+                return saved
 
     async def acknowledge_directive(
         self, request: pb.AcknowledgeDirectiveRequest
@@ -306,13 +326,85 @@ class TrainerService:
         _seen(run)
         return pb.AcknowledgeDirectiveResponse()
 
+    async def offer_values(self, request: pb.OfferValuesRequest) -> pb.OfferValuesResponse:
+        """See the proto file."""
+        run = await self._ledger.run(request.run)
+        asker = _Asker(request.attempt, request.holder.hex())
+        wanted = core.OfferRequest(begin=request.begin, stride=request.stride, count=request.count)
+
+        def permit(state: core.RunState) -> tuple[list[core.Event], bool]:
+            _check(state, asker.attempt)
+            events = core.offer_values(state, wanted, holder=asker.holder)
+            return events, bool(events) and not state.permits
+
+        if await self._ledger.transact(run, permit):
+            logger.info(
+                "run %s: attempt %d may go on alone below progress %d, and is offered more as it "
+                "gets there",
+                request.run,
+                run.state.attempt,
+                run.state.permitted,
+            )
+
+        def offered(state: core.RunState) -> core.Offer:
+            asker.check(state)
+            return core.offered(state, wanted)
+
+        offer = await self._ledger.look(run, offered)
+        _seen(run)
+        # Some tenths of a second with many steps and groups, in which others must not wait.
+        block = await asyncio.to_thread(offer.block)
+        return pb.OfferValuesResponse(
+            block=block_message(block),
+            plan=offer.etag,
+            permitted=offer.permitted,
+            offer=offer.permit.seq,
+        )
+
+    async def declare_values(self, request: pb.DeclareValuesRequest) -> pb.DeclareValuesResponse:
+        """See the proto file."""
+        run = await self._ledger.run(request.run)
+
+        def evaluate(
+            state: core.RunState,
+        ) -> tuple[list[core.Event], tuple[core.Declared, int, int] | None]:
+            _check(state, request.attempt)
+            events = core.declare_values(
+                state,
+                read_blocks(request.blocks, len(state.spec.group_names)),
+                holder=request.holder.hex(),
+                offer=request.offer,
+            )
+            declared = next((item for item in events if isinstance(item, core.Declared)), None)
+            return events, (declared, state.seq, len(state.late)) if declared else None
+
+        declared = await self._ledger.transact(run, evaluate)
+        state = run.state
+        if declared is not None:
+            event, seq, late = declared
+            logger.warning(
+                "run %s: the job went on alone from progress %d to %d, %d steps: these values are "
+                "facts; losses that would have acted there are final as absent, %d of them had "
+                "come, and what operators changed meanwhile takes effect from %d on",
+                state.name,
+                event.blocks[0].begin,
+                event.blocks[-1].last,
+                sum(block.steps for block in event.blocks),
+                len(state.late) - late,
+                event.blocks[-1].last + 1,
+            )
+            for adjustment in state.decided_since(seq):
+                log_adjustment(state.name, adjustment)
+        _seen(run)
+        return pb.DeclareValuesResponse(horizon=state.horizon, frontier=state.frontier)
+
     async def _block(
-        self, run: LiveRun, attempt: pb.Attempt, wanted: core.ValuesRequest
+        self, run: LiveRun, asker: "_Asker", wanted: core.ValuesRequest
     ) -> core.Block | None:
         """Return recorded values, recording them first where they are fixed; None: not yet."""
 
         def find(state: core.RunState) -> core.Block | core.Recorded | None:
-            _check(state, attempt)
+            asker.check(state)
             return core.get_values(state, wanted)
 
         def record(state: core.RunState) -> tuple[list[core.Event], None]:
@@ -328,7 +420,7 @@ class TrainerService:
     async def _wait(
         self,
         run: LiveRun,
-        attempt: pb.Attempt,
+        asker: "_Asker",
         wanted: core.ValuesRequest,
         end_s: float,
         *,
@@ -340,14 +432,14 @@ class TrainerService:
             if left_s <= 0 or self._draining.is_set():
                 return None
             patience_s = left_s
-            if blocked and run.state.spec.has_feedback:
+            if blocked and run.state.spec.has_feedback and not run.state.holder:
                 patience_s = run.state.spec.feedback.timeout_s - run.blocked_s()
             if patience_s <= 0:
-                await self._waive(run, attempt, wanted)
+                await self._waive(run, asker.attempt, wanted)
             else:
                 await run.wait_for_change(min(left_s, patience_s))
             run = await self._ledger.run(run.state.name)
-            block = await self._block(run, attempt, wanted)
+            block = await self._block(run, asker, wanted)
             if block is not None:
                 return block
 
@@ -373,6 +465,19 @@ class TrainerService:
                 frontier,
                 run.state.frontier - 1,
             )
+
+
+@dataclass(frozen=True, slots=True)
+class _Asker:
+    """Who asks for values."""
+
+    attempt: pb.Attempt
+    holder: str
+
+    def check(self, state: core.RunState) -> None:
+        """Raise AttemptSuperseded or NotHolder."""
+        _check(state, self.attempt)
+        core.check_holder(state, self.holder)
 
 
 def log_adjustment(run: str, adjustment: core.Adjustment) -> None:
@@ -432,10 +537,9 @@ def _directives(state: core.RunState, block: core.Block) -> list[pb.Directive]:
 
     They are known by then: whatever decides one moves the horizon past it only afterwards.
     """
-    last = block.end - block.stride
     return [
         _directive(item, item.change)
-        for item in state.plan.directives(state.begin, last)[-MAX_DIRECTIVES:]
+        for item in state.plan.directives(state.begin, block.last)[-MAX_DIRECTIVES:]
         if isinstance(item.change, core.Direct)
     ]
 
@@ -470,14 +574,7 @@ def _block_bytes(run: LiveRun, block: core.Block) -> bytes:
     key = (run.state.attempt, block.begin, block.stride, block.steps)
     data = run.blocks.get(key)
     if data is None:
-        data = pb.GetValuesResponse(
-            block=pb.Block(
-                begin=block.begin,
-                stride=block.stride,
-                learning_rates=block.learning_rates,
-                weight_decays=block.weight_decays or (),
-            )
-        ).SerializeToString()
+        data = pb.GetValuesResponse(block=block_message(block)).SerializeToString()
         if len(run.blocks) >= MAX_CACHED_BLOCKS:
             run.blocks.clear()
         run.blocks[key] = data

@@ -28,6 +28,8 @@ class Effect:
     """First progress at which it shows."""
     is_dry: bool
     is_unchanged: bool
+    is_pending: bool
+    """Whether it shows later if the job, in leader mode, goes on alone beyond `effective`."""
     adjustment: runs_pb2.Adjustment | None
     changes: Sequence[runs_pb2.SpecChange]
     preview: Sequence[runs_pb2.PreviewPoint]
@@ -66,6 +68,7 @@ def effect_of(answer: Answer, *, is_dry: bool) -> Effect:
         effective=answer.effective,
         is_dry=is_dry,
         is_unchanged=unchanged,
+        is_pending=answer.pending,
         adjustment=adjustment,
         changes=changes,
         preview=answer.preview,
@@ -78,6 +81,7 @@ def effect_fields(effect: Effect) -> dict[str, Any]:
     return {
         "effective": effect.effective,
         "unchanged": effect.is_unchanged,
+        "pending": effect.is_pending,
         "dry_run": effect.is_dry,
         "adjustment": None if made is None else fields_of(made),
         "changes": [fields_of(item) for item in effect.changes],

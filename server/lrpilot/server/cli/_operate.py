@@ -459,6 +459,8 @@ def _say(effect: Effect, wish: Wish) -> None:
         typer.echo(f"  {line}")
     for line in value_lines(effect):
         typer.echo(f"  {line}")
+    if effect.is_pending:
+        typer.echo("leader mode: later, if the job has gone on alone beyond that progress")
     made = effect.adjustment
     if effect.is_dry:
         typer.echo(f"carry it out with\n  {wish.repeated(effect.run.etag)}")

@@ -147,11 +147,27 @@ def _facts(run: runs_pb2.Run) -> Table:
     )
     if run.attempt:
         facts.add_row("attempt", f"{run.attempt:,}, opened at {run.begin:,}")
+    if run.leader:
+        facts.add_row("leader mode", _leader_text(run))
     facts.add_row("created", when(run.created_at))
     facts.add_row("updated", f"{when(run.updated_at)}, event {run.seq:,}, log {run.digest[:12]}")
     if run.etag:
         facts.add_row("plan", f"etag {run.etag}")
     return facts
+
+
+def _leader_text(run: runs_pb2.Run) -> str:
+    """Return how far a job may go on alone, and over what it last did."""
+    text = "the job may not go on alone yet"
+    if run.permitted:
+        text = f"the job may go on alone below {run.permitted:,}"
+    if run.HasField("declaration"):
+        last = run.declaration
+        text += (
+            f"; it did so for {counted(run.declared_steps, 'step')}, last from {last.begin:,} to "
+            f"{last.end - 1:,}"
+        )
+    return text
 
 
 def _values_table(run: runs_pb2.Run) -> Table:
