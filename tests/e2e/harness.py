@@ -194,11 +194,16 @@ class Runs:
                 return
 
     def losses(self, name: str) -> dict[int, dict[int, float | None]]:
-        """Return attempt to progress to the loss in the log, or None: said to have none."""
+        """Return attempt to progress to the loss in the log, or None: said to have none.
+
+        Without those of skipped updates.
+        """
         found: dict[int, dict[int, float | None]] = {}
         for event in self.events(name):
             for item in event.losses:
                 assert not item.late
+                if item.skipped:
+                    continue
                 loss = item.loss if item.HasField("loss") else None
                 attempt = found.setdefault(event.attempt, {})
                 assert item.progress not in attempt, f"two reports for {item.progress}"
