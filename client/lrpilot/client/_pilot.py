@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, NoReturn, TypeVar, overload
@@ -21,6 +22,7 @@ from lrpilot.client._loss import Loss
 from lrpilot.client._metrics import Said, metric_name
 from lrpilot.client._scheduler import Scheduler
 from lrpilot.client._session import Session, agree
+from lrpilot.client._sigterm import unwatch, watch
 from lrpilot.client._values import Values
 from lrpilot.v1 import trainer_pb2 as pb
 
@@ -47,6 +49,10 @@ _OPTIONS = (
     # The connection is the pilot's own and ends with it.
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+
+_LOOK_S = 0.02
+"""Time between two looks at what is left to deliver, after SIGTERM."""
 
 
 def connect(
@@ -155,6 +161,7 @@ class Pilot:
     def __init__(self, session: Session) -> None:
         self._session = session
         _open.append(self)
+        watch(_deliver_all)
 
     @property
     def run(self) -> str:
@@ -338,6 +345,8 @@ class Pilot:
     def _end(self, flush_s: float) -> None:
         if self in _open:
             _open.remove(self)
+            if not _open:
+                unwatch()
         link = self._session.link
         left = self._session.close(flush_s)
         if left:
@@ -367,6 +376,22 @@ _open: list[Pilot] = []
 def _close_all() -> None:
     for pilot in list(_open):
         pilot._abandon()
+
+
+def _deliver_all() -> None:
+    """Deliver what was reported, for a bounded time, while the training thread may still run."""
+    end_s = time.monotonic() + _timing.ABANDON_FLUSH_S
+    for pilot in list(_open):
+        link = pilot._session.link
+        while link.undelivered() and link.failure is None and time.monotonic() < end_s:
+            time.sleep(_LOOK_S)
+        if left := link.undelivered():
+            logger.error(
+                "run %s: SIGTERM: %d reports were NOT delivered to %s",
+                link.run,
+                left,
+                link.address,
+            )
 
 
 def _forked() -> None:
