@@ -273,6 +273,18 @@ def test_a_deferred_attempt_opens_though_others_have_hooks_too(
     assert seen == [trainer.rate(0), trainer.rate(1)]
 
 
+def test_a_deferred_attempt_opens_where_the_first_update_is_skipped(
+    trainer: FakeTrainer, connect: Connect, optimizer: FakeOptimizer
+) -> None:
+    scheduler = connect().scheduler(optimizer, defer=True)
+    with pytest.raises(lrpilot.AttemptNotOpen):
+        scheduler.step(loss=1.0)
+    scheduler.step(loss=float("inf"), skipped=True)
+    assert (scheduler.progress, optimizer.rates) == (0, [trainer.rate(0)])
+    scheduler.step(loss=1.0)
+    assert (scheduler.progress, optimizer.rates) == (1, [trainer.rate(1)])
+
+
 def test_defer_and_state_exclude_each_other(connect: Connect, optimizer: FakeOptimizer) -> None:
     state = {"version": 1, "run": "small", "progress": 5, "state": ""}
     with pytest.raises(lrpilot.InvalidArgument, match="defer"):

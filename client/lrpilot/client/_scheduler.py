@@ -90,13 +90,17 @@ class Scheduler:
             grad_norm: norm of the gradient, at least 0; NaN and infinity are data.
             batch: global batch size in samples.
             skipped: the optimizer refused the update, such as after an fp16 overflow: the
-                progress stays, whatever the increment, and the same values are written again.
+                progress stays, whatever the increment, and the same values are written again. It
+                opens a deferred attempt.
 
         Raises InvalidArgument, AttemptNotOpen, CaptureRefused, LossConflict, ServerUnavailable,
         AttemptSuperseded, …, what a background thread met since the last call, and what a
         handler raises. After ServerUnavailable the step is made and reported, and `apply()` tries
         again for its values.
         """
+        if skipped is True and self._progress is None:
+            # The very first update was skipped, and the optimizer has made no step.
+            self._open(None)
         here = self.progress
         refuse_in_capture("scheduler.step()")
         increment = integer("increment", increment, 1, _timing.MAX_PROGRESS - here, _BY_NAME)
