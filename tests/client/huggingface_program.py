@@ -13,7 +13,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import lrpilot.client as lrpilot
-from lrpilot.client.huggingface import HuggingFaceRollback
+from lrpilot.client.huggingface import RollbackCallback
 
 ADDRESS, PLACE, KIND = sys.argv[1:]
 STEPS, BATCH, ACCUMULATED = 20, 2, 2
@@ -82,7 +82,7 @@ trainer = Trainer(
     model=model, args=arguments, train_dataset=Stream() if KIND == "stream" else Sized()
 )
 with lrpilot.connect(ADDRESS, run="small") as pilot:
-    trainer.add_callback(HuggingFaceRollback(pilot, trainer, every=4))
+    trainer.add_callback(RollbackCallback(pilot, trainer, every=4))
     trainer.add_callback(Watch())
     result = trainer.train()
     said["attempt"] = pilot.attempt
