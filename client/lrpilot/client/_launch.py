@@ -13,24 +13,31 @@ from lrpilot.client._errors import ConnectRefused, invalid_argument
 
 
 class Group:
-    """The default process group of torch.distributed."""
+    """The default process group of torch.distributed, or another one of the same ranks."""
 
-    def __init__(self, distributed: Any) -> None:
+    def __init__(self, distributed: Any, handle: Any = None) -> None:
         self._distributed = distributed
+        self._handle = handle
         self.rank: int = distributed.get_rank()
         self.size: int = distributed.get_world_size()
 
     def gather(self, item: Any) -> list[Any]:
         """Return what every rank gave, in order of rank, on every rank."""
         items: list[Any] = [None] * self.size
-        self._distributed.all_gather_object(items, item)
+        self._distributed.all_gather_object(items, item, group=self._handle)
         return items
 
     def from_first(self, produce: Callable[[], Any]) -> Any:
         """Return on every rank what `produce` returned on the first, which alone calls it."""
         items = [produce() if self.rank == 0 else None]
-        self._distributed.broadcast_object_list(items, src=0)
+        self._distributed.broadcast_object_list(items, src=0, group=self._handle)
         return items[0]
+
+    def on_cpu(self) -> "Group":
+        """Return a group of the same ranks that needs no accelerator; every rank calls it."""
+        if self._distributed.get_backend() == "gloo":
+            return self
+        return Group(self._distributed, self._distributed.new_group(backend="gloo"))
 
 
 @dataclass(frozen=True)
@@ -48,18 +55,15 @@ class Place:
 def find_place(rank: int | None, world_size: int | None, key: str | None) -> Place:
     """Return the place of this process.
 
-    Arguments win over an initialised process group, and that over the environment variables
-    RANK and WORLD_SIZE. Raises ConnectRefused where several ranks have nothing to agree over.
+    Arguments win over an initialised process group, and that over what a launcher has set (see
+    `_LAUNCHERS`). Raises ConnectRefused where several ranks have nothing to agree over.
     """
     group = _process_group()
-    size = world_size
-    if size is None:
-        size = group.size if group else _from_environment("WORLD_SIZE")
+    found_rank, found_size = (group.rank, group.size) if group else _of_launcher()
+    size = found_size if world_size is None else world_size
     if size is None:
         size = 1
-    place = rank
-    if place is None:
-        place = group.rank if group else _from_environment("RANK")
+    place = found_rank if rank is None else rank
     if place is None:
         if size > 1:
             raise ConnectRefused(
@@ -94,6 +98,26 @@ def _process_group() -> Group | None:
     if distributed is None or not distributed.is_available() or not distributed.is_initialized():
         return None
     return Group(distributed)
+
+
+_LAUNCHERS = (
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+)
+"""Names of the environment variables for rank and number of ranks: of torchrun and the operators of
+Kubernetes, of srun (SLURM_NTASKS would also be set where no srun has started several), of Open MPI,
+of MPICH and Intel MPI."""
+
+
+def _of_launcher() -> tuple[int | None, int | None]:
+    """Return rank and number of ranks as the first launcher that set either says."""
+    for names in _LAUNCHERS:
+        rank, size = (_from_environment(name) for name in names)
+        if rank is not None or size is not None:
+            return rank, size
+    return None, None
 
 
 def _from_environment(name: str) -> int | None:
