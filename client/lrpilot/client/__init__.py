@@ -1,5 +1,6 @@
 """The trainer's side of lrpilot: LR and WD from the server, losses to it."""
 
+from lrpilot.client._changes import Change
 from lrpilot.client._directives import Directive
 from lrpilot.client._errors import (
     AdjustmentNotFound,
@@ -12,6 +13,7 @@ from lrpilot.client._errors import (
     BeforeAttempt,
     BelowResumePoint,
     BeyondHorizon,
+    BeyondPermit,
     CaptureRefused,
     ClientFailed,
     ConnectRefused,
@@ -27,6 +29,7 @@ from lrpilot.client._errors import (
     LossesPending,
     LossUnreadable,
     LrpilotError,
+    NotHolder,
     NotReporter,
     PilotClosed,
     PlanChanged,
@@ -40,6 +43,7 @@ from lrpilot.client._errors import (
     ServerUnavailable,
     SpecChanged,
     StateMismatch,
+    ValuesConflict,
     ValuesDiffer,
     ValuesPending,
     Violation,
@@ -59,7 +63,9 @@ __all__ = [
     "BeforeAttempt",
     "BelowResumePoint",
     "BeyondHorizon",
+    "BeyondPermit",
     "CaptureRefused",
+    "Change",
     "ClientFailed",
     "ConnectRefused",
     "Directive",
@@ -75,6 +81,7 @@ __all__ = [
     "LossUnreadable",
     "LossesPending",
     "LrpilotError",
+    "NotHolder",
     "NotReporter",
     "Pilot",
     "PilotClosed",
@@ -92,6 +99,7 @@ __all__ = [
     "SnapshotCost",
     "SpecChanged",
     "StateMismatch",
+    "ValuesConflict",
     "ValuesDiffer",
     "ValuesPending",
     "Violation",

@@ -47,6 +47,11 @@ class Due(Generic[Item]):
             self._met.add(first.id)
             return first
 
+    def forget(self) -> None:
+        """Drop those that were not met; each may come again."""
+        with self._lock:
+            self._items.clear()
+
     def has(self, wanted: Callable[[Item], bool]) -> bool:
         """Return whether one that was not met yet is wanted."""
         with self._lock:

@@ -126,6 +126,18 @@ class BeforeAttempt(LrpilotError):
     """The values wanted lie below the progress at which the attempt opened."""
 
 
+class NotHolder(LrpilotError):
+    """Leader mode: the caller does not hold the values of the attempt."""
+
+
+class BeyondPermit(LrpilotError):
+    """Leader mode: what is declared lies beyond what the holder was permitted to use alone."""
+
+
+class ValuesConflict(LrpilotError):
+    """Leader mode: other values are declared for a progress than were before."""
+
+
 class NotReporter(LrpilotError):
     """The rank is not the declared reporter, or another incarnation of it reports."""
 

@@ -15,6 +15,7 @@ from lrpilot.client._address import read_target
 from lrpilot.client._arguments import Spec, integer, positive, spec_reader, text
 from lrpilot.client._call import Link
 from lrpilot.client._capture import InGraph
+from lrpilot.client._changes import ChangeHandler
 from lrpilot.client._directives import Directive, Handler, Kind
 from lrpilot.client._errors import ConnectRefused, LrpilotError, invalid_argument
 from lrpilot.client._launch import find_place
@@ -29,8 +30,11 @@ from lrpilot.v1 import trainer_pb2 as pb
 logger = logging.getLogger("lrpilot.client")
 
 HandlerType = TypeVar("HandlerType", bound=Handler)
+ChangeHandlerType = TypeVar("ChangeHandlerType", bound=ChangeHandler)
 
 _ON_CHANGE = {"refuse": pb.ON_CHANGE_REFUSE, "revise": pb.ON_CHANGE_REVISE}
+
+_MODES = ("independent", "leader")
 
 _OPTIONS = (
     ("grpc.max_send_message_length", _timing.MESSAGE_BYTES),
@@ -66,6 +70,7 @@ def connect(
     key: str | None = None,
     rank: int | None = None,
     world_size: int | None = None,
+    mode: Literal["independent", "leader"] = "independent",
     outage_timeout_s: float = _timing.OUTAGE_TIMEOUT_S,
 ) -> "Pilot":
     """Attach this process to a run and return its pilot.
@@ -92,6 +97,10 @@ def connect(
             ranks without a process group.
         rank: global rank of this process. None: that of the process group, else RANK, else 0.
         world_size: number of ranks. None: that of the process group, else WORLD_SIZE, else 1.
+        mode: "independent": each rank asks for itself, and waits for a server that is away.
+            "leader": rank 0 asks and passes the values on over a CPU process group; with the
+            server away it goes on with values that it was offered ahead, all ranks the same, and
+            declares them afterwards. It needs a process group, or one rank.
         outage_timeout_s: longest time in seconds for which the training waits for a server that
             does not answer, before it raises ServerUnavailable.
 
@@ -106,6 +115,12 @@ def connect(
         target = read_target(address)
         text("run", run)
         read_spec = spec_reader(spec)
+        if mode not in _MODES:
+            raise invalid_argument("mode", mode, " or ".join(map(repr, _MODES)))
+        if mode == "leader" and key is not None:
+            raise invalid_argument(
+                "key", key, "none in leader mode: its ranks need a process group, or be one"
+            )
         if on_change not in _ON_CHANGE:
             raise invalid_argument("on_change", on_change, "'refuse' or 'revise'")
         reporters = _reporters(reporter, place.world_size)
@@ -117,7 +132,12 @@ def connect(
     agree(
         place.group,
         problem,
-        {"run": repr(run), "reporter": repr(reporter), "resume_at": repr(resume_at)},
+        {
+            "run": repr(run),
+            "reporter": repr(reporter),
+            "resume_at": repr(resume_at),
+            "mode": repr(mode),
+        },
         ConnectRefused,
         "connect every rank alike",
     )
@@ -128,7 +148,9 @@ def connect(
         rank=place.rank,
         outage_timeout_s=outage_timeout_s,
     )
-    session = Session(link, place, reporters=reporters, resume_at=resume_at, key=key)
+    session = Session(
+        link, place, reporters=reporters, resume_at=resume_at, key=key, leads=mode == "leader"
+    )
     try:
         session.attach(read_spec, _ON_CHANGE[on_change])
     except BaseException:
@@ -289,6 +311,21 @@ class Pilot:
             return handler
 
         return register if handler is None else register(handler)
+
+    def on_change(self, handler: ChangeHandlerType) -> ChangeHandlerType:
+        """Call `handler` with each Change of LR or WD: what it did, and why. Usable as a decorator.
+
+        For whoever writes a log of the training, on any rank. It is called on the training thread,
+        inside `Scheduler.step` or `Pilot.values`, at the first step at which the change shows,
+        after LR and WD were written. Changes come with the values, so a handler hears of those
+        whose values are fetched after it was registered: register it before the scheduler is made.
+        In leader mode rank 0 fetches them for all ranks; a handler that comes later than the
+        scheduler needs one on rank 0.
+
+        Raises InvalidArgument.
+        """
+        self._session.on_change(handler)
+        return handler
 
     def roll_back(self, directive: Directive, progress: int) -> None:
         """Go back to `progress` in this process: a new attempt, which a directive asked for.

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from lrpilot.client import _timing
 from lrpilot.client._arguments import integer
 from lrpilot.client._capture import InGraph, before_each_step, refuse_in_capture
+from lrpilot.client._changes import Change
 from lrpilot.client._errors import AttemptNotOpen, invalid_argument
 from lrpilot.client._groups import Groups
 from lrpilot.client._loss import Loss
@@ -170,6 +171,15 @@ class Scheduler:
         if self._progress is None:
             return encode(run, SavedState(None, b""))
         return encode(run, SavedState(self._progress, self._session.save(self._progress)))
+
+    def changes_in_force(self) -> list[Change]:
+        """Return the changes of LR or WD that count at the current progress, in order.
+
+        None: the values here are those of the base schedule. Waits for the server as `state_dict`
+        does. Raises AttemptNotOpen, ServerUnavailable and LossesPending (it cannot say yet),
+        AttemptSuperseded, …, and what a background thread met since the last call.
+        """
+        return self._session.changes_in_force(self.progress)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Open the deferred attempt at a state, and write its LR and WD.

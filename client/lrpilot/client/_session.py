@@ -14,6 +14,7 @@ from weakref import WeakSet
 from lrpilot.client import _timing
 from lrpilot.client._arguments import integer
 from lrpilot.client._call import Backoff, Link
+from lrpilot.client._changes import Change, ChangeHandler, read_change
 from lrpilot.client._directives import Directive, Handlers
 from lrpilot.client._errors import (
     AttemptNotOpen,
@@ -30,7 +31,9 @@ from lrpilot.client._errors import (
     ServerUnavailable,
     invalid_argument,
 )
+from lrpilot.client._holder import Holder
 from lrpilot.client._launch import Group, Place
+from lrpilot.client._leader import Leader
 from lrpilot.client._lease import Lease
 from lrpilot.client._loss import Loss, take
 from lrpilot.client._metrics import Said
@@ -64,7 +67,9 @@ class Session:
         reporters: tuple[int, ...],
         resume_at: int | None,
         key: str | None,
+        leads: bool,
     ) -> None:
+        """Begin; with `leads` in leader mode, and then every rank makes its session together."""
         self.link = link
         self.place = place
         self.opened: pb.OpenAttemptResponse | None = None
@@ -72,6 +77,7 @@ class Session:
         self.progress = 0
         """Where the scheduler that is furthest stands; at first where the attempt opened."""
         self.handlers = Handlers()
+        self._on_change: list[ChangeHandler] = []
         self.schedulers: WeakSet[Follower] = WeakSet()
         """Those that have begun. One that nobody holds any more makes no steps."""
         self.after_step: list[Callable[[], None]] = []
@@ -85,8 +91,13 @@ class Session:
         self._reporters = reporters
         self._resume_at = resume_at
         self._key = key
+        self._leads = leads
+        self._passing = place.group.on_cpu() if leads and place.group is not None else None
+        """What rank 0 passes values on over, in leader mode."""
+        self._holder_token = b""
+        """What the server returned as `holder`; it stays on rank 0."""
         self._incarnation = uuid.uuid4().hex
-        self._lease: Lease | None = None
+        self._lease: Lease | Leader | None = None
         self._reporter: Reporter | None = None
         self._closed = False
 
@@ -163,7 +174,7 @@ class Session:
         self._reporter = None
         if rank in self._reporters:
             self._reporter = Reporter(link, opened, rank=rank, incarnation=self._incarnation)
-        self._lease = Lease(link, opened, self._reporters, self._reporter, self._carried_out)
+        self._lease = self._lead(opened) if self._leads else self._take_lease(opened)
         self.opened = opened
         self.progress = self._arrived = opened.begin
         logger.info(
@@ -173,6 +184,33 @@ class Session:
             opened.attempt.number,
             opened.begin,
             " (the server restored the run from the state)" if opened.restored else "",
+        )
+
+    def _take_lease(self, opened: pb.OpenAttemptResponse) -> Lease:
+        return Lease(
+            self.link,
+            opened,
+            self._reporters,
+            self._reporter,
+            self._carried_out,
+            explain=bool(self._on_change),
+        )
+
+    def _lead(self, opened: pb.OpenAttemptResponse) -> Leader:
+        group, holder = self._passing, None
+        explain = bool(self._on_change)
+        asked = [explain] if group is None else group.gather(explain)
+        if self.place.rank == 0:
+            holder = Holder(self.link, opened, self._holder_token, self._reporter)
+            holder.explain = any(asked)
+        return Leader(
+            self.link,
+            opened,
+            group=group,
+            holder=holder,
+            reporter=self._reporter,
+            carried_out=self._carried_out,
+            explain=explain,
         )
 
     def roll_back(self, directive: Directive, progress: int) -> None:
@@ -194,8 +232,8 @@ class Session:
             progress = integer("progress", progress, 0, directive.progress)
         except LrpilotError as error:
             problem = error
-        if problem is None and self._reporter is not None:
-            self._reporter.flush(_timing.ROLL_BACK_FLUSH_S)
+        if problem is None:
+            problem = self._deliver(_timing.ROLL_BACK_FLUSH_S)
         agree(
             self.place.group,
             problem,
@@ -227,6 +265,18 @@ class Session:
             reporter.close()
         for scheduler in list(self.schedulers):
             scheduler.go_to(opened.begin)
+
+    def _deliver(self, patience_s: float) -> LrpilotError | None:
+        """Declare what was used alone, and deliver the queued reports; return what was met."""
+        end_s = time.monotonic() + patience_s
+        try:
+            if self._lease is not None:
+                self._lease.settle(patience_s)
+        except LrpilotError as error:
+            return error
+        if self._reporter is not None:
+            self._reporter.flush(max(end_s - time.monotonic(), 0.0))
+        return None
 
     def _has_successor(self) -> bool:
         """Return whether another rank may have opened the attempt of a rollback already.
@@ -264,6 +314,7 @@ class Session:
             reporters=self._reporters if len(self._reporters) > 1 else (),
             incarnation=self._incarnation,
             directive=directive,
+            leader=self._leads,
         )
         if progress is not None:
             request.progress = progress
@@ -276,6 +327,14 @@ class Session:
             patience_s=min(_timing.OPEN_PATIENCE_S, link.outage_timeout_s),
             doing="opens the attempt",
         )
+        if self._leads and not answer.holder:
+            raise ServerError(
+                f"run {link.run!r}: the server at {link.address} does not know leader mode; "
+                "allowed: a server of this release or later, or mode='independent'",
+                facts={"run": link.run, "address": link.address},
+            )
+        self._holder_token = answer.holder
+        answer.ClearField("holder")
         return answer.SerializeToString()
 
     def _once(self, call: Callable[[], bytes]) -> bytes:
@@ -324,13 +383,30 @@ class Session:
         if self._reporter is not None:
             self._reporter.report_validation(name, take(loss, "loss"))
 
-    def _ready(self) -> Lease:
+    def _ready(self) -> Lease | Leader:
         """Return the lease. Raises what a background thread met, AttemptNotOpen."""
         if not self._has_successor():
-            self.link.check()
+            (self._lease or self.link).check()
         if self._lease is None:
             raise self._not_open()
         return self._lease
+
+    # Changes.
+
+    def on_change(self, handler: ChangeHandler) -> None:
+        """Call a handler with each change that is fetched from now on. Raises InvalidArgument."""
+        if not callable(handler):
+            raise invalid_argument("handler", handler, "a function of one argument")
+        self._on_change.append(handler)
+        if self._lease is not None:
+            self._lease.explain = True
+
+    def _tell(self, progress: int) -> None:
+        """Call the handlers of changes with those that show at a progress in use."""
+        lease = self._lease
+        while lease is not None and (change := lease.next_change(progress)) is not None:
+            for handler in self._on_change:
+                handler(change)
 
     # Directives.
 
@@ -357,6 +433,7 @@ class Session:
         lease = self._lease
         if self._is_meeting or lease is None:
             return
+        self._tell(progress)
         self._is_meeting = True
         try:
             # What the old attempt had asked for beside a rollback is gone with it.
@@ -434,6 +511,8 @@ class Session:
                 "run %s: directive %s could not be acknowledged: %s", link.run, directive.id, error
             )
 
+    # Checkpoints.
+
     def save(self, progress: int) -> bytes:
         """Return the server's state from which a run resumes at `progress`.
 
@@ -441,15 +520,47 @@ class Session:
         `_timing.SAVE_PATIENCE_S`: a checkpoint must not fail because of that. Each rank may call
         it alone. Raises what a background thread met, AttemptSuperseded, ….
         """
+        try:
+            return self._save(progress).state
+        except (ServerUnavailable, LossesPending, ServerError) as error:
+            link = self.link
+            if link.failure is not None and not isinstance(link.failure, RunFinished):
+                # A background thread met it: there is nothing to go on with.
+                raise
+            logger.warning(
+                "run %s: the state at progress %d was saved WITHOUT the server's part (%s). "
+                "Training resumes from it, but a server that has lost the run cannot be "
+                "restored from it",
+                link.run,
+                progress,
+                error,
+            )
+            return b""
+
+    def changes_in_force(self, progress: int) -> list[Change]:
+        """Return the changes of LR or WD that count at `progress`, in order.
+
+        Waits as `save` does. Raises what a background thread met, ServerUnavailable,
+        LossesPending, AttemptSuperseded, ….
+        """
+        return [read_change(item) for item in self._save(progress).in_force]
+
+    def _save(self, progress: int) -> pb.SaveStateResponse:
         link = self.link
         if not isinstance(link.failure, RunFinished):
             # What a run that is over has recorded can still be saved.
             link.check()
-        if self.opened is None:
+        if self.opened is None or self._lease is None:
             raise self._not_open()
-        end_s = time.monotonic() + min(_timing.SAVE_PATIENCE_S, link.outage_timeout_s)
+        start_s = time.monotonic()
+        end_s = start_s + min(_timing.SAVE_PATIENCE_S, link.outage_timeout_s)
+        doing = f"saves the state at progress {progress}"
+        if not self._lease.settle(end_s - start_s):
+            raise link.unavailable(
+                doing, time.monotonic() - start_s, "rank 0 has not declared yet what it used alone"
+            )
         if self._reporter is not None:
-            self._reporter.flush(end_s - time.monotonic())
+            self._reporter.flush(max(end_s - time.monotonic(), 0.0))
             if not isinstance(link.failure, RunFinished):
                 link.check()
         backoff = Backoff()
@@ -468,22 +579,14 @@ class Session:
                     request,
                     timeout_s=wait_s + _timing.ANSWER_S,
                     patience_s=left_s,
-                    doing=f"saves the state at progress {progress}",
+                    doing=doing,
                 )
-            except (ServerUnavailable, LossesPending, ServerError) as error:
-                if isinstance(error, LossesPending) and time.monotonic() < end_s:
-                    link.pause(min(backoff.next_s(), end_s - time.monotonic()))
-                    continue
-                logger.warning(
-                    "run %s: the state at progress %d was saved WITHOUT the server's part (%s). "
-                    "Training resumes from it, but a server that has lost the run cannot be "
-                    "restored from it",
-                    link.run,
-                    progress,
-                    error,
-                )
-                return b""
-            return answer.state
+            except LossesPending:
+                if time.monotonic() >= end_s:
+                    raise
+                link.pause(min(backoff.next_s(), end_s - time.monotonic()))
+            else:
+                return answer
 
     def _not_open(self) -> AttemptNotOpen:
         return AttemptNotOpen(
@@ -502,8 +605,9 @@ class Session:
             return 0
         self._closed = True
         try:
-            if self._reporter is not None:
-                self._reporter.flush(flush_s)
+            problem = self._deliver(flush_s)
+            if problem is not None:
+                self.link.fail(problem)
         finally:
             self.link.close()
             if self._lease is not None:

@@ -36,7 +36,7 @@ OUTAGE_TIMEOUT_S = 900.0
 """How long a training thread waits without any contact to the server, unless told otherwise."""
 
 CONNECT_PATIENCE_S = 120.0
-"""How long `connect` tries to reach the server: a wrong address should not cost a quarter of an hour."""
+"""How long `connect` tries to reach the server: of a wrong address one should hear soon."""
 
 OPEN_PATIENCE_S = 300.0
 """How long opening tries to reach the server. The other ranks wait in a collective meanwhile,
@@ -64,14 +64,51 @@ ABANDON_FLUSH_S = 5.0
 JOIN_S = 2.0
 """How long to wait for a background thread to end."""
 
+LEADER_PATIENCE_S = 5.0
+"""Leader mode: how long the job waits for a server that does not answer before it goes on alone."""
+
+FEEDBACK_PATIENCE_S = 30.0
+"""The same where the server answers that losses are missing: its own `feedback.timeout` does not
+count in leader mode, and this is that one's default."""
+
+HOLDER_WAIT_S = 2.0
+"""Wait asked for in a call for values in leader mode; it leaves time for an answer."""
+
+ALONE_NOTICE_S = 60.0
+"""Time between two messages of a job that goes on alone."""
+
+NODE_POLL_FIRST_S = 0.001
+"""Time between two looks for what another rank of the node was answered; it grows by half."""
+
+NODE_POLL_BLOCKED_S = 0.01
+"""Greatest time between two looks while the training thread is blocked."""
+
+NODE_POLL_AHEAD_S = 0.1
+"""The same while values are renewed ahead."""
+
 MAX_STEPS = 128
 """Most steps in one block of values."""
 
-RENEW_SHARE = 8
-"""Values are asked for again once one part in so many of those that can be held is used up."""
+RENEW_SHARE = 4
+"""Values are asked for again before one part in so many of those that can be held is used up."""
+
+UNKNOWN_STEP_S = 1.0
+"""Length of a step where none was measured yet."""
 
 MAX_AHEAD = 4096
 """Most steps of values held ahead, however large the delay."""
+
+OFFERED_STEPS = 4096
+"""Most steps of values offered in one call."""
+
+MAX_OFFERED = 4 * OFFERED_STEPS
+"""Steps of values offered ahead that are held: at 2 s a step nine hours of an outage."""
+
+ALONE_STEPS = 32
+"""Most steps passed on at once while the server is away: whether it is back is seen between."""
+
+MAX_VALUES = 32_768
+"""Most values declared in one call, steps x groups; the server takes no more."""
 
 KEPT_PAST = 1024
 """Steps of values kept behind the one in use."""
