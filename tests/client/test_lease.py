@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -39,7 +41,7 @@ def test_the_training_thread_asks_once_while_the_lease_reaches(
     pilot = connect()
     pilot.values(0)
     lease = pilot._session._lease
-    assert lease is not None
+    assert isinstance(lease, _lease.Lease)
     add = lease._add
 
     def watched(answer: pb.GetValuesResponse) -> int:
@@ -56,6 +58,77 @@ def test_the_training_thread_asks_once_while_the_lease_reaches(
         assert pilot.values(at) == ((trainer.rate(at), trainer.decay(at)),)
     assert len(blocked(trainer)) == 1
     assert len(trainer.calls["GetValues"]) < 100
+
+
+def test_thousands_of_ranks_ask_at_moments_that_are_spread_evenly() -> None:
+    """All of them hold the same values and step together, as after a failover."""
+    source = random.Random(7)
+    delay, ranks = 32, 8000
+    asked: Counter[int] = Counter()  # by the quarter of a step in which it happens
+    for _ in range(ranks):
+        left, pause = _lease.renewal_point(delay - 1, source.random())
+        asked[int((delay - 1 - left + pause) * 4)] += 1
+    # From the first step after the last answer on, for seven steps: then a quarter of D is used.
+    assert set(asked) == set(range(4, 32))
+    even = ranks / len(asked)
+    assert 0.8 * even < min(asked.values()) <= max(asked.values()) < 1.2 * even
+
+
+@pytest.mark.parametrize("delay", [2, 3, 4, 5, 8, 9, 31, 32, 128, 512, 4096])
+@pytest.mark.parametrize("drawn", [0.0, 0.5, 1.0 - 2**-53])
+def test_three_quarters_of_the_delay_are_held_when_values_are_asked_for(
+    delay: int, drawn: float
+) -> None:
+    left, pause = _lease.renewal_point(delay - 1, drawn)
+    assert 0.0 <= pause < 1.0
+    held = 1 + left - pause  # the step in use is one of them
+    if delay >= 5:
+        assert held >= 0.75 * delay
+    else:
+        assert held >= delay - 1.25
+    # Nothing new is fixed within the first step.
+    assert left <= delay - 2
+
+
+@pytest.mark.parametrize(("drawn", "at"), [(0.0, 1), (0.2, 2), (0.99, 7)])
+def test_a_renewal_comes_at_the_step_that_was_drawn(
+    trainer: FakeTrainer,
+    connect: Connect,
+    monkeypatch: pytest.MonkeyPatch,
+    drawn: float,
+    at: int,
+) -> None:
+    """The first one after opening, too."""
+    monkeypatch.setattr(_lease, "_random", SimpleNamespace(random=lambda: drawn))
+    monkeypatch.setattr(_timing, "UNKNOWN_STEP_S", 0.0)
+    trainer.feedback, trainer.delay = False, 32
+    pilot = connect()
+    for progress in range(at + 1):
+        assert ahead_of(trainer) == [], f"asked before {progress}"
+        pilot.values(progress)
+        if progress < at:
+            # Whoever is awake by then asks within this time; nobody is.
+            time.sleep(0.02)
+    trainer.wait(lambda: ahead_of(trainer))
+    (request,) = ahead_of(trainer)[:1]
+    assert (request.begin, request.in_use) == (32, at)
+
+
+def ahead_of(trainer: FakeTrainer) -> list[Any]:
+    return [request for request in trainer.calls["GetValues"] if not request.blocked]
+
+
+def test_a_pause_before_a_renewal_ends_with_the_step(
+    trainer: FakeTrainer, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long a step was taken to be."""
+    monkeypatch.setattr(_lease, "_random", SimpleNamespace(random=lambda: 0.1))
+    monkeypatch.setattr(_timing, "UNKNOWN_STEP_S", 1e6)
+    trainer.feedback, trainer.delay = False, 32
+    pilot = connect()
+    for progress in range(3):
+        pilot.values(progress)
+    trainer.wait(lambda: ahead_of(trainer))
 
 
 def test_the_lease_reaches_through_an_outage(
@@ -292,7 +365,7 @@ def wake_renewal(pilot: lrpilot.Pilot) -> None:
 def link_failed(pilot: lrpilot.Pilot) -> None:
     """Wait until the background thread of the lease has ended by its error."""
     lease = pilot._session._lease
-    assert lease is not None
+    assert isinstance(lease, _lease.Lease)
     lease._thread.join(20)
     assert not lease._thread.is_alive()
 
@@ -306,7 +379,7 @@ def test_an_unforeseen_error_of_the_background_is_raised(
     pilot = connect()
     pilot.values(0)
     lease = pilot._session._lease
-    assert lease is not None
+    assert isinstance(lease, _lease.Lease)
 
     def broken(in_use: int, stride: int) -> int:
         raise ZeroDivisionError("seven")
@@ -326,7 +399,7 @@ def test_two_values_for_one_progress_are_refused(
     pilot = connect()
     pilot.values(0)
     lease = pilot._session._lease
-    assert lease is not None
+    assert isinstance(lease, _lease.Lease)
     other = pb.GetValuesResponse()
     other.block.begin, other.block.stride = 3, 1
     other.block.learning_rates.append(trainer.rate(3) * (1 + 2**-52))
@@ -352,7 +425,7 @@ def test_a_block_that_does_not_fit_is_refused(
     pilot = connect()
     pilot.values(0)
     lease = pilot._session._lease
-    assert lease is not None
+    assert isinstance(lease, _lease.Lease)
     block = pb.Block(begin=100, stride=stride, learning_rates=rates, weight_decays=decays)
     with pytest.raises(lrpilot.ServerError, match="2 groups"):
         lease._add(pb.GetValuesResponse(block=block))
@@ -369,7 +442,7 @@ def test_old_values_are_forgotten(
     for at in range(200):
         pilot.values(at)
     lease = pilot._session._lease
-    assert lease is not None
+    assert isinstance(lease, _lease.Lease)
     assert len(lease._known) <= 8 + 8 + 4 + 4
     assert 199 in lease._known
 

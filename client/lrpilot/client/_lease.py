@@ -5,6 +5,7 @@ The training thread looks values up; only where one is missing does it ask the s
 
 import logging
 import math
+import random
 import threading
 import time
 from collections.abc import Collection
@@ -27,11 +28,29 @@ from lrpilot.client._errors import (
     ValuesDiffer,
     ValuesPending,
 )
+from lrpilot.client._node import Node
 from lrpilot.client._reporter import Reporter
 from lrpilot.client._values import Values, hold, read_block
 from lrpilot.v1 import trainer_pb2 as pb
 
 logger = logging.getLogger("lrpilot.client")
+
+# A source of its own: renewals must neither read nor disturb the seeds of the training.
+_random = random.SystemRandom()
+
+
+def renewal_point(window: int, drawn: float) -> tuple[int, float]:
+    """Return how many steps ahead may be left when values are asked for again, and a pause.
+
+    `window` is how many steps ahead of the one in use can be fixed, `drawn` lies in [0, 1). The
+    pause is a share of a step, to be waited for once that few are left. Thousands of ranks, which
+    step together, so ask at moments that are spread evenly: over what makes the first quarter of
+    the delay, save the first step of it, in which nothing new can be fixed. With a delay of less
+    than five steps it is a quarter of a step.
+    """
+    spread = max((window + 1) / _timing.RENEW_SHARE - 1.0, 1.0 / _timing.RENEW_SHARE)
+    whole, pause = divmod(drawn * spread, 1.0)
+    return window - 1 - int(whole), pause
 
 
 class Lease:
@@ -46,10 +65,12 @@ class Lease:
         carried_out: Collection[str] = (),
         *,
         explain: bool = False,
+        node: Node | None = None,
     ) -> None:
         """Begin to renew values; the directives named by `carried_out` are met no more.
 
-        With `explain` the changes that the values follow are fetched with them.
+        With `explain` the changes that the values follow are fetched with them; with `node` the
+        ranks of a node share what they fetch.
         """
         self._link = link
         self._attempt = opened.attempt
@@ -58,6 +79,7 @@ class Lease:
         self._reporter = reporter
         self._opened = opened
         self.explain = explain
+        self._node = node
         self._known: dict[int, Values] = {}
         self._directives: Due[Directive] = Due(carried_out)
         self._changes: Due[Change] = Due()
@@ -70,6 +92,11 @@ class Lease:
         self._waiting = False
         self._renew_at = -1.0
         """Progress from which on the background thread has something to do."""
+        self._drawn = (-1, 0.0)
+        """The last progress known, and the number drawn for the renewal after it."""
+        self._pace = (opened.begin, time.monotonic())
+        """A progress in use, and when the background thread saw it."""
+        self._step_s = _timing.UNKNOWN_STEP_S
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lrpilot-lease", daemon=True)
         self._thread.start()
@@ -117,6 +144,8 @@ class Lease:
         self._wake.set()
         if self._thread is not threading.current_thread():
             self._thread.join(_timing.JOIN_S)
+        if self._node is not None and not self._thread.is_alive():
+            self._node.close()
 
     def check(self) -> None:
         """Raise what a background thread met, or PilotClosed."""
@@ -150,6 +179,8 @@ class Lease:
         finally:
             self._waiting = False
             self._renew_at = -1.0
+            if self._node is not None:
+                self._node.let_go(blocked=True)
 
     def _wait(self, progress: int) -> Values:
         link = self._link
@@ -174,9 +205,7 @@ class Lease:
             asked_s = time.monotonic()
             reason = ""
             try:
-                answer = link.once(
-                    link.stub.GetValues, request, _timing.BLOCKED_WAIT_S + _timing.ANSWER_S
-                )
+                answer = self._ask(request, _timing.BLOCKED_WAIT_S + _timing.ANSWER_S)
             except Unanswered as lost:
                 reason = str(lost)
             else:
@@ -271,37 +300,52 @@ class Lease:
 
     def _renew(self) -> None:
         """Ask ahead until enough is held, then say from which progress on to be woken."""
+        try:
+            self._renew_ahead()
+        finally:
+            if self._node is not None:
+                self._node.let_go(blocked=False)
+
+    def _renew_ahead(self) -> None:
         link = self._link
         backoff = Backoff()
         more = False
+        rested = -1
+        """The last progress known when this thread paused as drawn."""
         while not link.closing.is_set():
             stride, in_use = self._stride, self._in_use
-            # What can be fixed beyond the step in use, and how much of it must be missing before
-            # it is asked for: an outage then meets nearly a whole delay of values, and a call
-            # still brings several steps.
+            # What can be fixed beyond the step in use.
             window = min((self._delay - 1) // stride, _timing.MAX_AHEAD) if stride else 0
-            least = window - window // _timing.RENEW_SHARE
             if not stride or self._delay <= stride or self._waiting:
                 # With a delay of one step nothing is fixed ahead; a training thread that waits
                 # asks for itself and wakes this one afterwards.
                 return
+            self._see_pace(in_use, stride)
             ahead = self._ahead(in_use, stride)
-            if ahead >= least and not (more and ahead < _timing.MAX_AHEAD):
-                self._renew_at = in_use + (ahead - least + 1) * stride
+            known = in_use + ahead * stride
+            left, pause = renewal_point(window, self._draw(known))
+            if ahead > left and not (more and ahead < _timing.MAX_AHEAD):
+                self._renew_at = in_use + (ahead - left) * stride
                 if self._in_use < self._renew_at and self._stride == stride:
                     return
                 continue
-            wanted = in_use + (ahead + 1) * stride
-            if wanted > _timing.MAX_PROGRESS:
+            if rested != known and (ahead == left or ahead > 1):
+                # The next step ends the pause; the last values held leave no time for one.
+                rested = known
+                self._renew_at = in_use + stride
+                if self._in_use < self._renew_at:
+                    self._wake.wait(pause * self._step_s)
+                    self._wake.clear()
+                continue
+            if known + stride > _timing.MAX_PROGRESS:
                 return
             asked_s = time.monotonic()
             try:
-                answer = link.once(
-                    link.stub.GetValues,
+                answer = self._ask(
                     pb.GetValuesRequest(
                         run=link.run,
                         attempt=self._attempt,
-                        begin=wanted,
+                        begin=known + stride,
                         stride=stride,
                         count=_timing.MAX_STEPS,
                         in_use=in_use,
@@ -325,6 +369,25 @@ class Lease:
                 if time.monotonic() - asked_s < _timing.RENEW_WAIT_S / 2:
                     link.pause(backoff.next_s())
 
+    def _draw(self, known: int) -> float:
+        """Return a number from [0, 1) that stays until more is known.
+
+        The ranks of a node draw the same one: whoever comes first asks for all of them, and the
+        first of many random points would always be an early one.
+        """
+        if self._drawn[0] != known:
+            drawn = _random.random() if self._node is None else self._node.draw(known)
+            self._drawn = (known, drawn)
+        return self._drawn[1]
+
+    def _see_pace(self, in_use: int, stride: int) -> None:
+        """Measure how long a step takes, since this was called at another one."""
+        before, seen_s = self._pace
+        if in_use > before:
+            now_s = time.monotonic()
+            self._step_s = (now_s - seen_s) * stride / (in_use - before)
+            self._pace = (in_use, now_s)
+
     def _ahead(self, in_use: int, stride: int) -> int:
         """Return how many steps ahead of the one in use are known."""
         steps = 0
@@ -333,6 +396,13 @@ class Lease:
         return steps
 
     # On both.
+
+    def _ask(self, request: pb.GetValuesRequest, timeout_s: float) -> pb.GetValuesResponse:
+        if self._node is not None:
+            return self._node.get_values(request, timeout_s)
+        link = self._link
+        answer: pb.GetValuesResponse = link.once(link.stub.GetValues, request, timeout_s)
+        return answer
 
     def _add(self, answer: pb.GetValuesResponse) -> int:
         """Keep the values of an answer and return the number of steps."""
