@@ -37,6 +37,7 @@ from lrpilot.client._leader import Leader
 from lrpilot.client._lease import Lease
 from lrpilot.client._loss import Loss, take
 from lrpilot.client._metrics import Said
+from lrpilot.client._node import share
 from lrpilot.client._reporter import Reporter
 from lrpilot.client._state import SavedState, decode
 from lrpilot.client._values import Values
@@ -194,6 +195,7 @@ class Session:
             self._reporter,
             self._carried_out,
             explain=bool(self._on_change),
+            node=share(self.link, opened, self.place.world_size),
         )
 
     def _lead(self, opened: pb.OpenAttemptResponse) -> Leader:
