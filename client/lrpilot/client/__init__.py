@@ -1,5 +1,6 @@
 """The trainer's side of lrpilot: LR and WD from the server, losses to it."""
 
+import lrpilot.client._quiet  # noqa: F401 (before anything imports grpc)
 from lrpilot.client._changes import Change
 from lrpilot.client._directives import Directive
 from lrpilot.client._errors import (
