@@ -86,7 +86,10 @@ class FakeTrainer:
         """Every report, in order of arrival."""
         self.directives: list[pb.Directive] = []
         self.changes: list[pb.Change] = []
+        self.in_force: list[pb.Change] = []
         self.plan = "one"
+        self.offer_factor = 1.0
+        """By what an offered learning rate is told from one that is fixed."""
         self.declared: dict[int, tuple[tuple[float, float], ...]] = {}
         """What a holder has declared: the pairs of each group by progress."""
         self.attempt = 1
@@ -207,11 +210,13 @@ class FakeTrainer:
                 )
         return answer
 
-    def block(self, steps: range) -> pb.Block:
+    def block(self, steps: range, factor: float = 1.0) -> pb.Block:
         """Return the values of some steps: what was declared, else the formula."""
         block = pb.Block(begin=steps[0], stride=steps.step)
         for at in steps:
-            formula = [(self.rate(at, group), self.decay(at, group)) for group in self.members]
+            formula = [
+                (factor * self.rate(at, group), self.decay(at, group)) for group in self.members
+            ]
             for rate, decay in self.declared.get(at, formula):
                 block.learning_rates.append(rate)
                 if self.has_weight_decay:
@@ -225,7 +230,10 @@ class FakeTrainer:
     def offer_values(self, request: pb.OfferValuesRequest) -> pb.OfferValuesResponse:
         steps = range(request.begin, request.begin + request.count * request.stride, request.stride)
         return pb.OfferValuesResponse(
-            block=self.block(steps), plan=self.plan, permitted=steps[-1] + 1
+            block=self.block(steps, self.offer_factor),
+            plan=self.plan,
+            permitted=steps[-1] + 1,
+            offer=len(self.calls["OfferValues"]),
         )
 
     def declare_values(self, request: pb.DeclareValuesRequest) -> pb.DeclareValuesResponse:
@@ -252,7 +260,7 @@ class FakeTrainer:
         )
 
     def save_state(self, request: pb.SaveStateRequest) -> pb.SaveStateResponse:
-        return pb.SaveStateResponse(state=self.state)
+        return pb.SaveStateResponse(state=self.state, in_force=self.in_force)
 
     def acknowledge_directive(
         self, request: pb.AcknowledgeDirectiveRequest
@@ -334,6 +342,8 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in {
         "BLOCKED_WAIT_S": 0.05,
         "RENEW_WAIT_S": 0.2,
+        "LEADER_PATIENCE_S": 0.3,
+        "HOLDER_WAIT_S": 0.1,
         "SAVE_WAIT_S": 0.05,
         "BACKOFF_FIRST_S": 0.001,
         "BACKOFF_CAP_S": 0.01,

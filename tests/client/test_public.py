@@ -14,12 +14,13 @@ if TYPE_CHECKING:
 
 ALL = """
 AdjustmentNotFound AdjustmentRefused AdviceExpired AttemptNotOpen AttemptOpen AttemptSuperseded
-BacklogFull BeforeAttempt BelowResumePoint BeyondHorizon CaptureRefused ClientFailed ConnectRefused
-Directive DirectiveDeclined GroupMismatch InvalidArgument InvalidFields InvalidRequest InvalidSpec
-InvalidState JoinRefused LossConflict LossUnreadable LossesPending LrpilotError NotReporter Pilot
-PilotClosed PlanChanged ResumePointRequired RevisionRefused RollbackHandler RunExists RunFinished
-RunLive RunNotFound Scheduler ServerError ServerUnavailable SnapshotCost SpecChanged StateMismatch
-ValuesDiffer ValuesPending Violation connect
+BacklogFull BeforeAttempt BelowResumePoint BeyondHorizon BeyondPermit CaptureRefused Change
+ClientFailed ConnectRefused Directive DirectiveDeclined GroupMismatch InvalidArgument
+InvalidFields InvalidRequest InvalidSpec InvalidState JoinRefused LossConflict LossUnreadable
+LossesPending LrpilotError NotHolder NotReporter Pilot PilotClosed PlanChanged ResumePointRequired
+RevisionRefused RollbackHandler RunExists RunFinished RunLive RunNotFound Scheduler ServerError
+ServerUnavailable SnapshotCost SpecChanged StateMismatch ValuesConflict ValuesDiffer ValuesPending
+Violation connect
 """
 
 
@@ -40,6 +41,7 @@ def test_signatures() -> None:
         "key",
         "rank",
         "world_size",
+        "mode",
         "outage_timeout_s",
     ]
     assert str(inspect.signature(lrpilot.Pilot.report)) == (
