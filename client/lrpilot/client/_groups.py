@@ -76,6 +76,18 @@ class Groups:
             held.append((_held(group["lr"], rate), used))
         return tuple(held)
 
+    def applied_by_name(self) -> dict[str, tuple[float, float | None]]:
+        """Return what `applied` does for the first param group of each of the run's groups.
+
+        Weight decay is that of the first one which the run's is written to; None: of none.
+        """
+        found: dict[str, tuple[float, float | None]] = {}
+        for (index, decays), (rate, decay) in zip(self._plan, self.applied(), strict=False):
+            name = self._names[index]
+            first, known = found.get(name, (rate, None))
+            found[name] = first, decay if known is None and decays else known
+        return found
+
     def _match(self) -> None:
         groups = self._optimizer.param_groups
         self._own += [_number(group.get("weight_decay")) for group in groups[len(self._own) :]]

@@ -81,6 +81,9 @@ class Session:
         self._on_change: list[ChangeHandler] = []
         self.schedulers: WeakSet[Follower] = WeakSet()
         """Those that have begun. One that nobody holds any more makes no steps."""
+        self.after_update: list[Callable[[int], None]] = []
+        """Called on the training thread with the progress of each completed update that is spoken
+        of, once or more, while the optimizers still hold the values that it used."""
         self.after_step: list[Callable[[], None]] = []
         """Called on the training thread once every scheduler has moved on, at the same step on
         every rank."""
@@ -369,6 +372,9 @@ class Session:
         InvalidArgument, BelowResumePoint, LossConflict, BacklogFull.
         """
         self._ready()
+        if not said.skipped:
+            for hook in self.after_update:
+                hook(progress)
         if self._reporter is None:
             return
         if said.skipped:
