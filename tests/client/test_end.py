@@ -31,7 +31,7 @@ def test_closing_delivers_what_is_queued_and_ends_the_threads(
     trainer.fail("ReportLosses", fault(), times=10)
     pilot = connect()
     pilot.values(0)
-    assert threads() == {"lrpilot-lease", "lrpilot-report"}
+    assert threads() == {"lrpilot-lease", "lrpilot-report", "lrpilot-sigterm"}
     for at in range(5):
         pilot.report(at, 1.0)
     pilot.close()
