@@ -114,7 +114,7 @@ class GroupTable:
 
 
 def _order(keys: GroupKeys) -> tuple[Any, ...]:
-    return (-keys.max_lr, -keys.min_lr, keys.start_wd, keys.end_wd, -keys.wd_mult)
+    return (-keys.wd_mult, -keys.max_lr, -keys.min_lr, keys.start_wd, keys.end_wd)
 
 
 def _name(keys: GroupKeys, own: GroupKeys) -> str:
