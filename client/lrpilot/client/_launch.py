@@ -59,7 +59,11 @@ def find_place(rank: int | None, world_size: int | None, key: str | None) -> Pla
     `_LAUNCHERS`). Raises ConnectRefused where several ranks have nothing to agree over.
     """
     group = _process_group()
-    found_rank, found_size = (group.rank, group.size) if group else _of_launcher()
+    found_rank, found_size = rank, world_size
+    if group is not None:
+        found_rank, found_size = group.rank, group.size
+    elif rank is None or world_size is None:
+        found_rank, found_size = _of_launcher()
     size = found_size if world_size is None else world_size
     if size is None:
         size = 1
