@@ -23,7 +23,7 @@ warnings.filterwarnings("ignore", module=r"(megatron|torch)\.")
 LENGTH, WORDS, MICROBATCHES, MICROBATCH = 16, 64, 2, 4
 
 
-class OnCpu(TorchFunctionMode):
+class OnCpu(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
     """Makes tensors on the CPU where CUDA is asked for."""
 
     def __torch_function__(
@@ -39,7 +39,7 @@ def on_cpu() -> None:
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
 
     OnCpu().__enter__()
-    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value]
+    torch.cuda.current_device = lambda: "cpu"  # type: ignore[assignment, return-value, unused-ignore]
     # The tracker that keeps no CUDA random states: there is no dropout.
     initialize_rng_tracker(inference_rng_tracker=True)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from lrpilot.client.megatron import (
 from lrpilot.v1 import runs_pb2 as pb
 from tests.e2e.harness import Runs, serve
 from tests.frameworks.harness import check, train_interrupted
+from tests.side_by_side import said_by
 
 Values = list[tuple[str, str]]
 
@@ -260,8 +262,10 @@ def group_lists(draw: st.DrawFn, config: Mapping[str, Any]) -> list[dict[str, An
     }
     if config["wd_incr_style"] != "constant":
         keys |= {"start_wd": RATES, "end_wd": RATES}
-    one = st.fixed_dictionaries({"params": st.just([])}, optional=keys)
-    return draw(st.lists(one, min_size=1, max_size=4))
+    groups: st.SearchStrategy[list[dict[str, Any]]] = st.lists(
+        st.fixed_dictionaries({}, optional=keys), min_size=1, max_size=4
+    )
+    return draw(groups)
 
 
 FEW = settings(
@@ -469,12 +473,11 @@ def test_bounds_that_differ_from_the_checkpoint_are_refused_without_a_flag(fleet
 
 def test_a_checkpoint_that_wins_brings_the_bounds_of_its_groups(fleet: Fleet, real: Any) -> None:
     ours = fleet.make(COSINE, GROUPS, flags=USE_CHECKPOINT)
-    saved = {
-        "optimizer": [{**group, "max_lr": 2e-3} for group in GROUPS],
-        "opt_param_scheduler": {**ours.megatron_state_dict(), "num_steps": 250},
-    }
+    groups = [{**group, "max_lr": 2e-3} for group in GROUPS]
+    state = {**ours.megatron_state_dict(), "num_steps": 250}
+    saved = {"optimizer": groups, "opt_param_scheduler": state}
     load_as_megatron_does(ours, saved, Namespace(**USE_CHECKPOINT))
-    theirs = real(bare(saved["optimizer"]), **COSINE, **NEITHER)
+    theirs = real(bare(groups), **COSINE, **NEITHER)
     theirs.step(250)
     same(ours, theirs)
 
@@ -690,6 +693,25 @@ def test_a_delay_of_less_than_a_step_needs_no_waiver(fleet: Fleet) -> None:
     for _ in range(3):
         run_train_step(ours, outcome(1.0), 8)()
     assert ours.num_steps == 24
+
+
+def test_two_pipeline_stages_have_one_lr_and_the_groups_of_both(
+    fleet: Fleet, server: str, tmp_path: Path
+) -> None:
+    run, rendezvous = fleet.name(), (tmp_path / "rendezvous").as_uri()
+    program = [sys.executable, "-m", "tests.frameworks.megatron_stages_program"]
+    first, second = said_by([[*program, str(rank), rendezvous, server, run] for rank in (0, 1)])
+    assert first["reporter"] == second["reporter"] == 1
+    # The loss of the last stage halves the LR, on both at the same step.
+    rates = [values["main"] for values in first["used"]]
+    assert rates == [values["main"] for values in second["used"]]
+    assert rates[0] == 1e-3
+    assert rates[-1] == 5e-4
+    assert [values["embedding"] for values in first["used"]] == [rate / 2 for rate in rates]
+    with Runs(server) as runs:
+        assert list(runs.losses(run)[1].values())[:3] == [1.0, 1.0, 1.0]
+        groups = [group.name for group in runs.run(run).values]
+    assert groups == ["main", "own_lr", "no_decay"]
 
 
 def test_a_gpt_of_megatron_core_uses_the_curve_through_restarts(tmp_path: Path) -> None:
