@@ -137,3 +137,48 @@ def test_the_training_script_resumes_from_its_checkpoint(
     for row in first[0][12:16]:
         repeated = again[row["progress"]]
         assert (repeated["lr"], repeated["weight_decay"]) == (row["lr"], row["weight_decay"])
+
+
+@pytest.mark.parametrize("framework", ["huggingface", "lightning"])
+def test_a_framework_resumes_from_its_own_checkpoint(
+    root: Path,
+    tmp_path: Path,
+    serving: Callable[[list[str]], AbstractContextManager[tuple[str, str]]],
+    framework: str,
+) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(SPEC)
+
+    def train(address: str, steps: int) -> str:
+        command = [sys.executable, os.fspath(root / f"examples/train_{framework}.py")]
+        command += ["--server", address, "--spec", os.fspath(spec), "--steps", str(steps)]
+        command += ["--save-every", "4", "--out", os.fspath(tmp_path / "out")]
+        done = subprocess.run(
+            command, env=_environment(tmp_path), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    with serving([sys.executable, "-m", "lrpilot.server.cli"]) as (address, _):
+        # The warmup: a quarter of the peak each step.
+        assert "4 updates made; the last one used LR 0.00075" in train(address, 4)
+        assert "8 updates made; the last one used LR 0.001" in train(address, 8)
+
+
+def test_the_fp8_example_shows_what_it_says(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, os.fspath(root / "examples/train_fp8.py"), "--steps", "16"]
+    done = subprocess.run(
+        command,
+        env=_environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, *_, losses, values = done.stdout.splitlines()
+    assert "FP8 is emulated by casts" in first or "CUDA graph" in first
+    assert losses == "the server has all 16 losses, equal by =="
+    assert values.endswith("were those of lrpilot curve at all 16 steps, by ==")
+    assert list(tmp_path.iterdir()) == []
+    assert _processes_that_name(tmp_path) == []
