@@ -160,9 +160,9 @@ def test_a_framework_resumes_from_its_own_checkpoint(
         return done.stdout
 
     with serving([sys.executable, "-m", "lrpilot.server.cli"]) as (address, _):
-        # The warmup: a quarter of the peak each step.
+        # A quarter of the peak more each step, four steps long; then the policy has not acted yet.
         assert "4 updates made; the last one used LR 0.00075" in train(address, 4)
-        assert "8 updates made; the last one used LR 0.001" in train(address, 8)
+        assert "6 updates made; the last one used LR 0.001" in train(address, 6)
 
 
 def test_the_fp8_example_shows_what_it_says(root: Path, tmp_path: Path) -> None:
@@ -180,5 +180,6 @@ def test_the_fp8_example_shows_what_it_says(root: Path, tmp_path: Path) -> None:
     assert "FP8 is emulated by casts" in first or "CUDA graph" in first
     assert losses == "the server has all 16 losses, equal by =="
     assert values.endswith("were those of lrpilot curve at all 16 steps, by ==")
-    assert list(tmp_path.iterdir()) == []
+    left = [entry.name for entry in tmp_path.iterdir()]
+    assert [name for name in left if not name.startswith("torchinductor_")] == []  # torch's own
     assert _processes_that_name(tmp_path) == []
