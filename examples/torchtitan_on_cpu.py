@@ -1,9 +1,9 @@
 """Lets torchtitan run without an accelerator, which it takes for granted: for trying things out.
 
-Import it before torchtitan. What torchtitan asks its device for is answered from the CPU's
-memory and name. Two modules that it imports, and that a small training has no use for, may be
-missing: Triton, of which its expert parallelism has kernels, and Hugging Face's `datasets`. And torchtitan
-0.3 calls `torch.distributed.set_timeout`, which torch has only after 2.13.
+Import it before torchtitan. What torchtitan asks its device for is answered for the CPU. Two
+modules that it imports, and that a small training has no use for, may be missing: Triton, of which
+its expert parallelism has kernels, and Hugging Face's `datasets`. And torchtitan 0.3 calls
+`torch.distributed.set_timeout`, which torch has only after 2.13.
 """
 
 import sys
@@ -50,10 +50,10 @@ class _Device:
     def get_device_name(self, device: Any) -> str:
         return str(device)
 
-    def get_device_properties(self, device: Any) -> SimpleNamespace:
+    def get_device_properties(self, _: Any) -> SimpleNamespace:
         return SimpleNamespace(total_memory=1 << 30)
 
-    def memory_stats(self, device: Any) -> dict[str, int]:
+    def memory_stats(self, _: Any) -> dict[str, int]:
         return defaultdict(int)
 
     def reset_peak_memory_stats(self) -> None:

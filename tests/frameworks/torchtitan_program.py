@@ -6,9 +6,11 @@ answers what it asks a device for. The plan may have besides:
     accumulate   number of micro-batches of a step
     async_mode   of the checkpoints
     log_freq     how often torchtitan logs, in steps
-    config       what joins PilotSchedulers.Config
-    loads        False: the checkpoint is loaded without the schedulers
+    starts_at    progress to begin at where the trainer resumes, without the schedulers' state
+    spoils       whether the checkpoint's optimizers hold other values than those served
     nan_at       progress at which the loss is NaN, which ends torchtitan's training
+    ends_by      name of the error that is to end the training, whose text is printed
+    pipeline     whether the trainer is told, once it is built, that it has the first stage of two
 """
 
 import json
@@ -39,19 +41,21 @@ from torchtitan.protocols import BaseModel
 from torchtitan.protocols.model_spec import ModelSpec
 from torchtitan.tools.logging import init_logger
 
+import lrpilot.client as lrpilot
 from lrpilot.client.torchtitan import PilotSchedulers, PilotTrainer
 from tests.frameworks.recorder import PLAN, Recorder
 
 ALONE = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"))
 RANK, RANKS = (int(os.environ.get(name, default)) for name, default in ALONE[:2])
+STARTS_AT = PLAN.get("starts_at") if PLAN["resumes"] else None
 TOKENS, LENGTH, BATCH = 11, 4, 2
 
 
-class Model(BaseModel):  # type: ignore[misc]
+class Model(BaseModel):
     """Predicts the next token from the last one."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(BaseModel.Config):  # type: ignore[misc]
+    class Config(BaseModel.Config):
         def update_from_config(self, *, config: Any, **_: Any) -> None:
             pass
 
@@ -67,11 +71,11 @@ class Model(BaseModel):  # type: ignore[misc]
         return self.head(self.embed(tokens))
 
 
-class Sequences(BaseDataLoader):  # type: ignore[misc]
+class Sequences(BaseDataLoader):
     """Sequences that follow from their number."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(BaseDataLoader.Config):  # type: ignore[misc]
+    class Config(BaseDataLoader.Config):
         pass
 
     def __init__(self, config: Config, *, dp_rank: int, **_: Any) -> None:
@@ -91,11 +95,11 @@ class Sequences(BaseDataLoader):  # type: ignore[misc]
         self._number = state_dict["number"]
 
 
-class NoTokenizer(BaseTokenizer):  # type: ignore[misc]
+class NoTokenizer(BaseTokenizer):
     """The sequences are tokens already."""
 
     @dataclass(kw_only=True, slots=True)
-    class Config(BaseTokenizer.Config):  # type: ignore[misc]
+    class Config(BaseTokenizer.Config):
         pass
 
     def __init__(self, config: Config, **_: Any) -> None:
@@ -113,7 +117,7 @@ class NoTokenizer(BaseTokenizer):  # type: ignore[misc]
 
 def parallelize(model: Any, *, parallel_dims: Any, **_: Any) -> Any:
     """Shard the model over the ranks, as torchtitan's own models do."""
-    return fully_shard(model, mesh=parallel_dims.get_mesh("fsdp")) if RANKS > 1 else model
+    return fully_shard(model, mesh=parallel_dims.get_mesh("dp_shard")) if RANKS > 1 else model
 
 
 def make_config() -> PilotTrainer.Config:
@@ -123,7 +127,7 @@ def make_config() -> PilotTrainer.Config:
             address=PLAN["address"],
             run=PLAN["spec"]["name"],
             spec=json.dumps(PLAN["spec"]),
-            **PLAN.get("config", {}),
+            resume_at=STARTS_AT,
         ),
         model_spec=ModelSpec("tiny", "tiny", Model.Config(), parallelize, None, None, None),
         dump_folder=PLAN["folder"],
@@ -160,7 +164,7 @@ def make_config() -> PilotTrainer.Config:
             interval=PLAN["save_at"],
             async_mode=PLAN.get("async_mode", "disabled"),
             last_save_model_only=False,
-            exclude_from_loading=[] if PLAN.get("loads", True) else ["lr_scheduler"],
+            exclude_from_loading=[] if STARTS_AT is None else ["lr_scheduler"],
         ),
     )
 
@@ -198,6 +202,22 @@ def record(trainer: PilotTrainer) -> None:
         )
 
 
+def spoil(trainer: PilotTrainer) -> None:
+    """Let what the optimizers hold be anything while a checkpoint is saved."""
+    save = trainer.checkpointer.save
+
+    def spoiled(step: int, last_step: bool = False) -> None:
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        kept = [(group["lr"], group["weight_decay"]) for group in groups]
+        for group in groups:
+            group.update(lr=123.0, weight_decay=456.0)
+        save(step, last_step=last_step)
+        for group, (rate, decay) in zip(groups, kept, strict=True):
+            group.update(lr=rate, weight_decay=decay)
+
+    trainer.checkpointer.save = spoiled
+
+
 def main() -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     for name, value in ALONE:
@@ -209,7 +229,22 @@ def main() -> None:
     init_logger()
     trainer = make_config().build()
     record(trainer)
+    if PLAN.get("spoils"):
+        spoil(trainer)
     try:
+        train(trainer)
+    except (RuntimeError, lrpilot.InvalidArgument) as error:
+        if type(error).__name__ != PLAN.get("ends_by"):
+            raise
+        sys.stdout.write(f"{error}\n")
+
+
+def train(trainer: PilotTrainer) -> None:
+    try:
+        if PLAN.get("pipeline"):
+            trainer.parallel_dims = SimpleNamespace(pp_enabled=True, pp=2, world_size=4)
+            trainer.pp_has_last_stage = False
+            trainer._check_reporter()
         trainer.train()
     finally:
         trainer.close()

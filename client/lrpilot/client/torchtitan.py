@@ -196,14 +196,7 @@ class PilotTrainer(Trainer):
         dims = self.parallel_dims
         if dims.dp_cp_enabled:
             self.lr_schedulers.reduce_over(dims.get_optional_mesh("loss"))
-        reporter = config.lr_scheduler.reporter
-        if dims.pp_enabled and self.lr_schedulers.rank == reporter and not self.pp_has_last_stage:
-            last = dims.world_size // dims.pp * (dims.pp - 1)
-            raise invalid_argument(
-                "lr_scheduler.reporter",
-                reporter,
-                f"a rank that has the last stage of the pipeline, such as {last}",
-            )
+        self._check_reporter()
 
     def forward_backward_step(self, **inputs: Any) -> Any:
         """Give the loss of a micro-batch to the schedulers."""
@@ -217,6 +210,17 @@ class PilotTrainer(Trainer):
             super().close()
         finally:
             self.lr_schedulers.close()
+
+    def _check_reporter(self) -> None:
+        """Refuse a reporter whose losses are torchtitan's -1 for stages before the last."""
+        dims, reporter = self.parallel_dims, self.config.lr_scheduler.reporter
+        if dims.pp_enabled and self.lr_schedulers.rank == reporter and not self.pp_has_last_stage:
+            last = dims.world_size // dims.pp * (dims.pp - 1)
+            raise invalid_argument(
+                "lr_scheduler.reporter",
+                reporter,
+                f"a rank that has the last stage of the pipeline, such as {last}",
+            )
 
 
 class _Groups:
