@@ -165,6 +165,29 @@ def test_a_framework_resumes_from_its_own_checkpoint(
         assert "6 updates made; the last one used LR 0.001" in train(address, 6)
 
 
+def test_megatron_core_resumes_from_its_checkpoint(
+    root: Path,
+    tmp_path: Path,
+    serving: Callable[[list[str]], AbstractContextManager[tuple[str, str]]],
+) -> None:
+    def train(address: str, steps: int) -> list[str]:
+        command = [sys.executable, os.fspath(root / "examples/train_megatron.py")]
+        command += ["--server", address, "--steps", str(steps), "--out", os.fspath(tmp_path)]
+        done = subprocess.run(
+            command, env=_environment(tmp_path), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout.splitlines()
+
+    with serving([sys.executable, "-m", "lrpilot.server.cli"]) as (address, _):
+        # The warmup: a twentieth of the peak each iteration of 8 samples.
+        for steps, first, last in ((4, "8 samples", "32 samples"), (6, "40 samples", "48 samples")):
+            lines = train(address, steps)
+            assert lines[0].startswith(first)
+            assert lines[-1].startswith(last)
+            assert lines[-1].endswith(f"next LR {steps * 1.5e-4:.3e}")
+
+
 def test_the_fp8_example_shows_what_it_says(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, os.fspath(root / "examples/train_fp8.py"), "--steps", "16"]
     done = subprocess.run(
