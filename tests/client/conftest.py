@@ -98,6 +98,8 @@ class FakeTrainer:
         self.frontier = 0
         self.horizon: int | None = None
         """Set: what the horizon is, whatever was reported."""
+        self.limit = 2**53
+        """First progress whose values are refused."""
         self.port = 0
         self._server: Any = None
         self.start()
@@ -292,6 +294,8 @@ class _Service:
                 fault = staged.popleft() if staged else trainer.always.get(method)
                 if hasattr(request, "attempt") and request.attempt.number != trainer.attempt:
                     fault = refusal("AttemptSuperseded", "another attempt has opened")
+                if request.DESCRIPTOR.name == "GetValuesRequest" and request.begin >= trainer.limit:
+                    fault = refusal("BeyondHorizon", "far ahead", grpc.StatusCode.OUT_OF_RANGE)
                 answer = None
                 if fault is None or fault.after:
                     answer = behaviour(request)
@@ -342,7 +346,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in {
         "BLOCKED_WAIT_S": 0.05,
         "RENEW_WAIT_S": 0.2,
-        "LEADER_PATIENCE_S": 0.3,
+        "LEADER_PATIENCE_S": 20.0,
         "HOLDER_WAIT_S": 0.1,
         "SAVE_WAIT_S": 0.05,
         "BACKOFF_FIRST_S": 0.001,

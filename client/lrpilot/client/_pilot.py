@@ -136,7 +136,7 @@ def connect(
             "run": repr(run),
             "reporter": repr(reporter),
             "resume_at": repr(resume_at),
-            "mode": repr(mode),
+            "mode": mode,
         },
         ConnectRefused,
         "connect every rank alike",
