@@ -174,6 +174,6 @@ def test_wrong_arguments_are_refused(
     with accelerator.accumulate():
         # Not when the update is complete, but at once.
         with pytest.raises(lrpilot.InvalidArgument, match=r"^epoch: got 3"):
-            scheduler.step(3)
+            scheduler.step(3)  # type: ignore[arg-type]
         with pytest.raises(lrpilot.InvalidArgument, match=r"^loss: got 'low'"):
             scheduler.step(loss="low")

@@ -141,10 +141,12 @@ class WandbLogger(_Logger):
         WandbLogger(wandb.init(…), pilot)
 
     Where the spec has groups, their names follow: `lrpilot/lr/embedding`. The axis of these charts
-    is `lrpilot/progress`. The step of W&B is the training's own: what is written joins the row that
-    the training logs next, and where that is seldom, the newest of what came since. Changes stand
-    in the summary of the run too, as `lrpilot/changes/<id>`, so that none is lost by it. Make it
-    before the scheduler, so that it hears of every change.
+    is `lrpilot/progress`. The step of W&B stays the training's own: what is written joins the row
+    that is open, and so comes with what the training logs. Where that is seldom, the newest counts;
+    where the training gives `run.log` its steps, W&B keeps each row open until the next step, so
+    that the newest is that of the next update. Changes stand in the summary of the run too, as
+    `lrpilot/changes/<id>`, so that none is lost by it. Make it before the scheduler, so that it
+    hears of every change.
 
     Args:
         run: what `wandb.init` returned.

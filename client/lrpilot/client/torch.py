@@ -69,7 +69,9 @@ class LRScheduler(Scheduler, torch.optim.lr_scheduler.LRScheduler):
         )
         # After that of a deferred scheduler, which opens the attempt.
         before_step = weakref.WeakMethod(self._before_step)
-        handle = optimizer.register_step_pre_hook(lambda *_: _call(before_step))
+        # Not compiled with a compiled step of the optimizer: it would be anew at every step.
+        hook = torch.compiler.disable(lambda *_: _call(before_step))
+        handle = optimizer.register_step_pre_hook(hook)
         # The optimizer must not keep a scheduler alive that nobody steps any more.
         weakref.finalize(self, handle.remove).atexit = False
 
@@ -187,12 +189,8 @@ class _Mark:
         )
 
 
-@torch.compiler.disable
 def _call(method: "weakref.WeakMethod[Any]") -> None:
-    """Call the method of an object that is still there.
-
-    It is not compiled with a compiled step of the optimizer: it would be anew at every step.
-    """
+    """Call the method of an object that is still there."""
     called = method()
     if called is not None:
         called()
