@@ -3,6 +3,7 @@
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from lrpilot.core._plan import Values
@@ -129,6 +130,30 @@ class Records:
             if block.stride == stride and block.at(progress) is not None:
                 return block
         return None
+
+    def from_on(self, begin: int, stride: int, count: int) -> Block | None:
+        """Return what is recorded on `stride` from `begin` on without a gap, at most `count` steps.
+
+        Ranks ask at different moments, each for what it lacks: blocks are small where many do.
+        """
+        end = begin + count * stride
+        parts: list[Block] = []
+        while (at := parts[-1].end if parts else begin) < end:
+            block = self.block(at, stride)
+            part = None if block is None else block.cut(at, end)
+            if part is None:
+                break
+            parts.append(part)
+        if len(parts) < 2:
+            return parts[0] if parts else None
+        decays = [part.weight_decays for part in parts if part.weight_decays is not None]
+        return Block(
+            begin=begin,
+            stride=stride,
+            groups=parts[0].groups,
+            learning_rates=tuple(chain.from_iterable(part.learning_rates for part in parts)),
+            weight_decays=tuple(chain.from_iterable(decays)) if decays else None,
+        )
 
     def between(self, begin: int, end: int) -> list[Block]:
         """Return what is recorded in [begin, end)."""

@@ -340,51 +340,60 @@ class RunState:
 
     def _declare(self, event: Declared) -> None:
         """Take what the holder used alone for a fact, and let the rest follow from it."""
-        first, end = event.blocks[0].begin, event.blocks[-1].last + 1
+        begin, end = event.blocks[0].begin, event.blocks[-1].last + 1
         offer = next(item for item in self.permits if item.seq == event.offer)
-        # The first progress whose values the holder had not got. With a stride it may lie below the
-        # first one used alone: what takes effect between the two was to show there.
-        last = self.records.last_below(first)
-        begin = self.begin if last is None else max(self.begin, last + 1)
-        has_feedback = self.spec.has_feedback
-        self.plan.postpone(begin, end, offer.seq, end - self.delay if has_feedback else 0)
-        self.records.forget(first)
+        # The first progress whose values had not arrived. With a stride it may lie below the first
+        # one that was used alone: what takes effect between the two was to show there.
+        last = self.records.last_below(begin)
+        low = self.begin if last is None else max(self.begin, last + 1)
+        self.records.forget(begin)
         for block in event.blocks:
             self.records.add(block)
         self.in_use = max(self.in_use, end - 1)
         steps = sum(block.steps for block in event.blocks)
-        if self.declared and self.declared[-1].end == begin:
-            first, _, before = self.declared.pop()
+        if self.declared and self.declared[-1].end == low:
+            begin, _, before = self.declared.pop()
             steps += before
-        self.declared.append(Declaration(first, end, steps))
-        if has_feedback:
-            # Below the horizon then, the values that were offered were fixed.
-            self._pass_over(max(begin, offer.begin) - self.delay, end - self.delay)
-
-    def _pass_over(self, first: int, until: int) -> None:
-        """Make the losses from `first` on and below `until` final as absent, come or not come.
-
-        Those from `until` on are observed anew: without the others they may decide otherwise.
-        """
-        first = max(first, self.begin)
-        if first >= until:
+        self.declared.append(Declaration(begin, end, steps))
+        if not self.spec.has_feedback:
+            self.plan.postpone(low, end, offer.seq, 0)
             return
-        self.waivers += 1
-        self.rewinds.append((self.seq, first))
-        index = bisect_left(self.loss_progress, first)
-        seen = [self._observation(at) for at in range(index, len(self.loss_progress))]
+        # Below the horizon of the offer, its values were fixed.
+        first = max(self.begin, max(low, offer.begin) - self.delay)
+        until = end - self.delay
         known = {
             (item.decided_at, item.order): item.seq
             for item in (*self.plan.adjustments, *self.advice)
         }
+        seen = self._unseen(first) if first < until else []
+        self.plan.postpone(low, end, offer.seq, until)
+        if first < until:
+            self.waivers += 1
+            self._pass_over(until, seen, known)
+
+    def _unseen(self, progress: int) -> list[Observation]:
+        """Forget the losses from `progress` on as if they had yet to come; return them."""
+        index = bisect_left(self.loss_progress, progress)
+        seen = [self._observation(at) for at in range(index, len(self.loss_progress))]
         late = self.late
-        self._rewind(first)
+        self._rewind(progress)
         self.late = late
+        self.rewinds.append((self.seq, progress))
+        return seen
+
+    def _pass_over(
+        self, until: int, seen: Sequence[Observation], known: Mapping[tuple[int, int], int]
+    ) -> None:
+        """Make the losses below `until` final as absent, come or not come.
+
+        `seen` is what had come; what is from `until` on is observed anew, since without the others
+        it may decide otherwise. `known` has the names of what it decided.
+        """
         for observation in seen:
-            if observation.progress < until and not observation.is_skipped:
-                self._come_late(observation.progress, self.reporters.forget(observation))
-            elif observation.progress >= until:
+            if observation.progress >= until:
                 self._observe(observation, known)
+            elif not observation.is_skipped:
+                self._come_late(observation.progress, self.reporters.forget(observation))
         for at, losses in self.reporters.forget_below(until):
             self._come_late(at, losses)
         self._advance(until)
