@@ -22,6 +22,8 @@ from lrpilot.client.megatron import (
     reporting,
     spec_from_args,
 )
+from lrpilot.core import parse_spec
+from lrpilot.core._schedules import base_schedule
 from lrpilot.v1 import runs_pb2 as pb
 from tests.e2e.harness import Runs, serve
 from tests.frameworks.harness import check, train_interrupted
@@ -559,6 +561,108 @@ def test_an_attribute_that_would_change_nothing_cannot_be_set(fleet: Fleet, name
     ours = fleet.make(COSINE)
     with pytest.raises(AttributeError, match="lrpilot run revise"):
         setattr(ours, name, 1.0)
+
+
+# Arguments.
+
+
+def steps_of(args: Namespace) -> dict[str, Any]:
+    """Return what Megatron-LM's `get_optimizer_param_scheduler` gives its class."""
+    batch = args.global_batch_size
+    if args.train_samples:
+        ramp, decay, warmup = args.train_samples, args.lr_decay_samples, args.lr_warmup_samples
+        anneal, batch = args.lr_wsd_decay_samples, 1
+    else:
+        ramp, decay, warmup = args.train_iters, args.lr_decay_iters, args.lr_warmup_iters
+        anneal = args.lr_wsd_decay_iters
+    end = (ramp if decay is None else decay) * batch
+    fraction = args.lr_warmup_fraction
+    return {
+        "init_lr": args.lr_warmup_init,
+        "max_lr": args.lr,
+        "min_lr": args.min_lr,
+        "lr_warmup_steps": warmup * batch if fraction is None else fraction * end,
+        "lr_decay_steps": end,
+        "lr_decay_style": args.lr_decay_style,
+        "start_wd": args.start_weight_decay,
+        "end_wd": args.end_weight_decay,
+        "wd_incr_steps": ramp * batch,
+        "wd_incr_style": args.weight_decay_incr_style,
+        "wsd_decay_steps": None if anneal is None else anneal * batch,
+        "lr_wsd_decay_style": args.lr_wsd_decay_style,
+    }
+
+
+@st.composite
+def arguments(draw: st.DrawFn) -> Namespace:
+    by_samples = draw(st.booleans())
+    total, decay = draw(st.integers(2, 9999)), draw(st.integers(2, 9999))
+    fraction = draw(st.none() | st.floats(0.0, 0.99))
+    warmup = 0 if fraction is not None else draw(st.integers(0, 1))
+    anneal = draw(st.integers(0, 9999))
+    low, peak = sorted(draw(st.tuples(RATES, RATES)))
+    ramp = draw(st.sampled_from(["constant", "linear", "cosine"]))
+    start, end = sorted(draw(st.tuples(RATES, RATES)))
+    if ramp == "constant":
+        start = end
+    return Namespace(
+        train_iters=None if by_samples else total,
+        train_samples=total if by_samples else None,
+        lr_decay_iters=None if by_samples else decay,
+        lr_decay_samples=decay if by_samples else None,
+        lr_warmup_iters=0 if by_samples else warmup,
+        lr_warmup_samples=warmup if by_samples else 0,
+        lr_wsd_decay_iters=None if by_samples else anneal,
+        lr_wsd_decay_samples=anneal if by_samples else None,
+        lr_warmup_fraction=fraction,
+        lr_warmup_init=draw(st.sampled_from([0.0, peak / 3])),
+        lr=peak,
+        min_lr=low,
+        lr_decay_style=draw(
+            st.sampled_from(["constant", "linear", "cosine", "inverse-square-root", "WSD"])
+        ),
+        lr_wsd_decay_style=draw(st.sampled_from(["linear", "cosine", "exponential", "minus_sqrt"])),
+        weight_decay=end,
+        start_weight_decay=start,
+        end_weight_decay=end,
+        weight_decay_incr_style=ramp,
+        global_batch_size=draw(st.sampled_from([1, 512, 1536])),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(args=arguments(), share=st.floats(0.0, 1.5))
+def test_arguments_become_a_spec_with_the_values_of_the_real_class(
+    real: Any, args: Namespace, share: float
+) -> None:
+    steps = steps_of(args)
+    theirs = real(bare(GROUPS[:2]), **steps, **NEITHER)
+    # Keys that every group of Megatron-LM has.
+    for group in theirs.optimizer.param_groups:
+        group.update(max_lr=args.lr, min_lr=args.min_lr)
+    spec = parse_spec(spec_from_args(args, name="a", optimizer=theirs.optimizer))
+    values = base_schedule(spec)
+    for point in (0, 1, steps["lr_decay_steps"], int(share * steps["wd_incr_steps"])):
+        theirs.step(point - theirs.num_steps)
+        main, no_decay = (values(point)[index] for index in (0, -1))
+        assert [(x.hex(), y.hex()) for x, y in (main, no_decay) if y is not None] == held(theirs)
+
+
+def test_a_run_made_from_the_arguments_is_that_of_the_scheduler(fleet: Fleet, server: str) -> None:
+    args = Namespace(**ARGS)
+    extras: dict[str, Any] = {"policies": [PLATEAU], "feedback": {"delay": 64}}
+    keys = {"max_lr": args.lr, "min_lr": args.min_lr}
+    optimizer = bare([keys, {**keys, "max_lr": args.decoupled_lr}, {**keys, "wd_mult": 0.0}])
+    config = steps_of(
+        Namespace(**ARGS, lr_decay_samples=None, lr_wsd_decay_samples=None, lr_warmup_fraction=None)
+    )
+    for held_by in (None, optimizer):
+        run = fleet.name()
+        spec = spec_from_args(args, name=run, optimizer=held_by, **extras)
+        with lrpilot.connect(server, run=run, spec=spec):
+            pass
+        # Another spec would be refused.
+        fleet.make(config, optimizer=optimizer, run=run, **extras).begin()
 
 
 # Where it opens.

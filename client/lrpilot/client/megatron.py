@@ -459,15 +459,16 @@ class OptimizerParamScheduler:
         wins = self.override_opt_param_scheduler or (
             is_loaded and self.use_checkpoint_opt_param_scheduler
         )
+        names = [table.name(each) for each in keys]
         self._starts += 1
-        self._end()
         pilot = connection.open(spec, begin=begin, revise=bool(wins), start=self._starts)
         try:
-            names = [table.name(each) for each in keys]
+            # Only now: the run may have refused.
+            self._end()
             scheduler = Scheduler(
                 pilot._session,
                 NamedOptimizer(self.optimizer, names),
-                state=own if own and own["progress"] is not None else None,
+                state=own if own and own.get("progress") is not None else None,
                 defer=False,
             )
         except BaseException:
