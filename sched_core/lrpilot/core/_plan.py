@@ -128,6 +128,11 @@ class Adjustment:
         """What it does, as one phrase."""
         return summary_of(self.change)
 
+    def postponed(self, begin: int, end: int, seq: int) -> "Adjustment":
+        """Return it as it is where what operators did after `seq` waits until `end`."""
+        waits = self.order >= ORDER_OF_OPERATORS and self.seq > seq
+        return replace(self, effective=end) if waits and begin <= self.effective < end else self
+
     def to_mapping(self) -> dict[str, Any]:
         """Return the adjustment as plain data."""
         return {
@@ -364,27 +369,33 @@ class Plan:
         # What was planned at the same progress by those that come behind it changes with it.
         for index, item in enumerate(self._adjustments):
             if item.effective == adjustment.effective and item.key > adjustment.key:
-                others = [*self._adjustments[:index], *self._adjustments[index + 1 :]]
-                self._adjustments[index] = Plan(self._revisions, others).stated(item)
+                self._restate(index)
+
+    def restate(self, begin: int, last: int) -> None:
+        """State anew what operators did with effect from `begin` up to and with `last`."""
+        for index, item in enumerate(self._adjustments):
+            if item.order >= ORDER_OF_OPERATORS and begin <= item.effective <= last:
+                self._restate(index)
+        self._changed()
+
+    def _restate(self, index: int) -> None:
+        others = [*self._adjustments[:index], *self._adjustments[index + 1 :]]
+        self._adjustments[index] = Plan(self._revisions, others).stated(self._adjustments[index])
 
     def postpone(self, begin: int, end: int, seq: int, observes_from: int) -> None:
         """Let what operators did after the event with that `seq` wait until `end`.
 
-        It is what would take effect from `begin` on. What it does is stated anew; the policies of
-        a new spec see the losses from `observes_from` on.
+        It is what would take effect from `begin` on. The policies of a new spec see the losses
+        from `observes_from` on. What it does is to be stated anew.
         """
-        late = [
-            item
-            for item in self._adjustments
-            if item.seq > seq and item.order >= ORDER_OF_OPERATORS and begin <= item.effective < end
-        ]
+        self._adjustments = sorted(
+            (item.postponed(begin, end, seq) for item in self._adjustments),
+            key=lambda item: item.key,
+        )
         self._revisions = [
             item.postponed(begin, end, seq, observes_from) for item in self._revisions
         ]
-        self._adjustments = [item for item in self._adjustments if item not in late]
         self._changed()
-        for item in late:
-            self.adjust(self.stated(replace(item, effective=end)))
 
     def rolled_back(self, rollback: Rollback, directive: str) -> list[Adjustment]:
         """Note a rollback; return what it takes the place of: the cuts of earlier ones, and the

@@ -355,9 +355,17 @@ class RunState:
             begin, _, before = self.declared.pop()
             steps += before
         self.declared.append(Declaration(begin, end, steps))
-        if not self.spec.has_feedback:
+        if self.spec.has_feedback:
+            self._waive_declared(low, end, offer)
+        else:
             self.plan.postpone(low, end, offer.seq, 0)
-            return
+        self.plan.restate(low, self.horizon)
+
+    def _waive_declared(self, low: int, end: int, offer: Permit) -> None:
+        """Do what a waiver does with the losses that would have acted from `low` up to `end`.
+
+        And let what operators did meanwhile wait until then.
+        """
         # Below the horizon of the offer, its values were fixed.
         first = max(self.begin, max(low, offer.begin) - self.delay)
         until = end - self.delay
