@@ -139,7 +139,7 @@ def test_the_training_script_resumes_from_its_checkpoint(
         assert (repeated["lr"], repeated["weight_decay"]) == (row["lr"], row["weight_decay"])
 
 
-@pytest.mark.parametrize("framework", ["huggingface", "lightning"])
+@pytest.mark.parametrize("framework", ["accelerate", "huggingface", "lightning", "torch"])
 def test_a_framework_resumes_from_its_own_checkpoint(
     root: Path,
     tmp_path: Path,
