@@ -178,6 +178,10 @@ class _NamedGroup(MutableMapping[str, Any]):
     def __getitem__(self, key: str) -> Any:
         return self._name if key == "name" else self._group[key]
 
+    def get(self, key: str, default: Any = None) -> Any:
+        # As inherited, save that it asks the param group alone: each step calls it.
+        return self._name if key == "name" else self._group.get(key, default)
+
     def __setitem__(self, key: str, value: Any) -> None:
         self._group[key] = value
 
