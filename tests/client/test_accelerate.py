@@ -12,6 +12,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 import lrpilot.client as lrpilot
 from lrpilot.client.accelerate import LRScheduler
+from lrpilot.client.torch import LRScheduler as TorchLRScheduler
 
 if TYPE_CHECKING:
     from tests.client.conftest import FakeTrainer
@@ -161,6 +162,18 @@ def test_a_first_update_that_is_skipped_opens_the_attempt(
     assert scheduler.progress == 1
     trainer.wait(lambda: len(trainer.reports) == 3)
     assert [report.skipped for report in trainer.reports] == [True, True, False]
+
+
+def test_the_scheduler_for_torch_takes_a_prepared_optimizer(
+    trainer: FakeTrainer, connect: Connect, make_accelerator: Callable[..., Any]
+) -> None:
+    optimizer = make_accelerator().prepare(adamw())
+    scheduler = TorchLRScheduler(connect(), optimizer)
+    for at in range(3):
+        optimizer.param_groups[0]["lr"] = 7.0
+        optimizer.step()
+        assert scheduler.get_last_lr() == [trainer.rate(at)]
+        scheduler.step(loss=1.0)
 
 
 def test_wrong_arguments_are_refused(

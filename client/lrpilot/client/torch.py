@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lrpilot.client._capture import InGraph
+from lrpilot.client._capture import InGraph, before_each_step
 from lrpilot.client._errors import invalid_argument
 from lrpilot.client._loss import Loss
 from lrpilot.client._pilot import Pilot
@@ -71,7 +71,7 @@ class LRScheduler(Scheduler, torch.optim.lr_scheduler.LRScheduler):
         before_step = weakref.WeakMethod(self._before_step)
         # Not compiled with a compiled step of the optimizer: it would be anew at every step.
         hook = torch.compiler.disable(lambda *_: _call(before_step))
-        handle = optimizer.register_step_pre_hook(hook)
+        handle = before_each_step(optimizer, hook)
         # The optimizer must not keep a scheduler alive that nobody steps any more.
         weakref.finalize(self, handle.remove).atexit = False
 
