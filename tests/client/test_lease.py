@@ -211,6 +211,9 @@ def test_an_outage_says_so_and_ends(
     assert "rank 0 waits for the values at progress 8" in str(caught.value)
     assert trainer.address in str(caught.value)
     assert "gives up after 0 s without contact" in caplog.text
+    # It says what to do, now and the next time.
+    assert "Start the server again, and this job from its last checkpoint" in str(caught.value)
+    assert "connect(mode='leader') goes on without the server" in str(caught.value)
     # Values that are held need no server.
     assert pilot.values(7) == ((trainer.rate(7), trainer.decay(7)),)
     pilot._session.link.outage_timeout_s = 60.0

@@ -307,6 +307,24 @@ def test_the_past_cannot_be_revised() -> None:
 # Sizes.
 
 
+def test_what_many_ranks_had_recorded_piece_by_piece_comes_in_one_block() -> None:
+    """Ranks that ask at different moments must not need a call for each of those pieces."""
+    log = Log(weight_decay=0.1, feedback={"delay": 16})
+    log.open()
+    pieces = [log.take(at, count=count, in_use=0) for at, count in ((0, 3), (3, 1), (4, 5))]
+    log.take(9, count=2, stride=2)
+    whole = log.take(0, count=12)
+    assert (whole.begin, whole.stride, whole.steps) == (0, 1, 9)
+    rates = [rate for piece in pieces for rate in piece.learning_rates]
+    assert list(whole.learning_rates) == rates
+    assert whole.weight_decays == (0.1,) * 9
+    assert log.take(2, count=4).learning_rates == whole.learning_rates[2:6]
+    # Nothing was written again for that.
+    before = len(log.rows)
+    log.take(0)
+    assert len(log.rows) == before
+
+
 def test_a_block_fits_into_a_message_however_many_groups_there_are() -> None:
     groups = [{"name": f"group {index}"} for index in range(4096)]
     log = Log(groups=groups, feedback={"delay": 100})

@@ -206,12 +206,15 @@ class Link:
         return PilotClosed(f"the pilot of run {self.run!r} is closed", facts={"run": self.run})
 
     def unavailable(
-        self, doing: str, seconds: float, reason: str, **facts: object
+        self, doing: str, seconds: float, reason: str, remedy: str = "", **facts: object
     ) -> ServerUnavailable:
-        """Return the error for a server that could not be reached for `seconds`."""
+        """Return the error for a server that could not be reached for `seconds`.
+
+        `remedy` is a sentence on what to do.
+        """
         return ServerUnavailable(
             f"run {self.run!r}: rank {self.rank} {doing}, and the server at {self.address} did "
-            f"not answer for {seconds:.0f} s ({reason})",
+            f"not answer for {seconds:.0f} s ({reason})" + (f". {remedy}" if remedy else ""),
             facts={
                 "run": self.run,
                 "address": self.address,

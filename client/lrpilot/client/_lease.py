@@ -35,6 +35,12 @@ from lrpilot.v1 import trainer_pb2 as pb
 
 logger = logging.getLogger("lrpilot.client")
 
+_REMEDY = (
+    "Start the server again, and this job from its last checkpoint: what was acknowledged is not "
+    "lost. connect(outage_timeout_s=…) waits longer; connect(mode='leader') goes on without the "
+    "server"
+)
+
 # A source of its own: renewals must neither read nor disturb the seeds of the training.
 _random = random.SystemRandom()
 
@@ -233,6 +239,7 @@ class Lease:
                         f"horizon {link.horizon})",
                         away_s,
                         reason,
+                        _REMEDY,
                         progress=progress,
                         frontier=link.frontier,
                         horizon=link.horizon,
