@@ -144,24 +144,29 @@ def test_a_prepared_optimizer_and_a_step_of_its_own_will_do(
     assert scheduler.progress == 3
 
 
-def test_a_first_update_that_is_skipped_opens_the_attempt(
-    trainer: FakeTrainer, connect: Connect, make_accelerator: Callable[..., Any]
+@pytest.mark.parametrize("fused", [False, True])
+def test_updates_that_are_skipped_make_no_move(
+    trainer: FakeTrainer, connect: Connect, make_accelerator: Callable[..., Any], fused: bool
 ) -> None:
     accelerator = make_accelerator()
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     model = torch.nn.Linear(1, 1)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
     scheduler = LRScheduler(connect(), optimizer, accelerator)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    for factor in (float("inf"), float("inf"), 1.0):
+    at = []
+    # The very first update opens the attempt, skipped or not.
+    for factor in (float("inf"), float("inf"), 1.0, 1.0, float("inf"), 1.0):
         loss = model(torch.ones(1, 1)).sum() * factor
         accelerator.backward(loss)
         optimizer.step()
         scheduler.step(loss=loss)
         optimizer.zero_grad()
-    assert scheduler.progress == 1
-    trainer.wait(lambda: len(trainer.reports) == 3)
-    assert [report.skipped for report in trainer.reports] == [True, True, False]
+        at.append(scheduler.progress)
+    assert at == [0, 0, 1, 2, 2, 3]
+    trainer.wait(lambda: len(trainer.reports) == 6)
+    skipped = [report.skipped for report in trainer.reports]
+    assert skipped == [True, True, False, False, True, False]
 
 
 def test_the_scheduler_for_torch_takes_a_prepared_optimizer(

@@ -9,6 +9,7 @@ from lrpilot.client._capture import InGraph
 from lrpilot.client._errors import invalid_argument
 from lrpilot.client._loss import Loss, take
 from lrpilot.client._pilot import Pilot
+from lrpilot.client._steps import FusedStep
 from lrpilot.client.torch import LRScheduler as TorchLRScheduler
 
 __all__ = ["LRScheduler"]
@@ -37,7 +38,8 @@ class LRScheduler(TorchLRScheduler):
       `register_for_checkpointing` makes it part of them.
     - `step` is called for each micro-batch, on every process, with the loss there. It makes a move
       where `accelerator.sync_gradients` says that an update is complete, and none where
-      `accelerator.optimizer_step_was_skipped`.
+      `accelerator.optimizer_step_was_skipped`, or where a fused optimizer skipped it by itself:
+      that is known to the device alone, which is waited for with fused optimizers in fp16.
     - The loss that is reported is the mean over the micro-batches of the update and over the
       processes: one number is reduced at each update, and nothing waits for a device.
     - The attempt opens at `load_state`, or at the first update.
@@ -68,6 +70,7 @@ class LRScheduler(TorchLRScheduler):
             optimizer = optimizer.optimizer
         super().__init__(pilot, optimizer, defer=True, wd_in_graph=wd_in_graph)
         self._accelerator = accelerator
+        self._fused = FusedStep(self.optimizer)
         self._total: Loss = None
         """Sum of the losses since the last update, on their device; None: there was none."""
         self._count = 0
@@ -99,6 +102,7 @@ class LRScheduler(TorchLRScheduler):
             self._add(loss)
         if epoch is None and not self._accelerator.sync_gradients:
             return
+        refused = self._fused.refused()
         super().step(
             epoch,
             loss=self._mean(),
@@ -106,7 +110,7 @@ class LRScheduler(TorchLRScheduler):
             val_losses=val_losses,
             grad_norm=grad_norm,
             batch=batch,
-            skipped=bool(self._accelerator.optimizer_step_was_skipped),
+            skipped=refused or bool(self._accelerator.optimizer_step_was_skipped),
         )
 
     def _add(self, loss: Loss) -> None:
