@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from lrpilot.client import _sigterm
 from tests.e2e.harness import Runs, make_spec, serve
 
 LOSSES = 40
@@ -20,7 +19,6 @@ TIMEOUT_S = 120
 
 HEAD = """
 import os, signal, sys, threading, time
-import lrpilot.client as lrpilot
 
 class Optimizer:
     def __init__(self):
@@ -388,12 +386,3 @@ print("compiled", counts[-1])
     assert (code, out) == (0, "compiled 3\n"), err
     assert "Warning" not in err
     assert trained.losses() == ALL
-
-
-# In this process.
-
-
-def test_nothing_is_watched_where_nothing_is_open() -> None:
-    assert _sigterm._watch is None
-    _sigterm.unwatch()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -23,6 +23,11 @@ def is_capturing() -> bool:
     return bool(cuda is not None and cuda.is_initialized() and cuda.is_current_stream_capturing())
 
 
+def _is_compiling() -> bool:
+    compiler: Any = getattr(sys.modules.get("torch"), "compiler", None)
+    return bool(compiler is not None and compiler.is_compiling())
+
+
 def refuse_in_capture(call: str) -> None:
     """Raise CaptureRefused where a call would become part of a CUDA graph."""
     if is_capturing():
@@ -98,7 +103,8 @@ class CapturedStep:
             logger.warning("%s, until it is captured again", text)
 
     def _before_step(self, *_: Any) -> None:
-        if is_capturing():
+        # A compiled step is traced, and this with it: numbers of it are watched by torch.
+        if not _is_compiling() and is_capturing():
             self._note()
 
     def _note(self) -> None:
