@@ -165,6 +165,41 @@ def test_a_framework_resumes_from_its_own_checkpoint(
         assert "6 updates made; the last one used LR 0.001" in train(address, 6)
 
 
+@pytest.mark.parametrize(
+    ("framework", "ends"),
+    # A quarter of the peak more each step, four steps long.
+    [
+        ("deepspeed", ["the last one used LR 0.00025", "the last one used LR 0.0005"]),
+        ("torchtitan", ["the next one has LR 0.0005", "the next one has LR 0.00075"]),
+    ],
+)
+def test_two_ranks_resume_from_the_checkpoint_of_their_framework(
+    root: Path,
+    tmp_path: Path,
+    serving: Callable[[list[str]], AbstractContextManager[tuple[str, str]]],
+    framework: str,
+    ends: list[str],
+) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(SPEC)
+
+    def train(address: str, steps: int) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+        command += [os.fspath(root / f"examples/train_{framework}.py"), "--server", address]
+        command += ["--spec", os.fspath(spec), "--steps", str(steps)]
+        command += ["--save-every", "2", "--out", os.fspath(tmp_path / "out")]
+        done = subprocess.run(
+            command, env=_environment(tmp_path), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    with serving([sys.executable, "-m", "lrpilot.server.cli"]) as (address, _):
+        for steps, end in zip((2, 3), ends, strict=True):
+            assert f"{steps} updates made; {end}\n" in train(address, steps)
+
+
 def test_megatron_core_resumes_from_its_checkpoint(
     root: Path,
     tmp_path: Path,
