@@ -19,6 +19,7 @@ TIMEOUT_S = 120
 
 HEAD = """
 import os, signal, sys, threading, time
+import lrpilot.client as lrpilot
 
 class Optimizer:
     def __init__(self):
