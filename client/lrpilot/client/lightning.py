@@ -171,7 +171,7 @@ class LrpilotCallback(Callback):
 
     def on_validation_end(self, trainer: Any, _: Any) -> None:
         """Take the validation losses."""
-        if self._steps is None or trainer.sanity_checking:
+        if self._steps is None:  # The sanity check comes before.
             return
         for name in self._val_losses:
             if name in trainer.callback_metrics:
