@@ -20,6 +20,8 @@ OPTIONS: dict[str, Any] = json.loads(sys.argv[1])
 RANK: int = OPTIONS["rank"]
 
 messages: list[str] = []
+tries: list[int] = []
+"""First progress of each call for values that the training thread made, answered or not."""
 
 
 class Keep(logging.Handler):
@@ -37,6 +39,8 @@ def announce(link: Any) -> None:
     def announced(request: pb.GetValuesRequest, timeout: float) -> Any:
         if not request.blocked:
             return ask(request, timeout=timeout)
+        tries.append(request.begin)
+        (Path(OPTIONS["told"]) / f"{RANK}-tried-{len(tries)}").write_text("")
         asking.write_text(str(request.begin))
         try:
             return ask(request, timeout=timeout)
@@ -75,7 +79,8 @@ def main() -> None:
             rates.append(pilot.values(at)[0][0].hex())
             pilot.report(at, 1.0)
             time.sleep(OPTIONS.get("step_s", 0.0))
-    sys.stdout.write(json.dumps({"rates": rates, "met": met, "messages": messages}))
+    said = {"rates": rates, "met": met, "messages": messages, "tries": tries}
+    sys.stdout.write(json.dumps(said))
 
 
 main()

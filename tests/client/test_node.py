@@ -88,12 +88,16 @@ class Ranks:
             time.sleep(0.002)
         raise AssertionError(f"nobody asks for {progress}")
 
-    def arrived(self, *ranks: int) -> None:
-        """Wait until these ranks stand before the step that they tell of."""
+    def wait(self, *names: str) -> None:
+        """Wait until the ranks have told all of this."""
         end_s = time.monotonic() + DEADLINE_S
-        while not all((self.told / f"{rank}-arrives").exists() for rank in ranks):
+        while not all((self.told / name).exists() for name in names):
             assert time.monotonic() < end_s
             time.sleep(0.002)
+
+    def arrived(self, *ranks: int) -> None:
+        """Wait until these ranks stand before the step that they tell of."""
+        self.wait(*(f"{rank}-arrives" for rank in ranks))
 
     def signal(self, rank: int, number: signal.Signals) -> None:
         self.processes[rank].send_signal(number)
@@ -216,17 +220,21 @@ def test_a_rank_that_dies_or_stops_while_it_asks_holds_nobody_up(
 
 
 def test_one_rank_of_a_node_knocks_at_a_server_that_is_away(trainer: FakeTrainer, job: Job) -> None:
+    """It keeps the lock while it tries; the others would ask themselves after five seconds."""
     trainer.move(8)
-    ranks = job(steps=12, timing={"BLOCKED_WAIT_S": 0.2})
-    ranks.asking(8)
+    ranks = job(steps=12, tell=8, timing={"BLOCKED_WAIT_S": 0.2, "BACKOFF_CAP_S": 0.1})
+    ranks.arrived(0, 1, 2, 3)
+    first = ranks.asking(8)
     trainer.stop()
-    before = len(trainer.calls["GetValues"])
-    time.sleep(0.5)
+    tried = len(list(ranks.told.glob(f"{first}-tried-*")))
+    ranks.wait(f"{first}-tried-{tried + 6}")
     trainer.start()
     trainer.move(100)
-    for said in ranks.said():
-        assert said["rates"] == rates(trainer, 12)
-    assert asked(trainer)[8, True] <= before + 4
+    said = ranks.said()
+    assert [item["rates"] for item in said] == [rates(trainer, 12)] * 4
+    tries = sorted(item["tries"].count(8) for item in said)
+    assert tries[:3] == [0, 0, 0]
+    assert tries[3] > 5
 
 
 def test_a_disk_that_is_full_is_said_once_and_costs_calls_alone(

@@ -145,7 +145,7 @@ class Node:
                 request = _explained(request)
             answer = self._await_file(request, time.monotonic() + timeout_s)
         except (OSError, _Unusable) as error:
-            self._leave(error)
+            self._leave(error, request)
             answer = None
         if answer is not None:
             return answer
@@ -155,7 +155,7 @@ class Node:
         try:
             self._publish(request, fetched)
         except (OSError, _Unusable) as error:
-            self._leave(error)
+            self._leave(error, request)
         return fetched
 
     def let_go(self, *, blocked: bool) -> None:
@@ -230,8 +230,9 @@ class Node:
         self._held[request.blocked] = byte
         return True
 
-    def _leave(self, error: Exception) -> None:
+    def _leave(self, error: Exception, request: pb.GetValuesRequest) -> None:
         """Ask for oneself from now on, and say why once."""
+        self.let_go(blocked=request.blocked)
         if not self._is_alone:
             self._is_alone = True
             _say_alone(self._link, error)
