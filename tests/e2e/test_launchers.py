@@ -47,7 +47,7 @@ def kubernetes(rank: int, start: int) -> dict[str, str]:
     }
 
 
-KEYS = {
+KEYS: dict[Callable[[int, int], dict[str, str]], str] = {
     slurm: "{SLURM_JOB_ID}.{SLURM_STEP_ID}.{SLURM_RESTART_COUNT}",
     kubernetes: "{JOBSET_UID}.{RESTART_ATTEMPT}",
 }
@@ -99,9 +99,10 @@ def test_a_requeued_job_goes_on_and_what_is_left_of_it_is_refused(
     launcher: Callable[[int, int], dict[str, str]],
 ) -> None:
     server = servers()
+    spec = make_spec("requeued", delay=4)
     plan = {
         "address": server.grpc,
-        "spec": make_spec("requeued", delay=4),
+        "spec": spec,
         "folder": str(tmp_path),
         "key": KEYS[launcher],
         "steps": STEPS,
@@ -127,7 +128,7 @@ def test_a_requeued_job_goes_on_and_what_is_left_of_it_is_refused(
     assert zombie.wait(DEADLINE_S) == 1
     assert (tmp_path / f"ended-{zombie.pid}").read_text() == "AttemptSuperseded"
 
-    expected = Expected.of(plan["spec"])
+    expected = Expected.of(spec)
     expected.open(0)
     expected.feed({n: loss_at(n) for n in range(STEPS + 100)})
     used = used_in(tmp_path)
