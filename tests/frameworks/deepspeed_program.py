@@ -6,7 +6,8 @@ The plan may have besides:
     accumulate      number of micro-batches of an update
     overflow_at     progress whose first try has gradients that are not finite
     pipeline        whether the model is a pipeline, of as many stages as there are ranks
-    torch_backward  whether the loop calls loss.backward()
+    torch_backward  whether the loop calls loss.backward(), and has a validation loss of 1.5
+    half_offloaded  whether the engine looks as if it had a second optimizer
     spoils          whether the checkpoint's optimizer holds other values than those served
     lr_kwargs       what engine.step gets as lr_kwargs
     refused         whether InvalidArgument is awaited, and printed
@@ -40,9 +41,10 @@ RANK, RANKS = (int(os.environ.get(name, default)) for name, default in _ALONE[:2
 class Training:
     """An engine, its scheduler, and what the optimizer under the engine uses."""
 
-    def __init__(self, engine: Any, scheduler: DeepSpeedScheduler) -> None:
-        self._engine, self._scheduler = engine, scheduler
-        self._recorder = Recorder() if RANK == 0 else None
+    def __init__(
+        self, engine: Any, scheduler: DeepSpeedScheduler, recorder: Recorder | None
+    ) -> None:
+        self._engine, self._scheduler, self._recorder = engine, scheduler, recorder
         self._overflows = PLAN.get("overflow_at")
         self._here = 0
         self._uses: list[list[dict[str, Any]]] = []
@@ -71,6 +73,8 @@ class Training:
             else:
                 self._engine.backward(loss)
             self._engine.step(PLAN.get("lr_kwargs"))
+        if PLAN.get("torch_backward"):
+            self._scheduler.report_validation("dev", 1.5)
         return _mean(torch.stack(losses).sum() / PARTS)
 
     def _loss(self, part: int) -> torch.Tensor:
@@ -144,12 +148,15 @@ def main() -> None:
         ]
     )
     config = {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": PARTS}
-    config |= {"steps_per_print": 1} | PLAN.get("config", {})
+    config |= {"steps_per_print": 1, "log_level": "info"} | PLAN.get("config", {})
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+    if PLAN.get("half_offloaded"):
+        engine.optimizer.backup_optimizer = None
     spec = PLAN["spec"]
     with lrpilot.connect(PLAN["address"], run=spec["name"], spec=spec) as pilot:
         try:
-            Training(engine, DeepSpeedScheduler(pilot, engine)).run()
+            recorder = Recorder() if RANK == 0 else None
+            Training(engine, DeepSpeedScheduler(pilot, engine), recorder).run()
         except lrpilot.InvalidArgument as error:
             if not PLAN.get("refused"):
                 raise

@@ -1,6 +1,7 @@
 """A DeepSpeed engine whose LR scheduler is lrpilot's, on the CPU: ZeRO, a pipeline, overflows."""
 
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,12 @@ def test_it_uses_the_curve_in_every_optimizer_of_deepspeed(
     tmp_path: Path, config: dict[str, Any]
 ) -> None:
     spec = _spec("other")
-    _check_once(train_once(tmp_path, "deepspeed_program", spec, config=config), tmp_path, spec)
+    once = train_once(tmp_path, "deepspeed_program", spec, config=config)
+    _check_once(once, tmp_path, spec)
+    # The LR that DeepSpeed logs for an update, counted from 1, is the one that it used.
+    logged = re.findall(r"step=([1-9]\d*), skipped=0, lr=\[([^,]+),", once.log)
+    used = [(str(n + 1), values[0][0]) for n, values in once.used.items()]
+    assert [(step, float(rate).hex()) for step, rate in logged] == used
 
 
 def test_an_overflow_keeps_the_progress_and_its_loss_is_seen(tmp_path: Path) -> None:
@@ -99,6 +105,9 @@ def test_losses_that_deepspeed_does_not_see_are_taken_by_hand(tmp_path: Path) ->
     config = {"zero_optimization": {"stage": 2}}
     once = train_once(tmp_path, "deepspeed_program", spec, config=config, torch_backward=True)
     _check_once(once, tmp_path, spec)
+    # A validation loss rides in the next report.
+    seen = [dict(record.validation_losses) for record in once.records]
+    assert seen == [{}] + [{"dev": 1.5}] * (STEPS - 1)
 
 
 def test_an_update_consumes_what_deepspeed_is_told(tmp_path: Path) -> None:
@@ -112,4 +121,14 @@ def test_the_second_try_of_deepspeed_is_not_taken_for_an_increment(tmp_path: Pat
     spec = _spec("second-try")
     once = train_once(tmp_path, "deepspeed_program", spec, lr_kwargs={"metrics": 1.0}, refused=True)
     assert "lr_kwargs: got {'metrics': 1.0}; allowed: nothing, or increment" in once.log
+    assert once.used == {}
+
+
+def test_a_second_optimizer_that_no_scheduler_reaches_is_refused(tmp_path: Path) -> None:
+    spec = _spec("offload")
+    config = {"zero_optimization": {"stage": 1}}
+    once = train_once(
+        tmp_path, "deepspeed_program", spec, config=config, half_offloaded=True, refused=True
+    )
+    assert "allowed: offload_optimizer with ratio 1" in once.log
     assert once.used == {}
