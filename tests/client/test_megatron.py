@@ -11,8 +11,14 @@ from typing import Any
 import pytest
 
 import lrpilot.client as lrpilot
-from lrpilot.client import megatron
-from lrpilot.client.megatron import OptimizerParamScheduler, connected, spec_from_args
+from lrpilot.client.megatron import (
+    OptimizerParamScheduler,
+    connected,
+    reporting,
+    spec_from_args,
+)
+from lrpilot.client.megatron._connection import usual_delay
+from lrpilot.client.megatron._reporting import Outcome
 
 ITERATIONS: dict[str, Any] = {
     "train_iters": 500, "train_samples": None, "lr": 6e-5, "min_lr": 6e-6,
@@ -326,16 +332,16 @@ def test_the_delay_is_in_steps_of_the_full_batch(monkeypatch: pytest.MonkeyPatch
     ):
         module = SimpleNamespace(_GLOBAL_NUM_MICROBATCHES_CALCULATOR=calculator)
         monkeypatch.setitem(sys.modules, name, module)
-        assert megatron._usual_delay() == delay
+        assert usual_delay() == delay
 
 
 def test_train_steps_of_both_kinds_are_read() -> None:
     losses = {"lm loss": 1.5, "mtp loss": 9.0}
-    new = megatron._Outcome.of((losses, 0, False, True, 0, 2.5, 0, None))
-    old = megatron._Outcome.of((losses, 0, 2.5, 0))
+    new = Outcome.of((losses, 0, False, True, 0, 2.5, 0, None))
+    old = Outcome.of((losses, 0, 2.5, 0))
     assert (new.loss, new.grad_norm, new.ends) == (1.5, 2.5, True)
     assert (old.loss, old.grad_norm, old.ends) == (1.5, 2.5, False)
-    assert megatron._Outcome.of(({}, 1, None, 0)).loss is None
+    assert Outcome.of(({}, 1, None, 0)).loss is None
 
 
 def test_a_train_step_without_a_scheduler_is_called_as_it_is() -> None:
@@ -343,7 +349,7 @@ def test_a_train_step_without_a_scheduler_is_called_as_it_is() -> None:
         """Train."""
         return iteration + 1
 
-    reported = megatron.reporting(train_step)
+    reported = reporting(train_step)
     assert reported(1) == 2
     assert reported.__doc__ == "Train."
 

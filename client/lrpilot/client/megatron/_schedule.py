@@ -7,7 +7,7 @@ from typing import Any
 
 from lrpilot.client._arguments import text
 from lrpilot.client._errors import invalid_argument
-from lrpilot.client._megatron_groups import GroupKeys, GroupTable
+from lrpilot.client.megatron._groups import GroupKeys, GroupTable
 
 _STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 

@@ -6,6 +6,7 @@ from itertools import zip_longest
 from typing import Any
 
 from lrpilot.client._errors import GroupMismatch, invalid_argument
+from lrpilot.client._launch import _process_group
 
 MAIN = "main"
 """Group of the spec that has the scheduler's own values; no param group need be in it."""
@@ -53,6 +54,14 @@ def read_groups(optimizer: Any) -> list[GroupKeys]:
     if not isinstance(groups, (list, tuple)):
         raise invalid_argument("optimizer", optimizer, "an object with param_groups")
     return [GroupKeys.of(group) for group in groups]
+
+
+def of_all_ranks(keys: list[GroupKeys]) -> list[GroupKeys]:
+    """Return the keys of the param groups of every rank: pipeline stages have different ones."""
+    group = _process_group()
+    if group is None or group.size == 1:
+        return keys
+    return [each for theirs in group.gather(keys) for each in theirs]
 
 
 class GroupTable:

@@ -1,13 +1,9 @@
-"""Megatron-LM and NeMo's Megatron-Bridge: a scheduler with the interface of their own.
-
-Imports neither: what it asks of Megatron-LM, it asks where that was imported already.
-"""
+"""A scheduler with the interface of Megatron-LM's own, and how it takes the place of that."""
 
 import functools
 import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from lrpilot.client import _timing
@@ -19,78 +15,29 @@ from lrpilot.client._errors import (
     invalid_argument,
 )
 from lrpilot.client._groups import _put
-from lrpilot.client._launch import _process_group
 from lrpilot.client._loss import Loss
-from lrpilot.client._megatron_arguments import (
-    both_flags,
-    ramp_by_iterations,
-    read_schedule,
-    standard_groups,
-)
-from lrpilot.client._megatron_groups import GroupKeys, GroupTable, NamedOptimizer, read_groups
-from lrpilot.client._megatron_schedule import Schedule
-from lrpilot.client._megatron_state import MegatronState, write_state
-from lrpilot.client._pilot import Pilot, connect
+from lrpilot.client._pilot import Pilot
 from lrpilot.client._scheduler import Scheduler
-
-__all__ = [
-    "Connection",
-    "ExportRefused",
-    "OptimizerParamScheduler",
-    "connected",
-    "reporting",
-    "spec_from_args",
-]
+from lrpilot.client.megatron._arguments import both_flags, ramp_by_iterations
+from lrpilot.client.megatron._connection import Connection, usual_delay
+from lrpilot.client.megatron._groups import (
+    GroupKeys,
+    GroupTable,
+    NamedOptimizer,
+    of_all_ranks,
+    read_groups,
+)
+from lrpilot.client.megatron._schedule import Schedule
+from lrpilot.client.megatron._state import MegatronState, write_state
 
 logger = logging.getLogger("lrpilot.client")
 
 OWN = "lrpilot"
 """Key of our own part in the scheduler's state."""
 
-DELAY_STEPS = 32
-"""Steps that a loss takes to act where the spec says nothing: a delay in samples is easily less
-than one step."""
-
 
 class ExportRefused(LrpilotError):
     """A state for Megatron-LM's own scheduler would leave out changes in force; they are named."""
-
-
-@dataclass(frozen=True)
-class Connection:
-    """Where the run of a scheduler is, and what Megatron-LM has no arguments for."""
-
-    address: str
-    """HOST:PORT of the server, as for `lrpilot.connect`."""
-    run: str
-    """Name of the run."""
-    extras: Mapping[str, Any] = field(default_factory=dict)
-    """Fields of the spec beside the schedule: policies, feedback, bounds."""
-    resume_at: int | None = None
-    """Progress to begin at where no state is loaded, in samples; None: 0, without losses."""
-    on_change: Literal["refuse", "revise"] = "refuse"
-    """What to do where the spec of a known run differs and no flag for checkpoints says so."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Other arguments of `lrpilot.connect`."""
-
-    def open(
-        self, spec: Mapping[str, Any], *, begin: int | None, revise: bool, start: int
-    ) -> Pilot:
-        """Connect to the run; `start` counts how often this process has. Raises as `connect`."""
-        options = dict(self.options)
-        if options.get("key"):
-            # The same key again would join the attempt that this process leaves.
-            options["key"] = f"{options['key']}/{start}"
-        if options.get("reporter") is None:
-            options["reporter"] = _last_stage()
-        return connect(
-            self.address,
-            run=self.run,
-            spec=spec,
-            on_change="revise" if revise else self.on_change,
-            resume_at=begin,
-            **options,
-        )
 
 
 def connected(
@@ -136,69 +83,6 @@ def connected(
         address, run, extras, resume_at, on_change, {"reporter": reporter, **options}
     )
     return functools.partial(OptimizerParamScheduler, connection=connection)
-
-
-def spec_from_args(
-    args: Any,
-    *,
-    name: str,
-    optimizer: Any = None,
-    policies: Sequence[Mapping[str, Any]] = (),
-    feedback: Mapping[str, Any] | None = None,
-    bounds: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return the run spec with the meaning of Megatron-LM's parsed arguments, to the bit.
-
-    Args:
-        args: what its argument parser returned; it is left as it is.
-        name: of the run.
-        optimizer: whose param groups the groups of the spec are, those of every rank: with
-            torch.distributed every rank calls it then. None: the groups that Megatron-LM makes of
-            a model by default.
-        policies, feedback, bounds: fields of the spec that Megatron-LM has no arguments for.
-
-    Raises InvalidArgument naming the argument that cannot be mapped, its value and what is
-    allowed.
-    """
-    schedule = read_schedule(args)
-    keys = standard_groups(args) if optimizer is None else _of_all_ranks(read_groups(optimizer))
-    schedule.check_groups(keys)
-    fields = {"policies": list(policies), "feedback": feedback, "bounds": bounds}
-    batch = getattr(args, "global_batch_size", None)
-    return schedule.spec(
-        GroupTable(schedule.own, keys),
-        name=name,
-        extras={key: value for key, value in fields.items() if value},
-        delay=DELAY_STEPS * batch if batch else None,
-    )
-
-
-def reporting(train_step: Callable[..., Any]) -> Callable[..., Any]:
-    """Return Megatron-LM's `train_step` that also reports what it returns; a decorator as well.
-
-    The loss is known when `train_step` has returned, after it stepped the scheduler. So a step of
-    an `OptimizerParamScheduler` made inside is carried out when it returns, with the loss, and LR
-    and WD are there before anything else reads them. Reported are the first loss that it returns,
-    reduced by Megatron-LM, and the norm of the gradient; an iteration whose update was skipped is
-    reported as skipped. Before the first call of `train_step` the attempt is opened.
-    """
-
-    @functools.wraps(train_step)
-    def reported(*args: Any, **kwargs: Any) -> Any:
-        scheduler = _among(args, kwargs)
-        if scheduler is None:
-            return train_step(*args, **kwargs)
-        scheduler.begin()
-        scheduler._hold()
-        try:
-            outcome = train_step(*args, **kwargs)
-        except BaseException:
-            scheduler._drop()
-            raise
-        scheduler._release(_Outcome.of(outcome))
-        return outcome
-
-    return reported
 
 
 class OptimizerParamScheduler:
@@ -451,10 +335,10 @@ class OptimizerParamScheduler:
         is_loaded: bool = False,
     ) -> Scheduler:
         """Open an attempt, in place of the one that this scheduler has, and write LR and WD."""
-        table = GroupTable(schedule.own, _of_all_ranks(keys))
+        table = GroupTable(schedule.own, of_all_ranks(keys))
         connection = self._connection
         spec = schedule.spec(
-            table, name=connection.run, extras=connection.extras, delay=_usual_delay()
+            table, name=connection.run, extras=connection.extras, delay=usual_delay()
         )
         wins = self.override_opt_param_scheduler or (
             is_loaded and self.use_checkpoint_opt_param_scheduler
@@ -531,13 +415,13 @@ class OptimizerParamScheduler:
         """Forget the step that waits."""
         self._held = None
 
-    def _release(self, outcome: "_Outcome") -> None:
+    def _release(self, loss: Loss, grad_norm: Loss, *, ends: bool) -> None:
         """Make the step that waits; none: the update was skipped, unless the training ends."""
         increment, self._held = self._held, None
         if increment:
-            self.step(increment, outcome.loss, grad_norm=outcome.grad_norm, batch=increment)
-        elif not outcome.ends:
-            self.step(1, outcome.loss, grad_norm=outcome.grad_norm, skipped=True)
+            self.step(increment, loss, grad_norm=grad_norm, batch=increment)
+        elif not ends:
+            self.step(1, loss, grad_norm=grad_norm, skipped=True)
 
     def _warn_of_ramp(self) -> None:
         args = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
@@ -554,36 +438,6 @@ class OptimizerParamScheduler:
 
 _ARGUMENTS = frozenset(Schedule.__dataclass_fields__)
 """Attributes of Megatron-LM's class, as they are in force."""
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """What a `train_step` returned."""
-
-    loss: Loss
-    grad_norm: Loss
-    ends: bool
-    """The training ends without a step, by the state machine for reruns."""
-
-    @classmethod
-    def of(cls, returned: Any) -> "_Outcome":
-        losses = returned[0]
-        loss = next(iter(losses.values()), None) if isinstance(losses, Mapping) else losses
-        if len(returned) < _RETURNED:
-            # Until megatron-core 0.9: losses, whether it was skipped, norm, zeros.
-            return cls(loss, returned[2], False)
-        return cls(loss, returned[5], bool(returned[3]))
-
-
-_RETURNED = 7
-"""Least length of what `train_step` returns since it may ask to end the training."""
-
-
-def _among(args: Sequence[Any], kwargs: Mapping[str, Any]) -> OptimizerParamScheduler | None:
-    for item in (*args, *kwargs.values()):
-        if isinstance(item, OptimizerParamScheduler):
-            return item
-    return None
 
 
 def _check_own(own: Any, num_steps: int) -> None:
@@ -610,33 +464,3 @@ def _check_keys(built: list[GroupKeys], loaded: list[GroupKeys], own: GroupKeys)
                     got,
                     f"{saved[name]!r}, which the checkpoint has, unless a flag says which wins",
                 )
-
-
-def _of_all_ranks(keys: list[GroupKeys]) -> list[GroupKeys]:
-    """Return the keys of the param groups of every rank: pipeline stages have different ones."""
-    group = _process_group()
-    if group is None or group.size == 1:
-        return keys
-    return [each for theirs in group.gather(keys) for each in theirs]
-
-
-def _last_stage() -> int:
-    """Return the global rank that has the loss: the first of the last pipeline stage."""
-    state: Any = sys.modules.get("megatron.core.parallel_state")
-    if state is None or not state.model_parallel_is_initialized():
-        return 0
-    group = _process_group()
-    if group is None:
-        return int(state.get_pipeline_model_parallel_last_rank())
-    return int(group.from_first(state.get_pipeline_model_parallel_last_rank))
-
-
-def _usual_delay() -> int | None:
-    """Return the delay of some steps in samples, where Megatron-LM knows its batch size."""
-    module: Any = sys.modules.get("megatron.core.num_microbatches_calculator")
-    calculator = getattr(module, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR", None)
-    # While batches grow, the current size is not the one that they grow to.
-    batch = getattr(calculator, "global_batch_size", None) or getattr(
-        calculator, "current_global_batch_size", None
-    )
-    return DELAY_STEPS * batch if batch else None

@@ -7,7 +7,7 @@ from typing import Any
 from lrpilot.client import _timing
 from lrpilot.client._arguments import integer
 from lrpilot.client._errors import InvalidState, invalid_argument
-from lrpilot.client._megatron_schedule import Schedule
+from lrpilot.client.megatron._schedule import Schedule
 
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "max_lr": ("start_lr", "max_lr"),

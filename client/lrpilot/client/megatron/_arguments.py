@@ -1,16 +1,53 @@
 """Megatron-LM's parsed arguments, read as its training does to make a scheduler."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lrpilot.client._errors import InvalidArgument, invalid_argument
-from lrpilot.client._megatron_groups import GroupKeys
-from lrpilot.client._megatron_schedule import Schedule
+from lrpilot.client.megatron._connection import DELAY_STEPS
+from lrpilot.client.megatron._groups import GroupKeys, GroupTable, of_all_ranks, read_groups
+from lrpilot.client.megatron._schedule import Schedule
 
 _OF_ITERATIONS = ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters")
 
 _OF_SAMPLES = ("lr_decay_samples", "lr_warmup_samples", "lr_wsd_decay_samples")
 
 _RAMPS = ("rampup_batch_size", "step_batch_size_schedule")
+
+
+def spec_from_args(
+    args: Any,
+    *,
+    name: str,
+    optimizer: Any = None,
+    policies: Sequence[Mapping[str, Any]] = (),
+    feedback: Mapping[str, Any] | None = None,
+    bounds: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the run spec with the meaning of Megatron-LM's parsed arguments, to the bit.
+
+    Args:
+        args: what its argument parser returned; it is left as it is.
+        name: of the run.
+        optimizer: whose param groups the groups of the spec are, those of every rank: with
+            torch.distributed every rank calls it then. None: the groups that Megatron-LM makes of
+            a model by default.
+        policies, feedback, bounds: fields of the spec that Megatron-LM has no arguments for.
+
+    Raises InvalidArgument naming the argument that cannot be mapped, its value and what is
+    allowed.
+    """
+    schedule = read_schedule(args)
+    keys = standard_groups(args) if optimizer is None else of_all_ranks(read_groups(optimizer))
+    schedule.check_groups(keys)
+    fields = {"policies": list(policies), "feedback": feedback, "bounds": bounds}
+    batch = getattr(args, "global_batch_size", None)
+    return schedule.spec(
+        GroupTable(schedule.own, keys),
+        name=name,
+        extras={key: value for key, value in fields.items() if value},
+        delay=DELAY_STEPS * batch if batch else None,
+    )
 
 
 def read_schedule(args: Any) -> Schedule:
