@@ -481,15 +481,14 @@ class Holder:
         """
         end_s = time.monotonic() + timeout_s
         backoff = Backoff()
-        while self._used:
+        while self._used and not self._link.closing.is_set():
             try:
-                self._declare()
+                self._used.declare(self._record)
             except Unanswered:
-                left_s = end_s - time.monotonic()
-                if left_s <= 0.0 or self._link.closing.is_set():
-                    return False
-                self._link.pause(min(backoff.next_s(), left_s))
-        return True
+                self._link.pause(min(backoff.next_s(), end_s - time.monotonic()))
+            if time.monotonic() >= end_s:
+                break
+        return not self._used
 
     def close(self) -> None:
         """Let the background thread end; its call was ended with the link."""

@@ -420,6 +420,7 @@ def _deliver_all() -> None:
     end_s = time.monotonic() + _timing.ABANDON_FLUSH_S
     for pilot in list(_open):
         link = pilot._session.link
+        pilot._session.settle(end_s - time.monotonic())
         while link.undelivered() and link.failure is None and time.monotonic() < end_s:
             time.sleep(_LOOK_S)
         if left := link.undelivered():

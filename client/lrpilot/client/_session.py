@@ -274,13 +274,18 @@ class Session:
     def _deliver(self, patience_s: float) -> LrpilotError | None:
         """Declare what was used alone, and deliver the queued reports; return what was met."""
         end_s = time.monotonic() + patience_s
+        problem = self.settle(patience_s)
+        if self._reporter is not None:
+            self._reporter.flush(max(end_s - time.monotonic(), 0.0))
+        return problem
+
+    def settle(self, patience_s: float) -> LrpilotError | None:
+        """Declare what was used alone in leader mode, for a bounded time; return what was met."""
         try:
             if self._lease is not None:
                 self._lease.settle(patience_s)
         except LrpilotError as error:
             return error
-        if self._reporter is not None:
-            self._reporter.flush(max(end_s - time.monotonic(), 0.0))
         return None
 
     def _has_successor(self) -> bool:
@@ -496,7 +501,9 @@ class Session:
         """Tell the server what became of a directive, for a bounded time; one rank does it."""
         if self.place.rank != self._reporters[0] or self.opened is None:
             return
-        link = self.link
+        link, patience_s = self.link, _timing.ACKNOWLEDGE_PATIENCE_S
+        if self._leads:
+            patience_s = min(patience_s, _timing.LEADER_PATIENCE_S)
         try:
             link.until(
                 link.stub.AcknowledgeDirective,
@@ -509,8 +516,8 @@ class Session:
                     progress=progress,
                     detail=detail,
                 ),
-                timeout_s=_timing.ACKNOWLEDGE_PATIENCE_S,
-                patience_s=_timing.ACKNOWLEDGE_PATIENCE_S,
+                timeout_s=patience_s,
+                patience_s=patience_s,
                 doing=f"acknowledges directive {directive.id}",
             )
         except LrpilotError as error:
@@ -563,7 +570,8 @@ class Session:
         start_s = time.monotonic()
         end_s = start_s + min(_timing.SAVE_PATIENCE_S, link.outage_timeout_s)
         doing = f"saves the state at progress {progress}"
-        if not self._lease.settle(end_s - start_s):
+        # A job that goes on alone has shown its patience; a checkpoint does not stop it for more.
+        if not self._lease.settle(min(end_s - start_s, _timing.LEADER_PATIENCE_S)):
             raise link.unavailable(
                 doing, time.monotonic() - start_s, "rank 0 has not declared yet what it used alone"
             )
