@@ -75,6 +75,13 @@ def main() -> None:
 
     # It stays refused, and no rank waits for another.
     results["superseded"] = [refused(train), refused(scheduler.apply)]
+
+    # What a background thread of rank 0 alone met; it does not leave the others in the exchange.
+    pilot = connect(reporter=0)
+    scheduler = pilot.scheduler(optimizer())
+    if RANK == 0:
+        pilot._session.link.fail(lrpilot.LossConflict("staged"))
+    results["failed"] = [refused(train), refused(scheduler.apply)]
     dist.destroy_process_group()
     sys.stdout.write(json.dumps(results))
 

@@ -719,5 +719,5 @@ def test_three_ranks(trainer: FakeTrainer, refuse: Refuse, tmp_path: Path) -> No
         assert (name, text.endswith("(rank 0)")) == ("BeyondHorizon", number != 0)
         assert rank["apart"][0] == ("InvalidArgument" if number == 1 else "")
         assert [item[0] for item in rank["superseded"]] == ["AttemptSuperseded"] * 2
-    assert {request.rank for request in trainer.calls["ReportLosses"]} == {1}
+        assert [item[0] for item in rank["failed"]] == ["LossConflict"] * 2
     assert {request.holder for request in trainer.calls["GetValues"]} <= {b"holder1", b"holder2"}
