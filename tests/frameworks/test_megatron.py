@@ -501,6 +501,83 @@ def test_the_end_of_the_decay_is_a_position(fleet: Fleet) -> None:
     assert ours.get_lr({}) == 0.0
 
 
+# Refused states, and those of other runs.
+
+
+def test_a_state_that_the_server_refuses_leaves_the_scheduler_where_it_is(fleet: Fleet) -> None:
+    ours = fleet.make(COSINE)
+    ours.step(300, loss=2.0)
+    state, seen = ours.state_dict(), held(ours)
+    other = fleet.make(COSINE, run=fleet.name())
+    other.step(200, loss=2.0)
+    blob = other.state_dict()["lrpilot"]["state"]
+    wrong = {**state["lrpilot"], "state": blob, "progress": 200}
+    with pytest.raises(lrpilot.LrpilotError):
+        ours.load_state_dict(state | {"num_steps": 200, "lrpilot": wrong})
+    assert (ours.num_steps, held(ours)) == (300, seen)
+    ours.step(100, loss=1.0)
+    ours.load_state_dict(ours.state_dict())
+    assert ours.num_steps == 400
+
+
+def test_a_damaged_state_is_refused_before_the_run_is_revised(fleet: Fleet, server: str) -> None:
+    before = fleet.make(COSINE)
+    before.step(300, loss=2.0)
+    state = before.state_dict()
+    before.close()
+    run = before._connection.run
+    halved = COSINE | {"max_lr": 5e-4}
+    again = fleet.make(halved, flags=OVERRIDE, run=run)
+    damaged = state["lrpilot"] | {"state": "no base64"}
+    with pytest.raises(lrpilot.InvalidState, match="damaged"):
+        again.load_state_dict(state | {"lrpilot": damaged})
+    # The run still has the spec that it was made with.
+    fleet.make(COSINE, run=run).load_state_dict(state)
+
+
+def test_losses_reported_before_another_state_is_loaded_arrive(fleet: Fleet, server: str) -> None:
+    ours = fleet.make(COSINE)
+    for _ in range(5):
+        ours.step(10, loss=2.0)
+    ours.load_state_dict({**ours.megatron_state_dict(), "num_steps": 40})
+    with Runs(server) as runs:
+        assert set(runs.losses(ours._connection.run)[1]) == {0, 10, 20, 30, 40}
+
+
+def test_a_run_begins_from_the_state_of_another_where_told_so(fleet: Fleet, real: Any) -> None:
+    before = fleet.make(COSINE, GROUPS)
+    before.step(300, loss=2.0)
+    state = before.state_dict()
+    with pytest.raises(lrpilot.InvalidState, match=r"belongs to run .*resume_at=300"):
+        fleet.make(COSINE, GROUPS).load_state_dict(state)
+    with pytest.raises(lrpilot.InvalidState, match=r"belongs to run .*resume_at=300"):
+        fleet.make(COSINE, GROUPS, resume_at=0).load_state_dict(state)
+    ours = fleet.make(COSINE, GROUPS, resume_at=300)
+    ours.load_state_dict(state)
+    same(ours, loaded(real, COSINE, GROUPS, NEITHER, state))
+
+
+def test_another_batch_size_after_a_resume_keeps_the_usual_delay(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "megatron.core.num_microbatches_calculator"
+    calculator = SimpleNamespace(global_batch_size=8)
+    module = SimpleNamespace(_GLOBAL_NUM_MICROBATCHES_CALCULATOR=calculator)
+    monkeypatch.setitem(sys.modules, name, module)
+    before = fleet.make(COSINE)
+    before.step(8, loss=2.0)
+    state = before.state_dict()
+    before.close()
+    calculator.global_batch_size = 16
+    again = fleet.make(COSINE, run=before._connection.run)
+    again.load_state_dict(state)
+    assert again.num_steps == 8
+    # One who gives another delay is told of it.
+    other = fleet.make(COSINE, run=before._connection.run, feedback={"delay": 7})
+    with pytest.raises(lrpilot.SpecChanged, match=r"feedback\.delay: 256 -> 7"):
+        other.load_state_dict(state)
+
+
 PLATEAU = {"kind": "plateau", "factor": 0.5, "patience": 1, "threshold": 0.0}
 
 

@@ -24,7 +24,8 @@ class Connection:
     extras: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the spec beside the schedule: policies, feedback, bounds."""
     resume_at: int | None = None
-    """Progress to begin at where no state is loaded, in samples; None: 0, without losses."""
+    """Progress in samples to begin at where no state is loaded, or one that another run saved;
+    None: 0, without losses."""
     on_change: Literal["refuse", "revise"] = "refuse"
     """What to do where the spec of a known run differs and no flag for checkpoints says so."""
     options: Mapping[str, Any] = field(default_factory=dict)

@@ -11,13 +11,17 @@ from lrpilot.client._arguments import integer
 from lrpilot.client._errors import (
     AttemptNotOpen,
     InvalidState,
+    JoinRefused,
     LrpilotError,
     invalid_argument,
 )
 from lrpilot.client._groups import _put
+from lrpilot.client._launch import _process_group
 from lrpilot.client._loss import Loss
 from lrpilot.client._pilot import Pilot
 from lrpilot.client._scheduler import Scheduler
+from lrpilot.client._session import agree
+from lrpilot.client._state import decode
 from lrpilot.client.megatron._arguments import both_flags, ramp_by_iterations
 from lrpilot.client.megatron._connection import Connection, usual_delay
 from lrpilot.client.megatron._groups import (
@@ -67,7 +71,8 @@ def connected(
         bounds: of the spec.
         reporter: global rank whose loss counts. None: the first rank of the last pipeline stage.
         resume_at: progress in samples to begin at where no state is loaded, such as 0 to start a
-            run with losses over.
+            run with losses over; or that of a state which another run saved, to begin this run
+            from it.
         on_change: as in `lrpilot.connect`; a loaded state whose flag lets the arguments or the
             checkpoint win revises the run.
         options: the other arguments of `lrpilot.connect`.
@@ -150,6 +155,8 @@ class OptimizerParamScheduler:
         self._pilot: Pilot | None = None
         self._scheduler: Scheduler | None = None
         self._table: GroupTable | None = None
+        self._delay: int | None = None
+        """Delay of the feedback in samples where the spec names none; None: not known."""
         self._starts = 0
         self._is_stepped = False
         """Whether a step was made since the attempt opened."""
@@ -225,7 +232,7 @@ class OptimizerParamScheduler:
         """
         state = write_state(self._schedule, self.num_steps)
         if self._scheduler is not None:
-            state[OWN] = self._scheduler.state_dict()
+            state[OWN] = {**self._scheduler.state_dict(), "delay": self._delay}
         return state
 
     def megatron_state_dict(self, *, force: bool = False) -> dict[str, Any]:
@@ -254,21 +261,20 @@ class OptimizerParamScheduler:
         """Open the attempt at a state, ours or Megatron-LM's of any age, and write LR and WD.
 
         Load the optimizer's state first, as Megatron-LM does. Nothing changes where it is
-        refused. Raises InvalidState, InvalidArgument where a value is not the checkpoint's and no
-        flag says which wins, and as `lrpilot.connect` and `Pilot.scheduler` do.
+        refused, and then every rank raises. A state that another run saved is taken for what
+        Megatron-LM knows of it where the connection says `resume_at` its num_steps.
+
+        Raises InvalidState, InvalidArgument where a value is not the checkpoint's and no flag
+        says which wins, and as `lrpilot.connect` and `Pilot.scheduler` do.
         """
-        saved = MegatronState.read(state_dict)
-        own = state_dict.get(OWN)
-        _check_own(own, saved.num_steps)
-        loaded = read_groups(self.optimizer)
-        if self.override_opt_param_scheduler:
-            schedule, keys = self._schedule, self._keys
-        elif self.use_checkpoint_opt_param_scheduler:
-            schedule, keys = saved.applied(self._schedule), loaded
-        else:
-            schedule, keys = saved.checked(self._schedule), self._keys
-            _check_keys(keys, loaded, schedule.own)
-        schedule.check_groups(keys)
+        problem: LrpilotError | None = None
+        try:
+            read = self._read(state_dict)
+        except LrpilotError as error:
+            problem = error
+        # Pipeline stages have param groups of their own, so one may be refused alone.
+        agree(_process_group(), problem, {}, JoinRefused, "load the same state on every rank")
+        saved, own, schedule, keys = read
         stands = (self._schedule, self._keys, self.num_steps)
         if self._scheduler is not None and stands == (schedule, keys, saved.num_steps):
             # A framework may load a state twice.
@@ -325,6 +331,50 @@ class OptimizerParamScheduler:
             )
         super().__setattr__(name, value)
 
+    def _read(
+        self, state_dict: Mapping[str, Any]
+    ) -> tuple[MegatronState, Mapping[str, Any] | None, Schedule, list[GroupKeys]]:
+        """Return a state, our part of it, and the schedule and keys that it leads to.
+
+        Raises InvalidState, InvalidArgument.
+        """
+        saved = MegatronState.read(state_dict)
+        own = self._own_part(state_dict.get(OWN), saved.num_steps)
+        loaded = read_groups(self.optimizer)
+        if self.override_opt_param_scheduler:
+            schedule, keys = self._schedule, self._keys
+        elif self.use_checkpoint_opt_param_scheduler:
+            schedule, keys = saved.applied(self._schedule), loaded
+        else:
+            schedule, keys = saved.checked(self._schedule), self._keys
+            _check_keys(keys, loaded, schedule.own)
+        schedule.check_groups(keys)
+        return saved, own, schedule, keys
+
+    def _own_part(self, own: Any, num_steps: int) -> Mapping[str, Any] | None:
+        """Return our part of a state; None: there is none that counts. Raises InvalidState."""
+        if own is None:
+            return None
+        run = self._connection.run
+        owner = own.get("run", run) if isinstance(own, Mapping) else run
+        if owner != run:
+            if self._connection.resume_at == num_steps:
+                return None
+            raise InvalidState(
+                f"state: it belongs to run {owner!r}, not to run {run!r}. resume_at={num_steps} "
+                f"begins run {run!r} there with the schedule alone, without what changed LR and WD "
+                f"in run {owner!r}",
+                facts={"run": run, "state_run": owner, "num_steps": num_steps},
+            )
+        progress = decode(run, own).progress
+        if progress not in (None, num_steps):
+            raise InvalidState(
+                f"state: num_steps is {num_steps}, and {OWN!r} was saved at progress {progress}; "
+                f"take {OWN!r} out to begin at num_steps without it",
+                facts={"num_steps": num_steps, "progress": progress},
+            )
+        return None if progress is None else own
+
     def _open(
         self,
         schedule: Schedule,
@@ -336,10 +386,10 @@ class OptimizerParamScheduler:
     ) -> Scheduler:
         """Open an attempt, in place of the one that this scheduler has, and write LR and WD."""
         table = GroupTable(schedule.own, of_all_ranks(keys))
-        connection = self._connection
-        spec = schedule.spec(
-            table, name=connection.run, extras=connection.extras, delay=usual_delay()
-        )
+        connection, left = self._connection, self._pilot
+        # The usual one is of the batch size that the run began with.
+        delay = (own or {}).get("delay") or self._delay or usual_delay()
+        spec = schedule.spec(table, name=connection.run, extras=connection.extras, delay=delay)
         wins = self.override_opt_param_scheduler or (
             is_loaded and self.use_checkpoint_opt_param_scheduler
         )
@@ -347,28 +397,22 @@ class OptimizerParamScheduler:
         self._starts += 1
         pilot = connection.open(spec, begin=begin, revise=bool(wins), start=self._starts)
         try:
-            # Only now: the run may have refused.
-            self._end()
+            if left is not None:
+                # Once the new attempt is open, the server takes no more of the one that is left.
+                left._session._deliver(_timing.CLOSE_FLUSH_S)
             scheduler = Scheduler(
-                pilot._session,
-                NamedOptimizer(self.optimizer, names),
-                state=own if own and own.get("progress") is not None else None,
-                defer=False,
+                pilot._session, NamedOptimizer(self.optimizer, names), state=own, defer=False
             )
         except BaseException:
             pilot._abandon()
             raise
+        if left is not None:
+            left._end(0.0)
         self._schedule, self._keys, self._table = schedule, keys, table
-        self._pilot, self._scheduler = pilot, scheduler
+        self._pilot, self._scheduler, self._delay = pilot, scheduler, delay
         self._is_stepped = False
         self._settle()
         return scheduler
-
-    def _end(self) -> None:
-        """Leave the attempt that is open, if one is; what was reported is delivered first."""
-        pilot, self._pilot, self._scheduler = self._pilot, None, None
-        if pilot is not None:
-            pilot.close()
 
     def _settle(self) -> None:
         """Write LR and WD once more, and the bounds that count, where something else wrote."""
@@ -438,19 +482,6 @@ class OptimizerParamScheduler:
 
 _ARGUMENTS = frozenset(Schedule.__dataclass_fields__)
 """Attributes of Megatron-LM's class, as they are in force."""
-
-
-def _check_own(own: Any, num_steps: int) -> None:
-    """Refuse a state whose two parts stand at different places. Raises InvalidState."""
-    if own is None:
-        return
-    progress = own.get("progress") if isinstance(own, Mapping) else own
-    if progress not in (None, num_steps):
-        raise InvalidState(
-            f"state: num_steps is {num_steps}, and {OWN!r} was saved at progress {progress}; take "
-            f"{OWN!r} out to begin at num_steps without it",
-            facts={"num_steps": num_steps, "progress": progress},
-        )
 
 
 def _check_keys(built: list[GroupKeys], loaded: list[GroupKeys], own: GroupKeys) -> None:
