@@ -1,6 +1,6 @@
 """One of two pipeline stages, each with param groups of its own; run by test_megatron.py.
 
-Prints one JSON object: who reports, and LR by param group at each step.
+Prints one JSON object: who reports, LR by param group at each step, and how a state was refused.
 """
 
 import json
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lrpilot.client import InvalidArgument
 from lrpilot.client.megatron import connected, reporting
 
 RANK, RENDEZVOUS, ADDRESS, RUN = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4]
@@ -43,6 +44,17 @@ def train_step(optimizer: Any, opt_param_scheduler: Any) -> Any:
     return losses, 0, False, False, 0, None, None
 
 
+def refusal(held: torch.optim.Optimizer, scheduler: Any) -> str:
+    """Load a checkpoint in which one stage alone has other bounds, and return what was said."""
+    if RANK == 0:
+        held.param_groups[0]["max_lr"] = 9e-4
+    try:
+        scheduler.load_state_dict(scheduler.megatron_state_dict(force=True))
+    except InvalidArgument as error:
+        return str(error)
+    return ""
+
+
 def main() -> None:
     from megatron.core import parallel_state
 
@@ -61,7 +73,8 @@ def main() -> None:
         rates = [group["lr"] for group in held.param_groups]
         used.append(dict(zip(STAGES[RANK], rates, strict=True)))
     (reporter,) = scheduler.pilot._session._reporters
-    sys.stdout.write(json.dumps({"reporter": reporter, "used": used}))
+    refused = refusal(held, scheduler)
+    sys.stdout.write(json.dumps({"reporter": reporter, "used": used, "refused": refused}))
     scheduler.close()
     dist.destroy_process_group()
 

@@ -893,6 +893,9 @@ def test_two_pipeline_stages_have_one_lr_and_the_groups_of_both(
         assert list(runs.losses(run)[1].values())[:3] == [1.0, 1.0, 1.0]
         groups = [group.name for group in runs.run(run).values]
     assert groups == ["main", "own_lr", "no_decay"]
+    # A state that one stage cannot take is refused on both, and neither waits for the other.
+    assert first["refused"].startswith("max_lr of param group 0: got 0.0005; allowed: 0.0009")
+    assert second["refused"] == first["refused"] + " (rank 0)"
 
 
 def test_a_gpt_of_megatron_core_uses_the_curve_through_restarts(tmp_path: Path) -> None:
