@@ -50,6 +50,14 @@ def announce(link: Any) -> None:
     link.stub.GetValues = announced
 
 
+def meet_ranks(at: int) -> None:
+    """Wait for the other ranks, as the collectives of a training do."""
+    told = Path(OPTIONS["told"])
+    (told / f"{RANK}-stands-at-{at}").write_text("")
+    while len(list(told.glob(f"*-stands-at-{at}"))) < OPTIONS["ranks"]:
+        time.sleep(0.001)
+
+
 def main() -> None:
     logger = logging.getLogger("lrpilot.client")
     logger.addHandler(Keep())
@@ -76,6 +84,8 @@ def main() -> None:
         for at in range(0, OPTIONS["steps"] * stride, stride):
             if at == OPTIONS.get("tell"):
                 (Path(OPTIONS["told"]) / f"{RANK}-arrives").write_text("")
+            if OPTIONS.get("together") and at % 20 == 0:
+                meet_ranks(at)
             rates.append(pilot.values(at)[0][0].hex())
             pilot.report(at, 1.0)
             time.sleep(OPTIONS.get("step_s", 0.0))
