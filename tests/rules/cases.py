@@ -7,6 +7,7 @@ it is, and again with the rule broken on purpose.
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -21,13 +22,18 @@ Case = Callable[[], None]
 CASES: dict[str, Case] = {}
 
 
-def case(delay: int = 4, **spec: Any) -> Callable[[Callable[[World], None]], Case]:
-    """Register a case; it gets a world of its own, and the world is checked at the end."""
+def case(
+    delay: int = 4, *, leads: bool = False, **spec: Any
+) -> Callable[[Callable[[World], None]], Case]:
+    """Register a case; it gets a world of its own, and the world is checked at the end.
+
+    `leads`: attempts are opened in leader mode.
+    """
 
     def register(play: Callable[[World], None]) -> Case:
         def run() -> None:
             # A blocked rank of a case waits for a moment: where a rule is broken, nothing comes.
-            world = World(make_spec(delay, **spec), wait_ms=500)
+            world = World(make_spec(delay, **spec), wait_ms=500, leads=leads)
             try:
                 play(world)
                 world.check()
@@ -765,6 +771,200 @@ def a_superseded_job_takes_no_run_back(world: World) -> None:
     )
     got = world.refusal(lambda: world.call(lambda one: one.trainers.open_attempt(request), 1))
     promise(got == "AttemptSuperseded", f"a zombie takes the run back: {got}")
+
+
+# Leader mode.
+
+
+@case(leads=True)
+def only_the_holder_gets_values(world: World) -> None:
+    attempt = world.open(0)
+    world.ask(0, count=4)
+    world.offer()
+    other = replace(attempt, holder=b"another")
+    for name, call in (
+        ("asks", lambda: world.ask(0, attempt=replace(attempt, holder=b""))),
+        ("asks in another's name", lambda: world.ask(0, attempt=other)),
+    ):
+        got = world.refusal(call)
+        promise(got == "NotHolder", f"a rank {name}: {got}")
+    world.attempts[-1] = other
+    got = world.refusal(world.offer)
+    promise(got == "NotHolder", f"another rank is offered values: {got}")
+    got = world.refusal(lambda: world.go_alone(1))
+    promise(got == "NotHolder", f"another rank declares: {got}")
+    world.attempts[-1] = attempt
+
+
+@case(leads=True)
+def a_declaration_is_a_fact(world: World) -> None:
+    """What was used alone is what the run has there, on every server, for good."""
+    world.open(0)
+    world.ask_through(0, 4)
+    with another_machine():
+        world.reference_is_off = True
+        offer = world.offer()
+        world.reference_is_off = False
+    world.go_alone(9, offer=offer)
+    world.restart(0)
+    for replica in (0, 1):
+        world.ask(4, count=9, replica=replica)
+        world.ask(5, stride=3, count=2, replica=replica)
+    stall(world, 9, 9)
+    world.ask_through(13, 22)
+    # A later attempt begins with it.
+    world.open(10)
+    world.ask_through(10, 14)
+
+
+@case(leads=True)
+def losses_that_would_have_acted_on_declared_steps_are_waived(world: World) -> None:
+    """Whether they came before the declaration or after it."""
+    world.open(0)
+    world.ask_through(0, 4)
+    world.offer()
+    world.go_alone(8, reported=lambda: stall(world, 0, 5))
+    promise(world.check_log().late.keys() == {(at, 0) for at in range(5)}, "they were not waived")
+    promise(world.report((6, 1.0, 7), (7, 1.0, 8)) == ["LATE", "LATE"], "one acts after all")
+    stall(world, 8, 6)
+    world.ask_through(12, 18)
+    promise(bool(world.reference.decided().cuts), "the case shows nothing")
+
+
+@case(leads=True)
+def losses_that_act_on_other_steps_are_not_waived(world: World) -> None:
+    world.open(0)
+    world.ask_through(0, 4)
+    stall(world, 0, 3)
+    # The decision on the loss at 2 shows at 6: in the offer, and before the job is alone.
+    world.ask_through(4, 7)
+    promise(len(world.reference.decided().cuts) == 1, "the case shows nothing")
+    world.offer()
+    world.go_alone(3, reported=lambda: stall(world, 3, 9))
+    world.ask_through(10, 16)
+    promise(len(world.reference.decided().cuts) > 1, "what acts behind it does nothing")
+
+
+@case(leads=True)
+def what_operators_changed_meanwhile_takes_effect_after_it(world: World) -> None:
+    world.open(0)
+    world.ask_through(0, 4)
+    world.offer()
+
+    def meanwhile() -> None:
+        world.adjust("multiply", 0.5)
+        world.report((0, 1.0, 1), (1, 0.9, 2))
+        world.revise(make_spec(4, peak=0.2), replica=1)
+        world.adjust("hold")
+        world.ask_ranks("evaluate", replica=1)
+
+    world.go_alone(7, reported=meanwhile)
+    promise(world.check_log().plan.revisions[-1].effective == 11, "the new spec came before")
+    world.report(*((at, 1.0 / at, at + 1) for at in range(7, 12)))
+    world.ask_through(11, 16)
+    world.repeat(world.done[0])
+
+
+@case(leads=True)
+def what_was_offered_is_not_taken_back(world: World) -> None:
+    """Neither what an operator nor what a policy changed before the offer, though no answer had
+    brought it: the values that were used have it."""
+    world.open(0)
+    world.ask_through(0, 3)
+    world.adjust("multiply", 0.5)
+    stall(world, 0, 3)
+    world.adjust("set", 0.01)
+    world.offer()
+    world.go_alone(20)
+    promise(len(world.reference.decided().cuts) == 1, "the policy's is forgotten")
+    stall(world, 19, 3)
+    world.ask_through(23, 26)
+
+
+@case(leads=True)
+def a_job_goes_on_alone_only_as_far_as_the_log_permits(world: World) -> None:
+    world.open(0)
+    offer = world.offer(count=6)
+    further = dict(world.offer(count=9).values)
+    world.lose_the_store(world.save(0))
+    world.offer(count=6)
+    got = world.refusal(lambda: world.declare(further, offer))
+    promise(got == "BeyondPermit", f"values beyond the permit: {got}")
+
+
+@case(leads=True)
+def a_repeated_declaration_is_recognised(world: World) -> None:
+    """By its bits; other values for the same steps are refused."""
+    world.open(0)
+    world.ask_through(0, 4)
+    offer = world.offer()
+    world.adjust("multiply", 0.5)
+    world.go_alone(5, fault="lost answer")
+    stall(world, 5, 2)
+    head = world.store.head(RUN)
+    used = {at: offer.values[at] for at in range(4, 9)}
+    world.declare(used, offer, replica=1)
+    promise(world.store.head(RUN) == head, "a repeat was recorded")
+    other = {**used, 6: used[5]}
+    got = world.refusal(lambda: world.declare(other, offer))
+    promise(got == "ValuesConflict", f"other values for what was declared: {got}")
+
+
+@case(leads=True)
+def a_holder_is_answered_from_the_whole_log(world: World) -> None:
+    """A server that lags has recorded what a declaration dropped."""
+    attempt = world.open(0)
+    world.ask_through(0, 4)
+    world.offer()
+    stall(world, 0, 6)
+    request = trainer_pb2.GetValuesRequest(
+        run=RUN, attempt=attempt.message, holder=attempt.holder, begin=4, stride=1, count=8
+    )
+    # Its answer does not arrive.
+    world.call(lambda one: one.trainers.get_values(request), replica=1)
+    world.adjust("multiply", 0.5)
+    stall(world, 6, 3)
+    world.go_alone(3)
+    world.ask_through(7, 13, replica=1)
+    promise(bool(world.reference.decided().cuts), "the case shows nothing")
+
+
+@case(leads=True)
+def nothing_is_waived_in_leader_mode(world: World) -> None:
+    """The job goes on alone, and a declaration says what was not waited for."""
+    world.open(0)
+    world.ask_through(0, 4)
+    request = trainer_pb2.GetValuesRequest(
+        run=RUN,
+        attempt=world.current.message,
+        holder=world.current.holder,
+        begin=4,
+        stride=1,
+        count=1,
+        blocked=True,
+        wait_ms=50,
+    )
+    data = world.call(lambda one: one.trainers.get_values(request))
+    promise(not trainer_pb2.GetValuesResponse.FromString(data).HasField("block"), "it came")
+    promise(world.check_log().waivers == 0, "a loss was waived")
+
+
+@case(leads=True)
+def a_checkpoint_from_before_a_declaration_brings_its_own_past(world: World) -> None:
+    """The losses that it has seen count in it, though the log has waived them since."""
+    world.open(0)
+    world.ask_through(0, 4)
+    offer = world.offer()
+    stall(world, 0, 3)
+    state = world.save(3)
+    world.go_alone(9, offer=offer)
+    after = world.save(8)
+    world.open(state=state)
+    promise(bool(world.reference.decided().cuts), "the case shows nothing")
+    stall(world, 3, 6)
+    world.ask_through(3, 13)
+    world.open(state=after)
+    world.ask_through(8, 12)
 
 
 # Stages.

@@ -27,6 +27,7 @@ from lrpilot.server._ledger import Ledger, LiveRun
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._store import LogRow, SeqTaken
 from lrpilot.server._trainer_service import TrainerService
+from tests.rules.world import REPORTER
 
 Break = Callable[[pytest.MonkeyPatch], None]
 
@@ -664,6 +665,159 @@ def a_rollback_stays_in_the_plan(patch: pytest.MonkeyPatch) -> None:
 @mutant("a_superseded_job_takes_no_run_back")
 def whoever_met_a_rollback_carries_it_out(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(_requests, "check_attempt", lambda *_: None)
+
+
+# Leader mode.
+
+
+@mutant("only_the_holder_gets_values")
+def every_rank_gets_values(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(core, "check_holder", lambda *_: None)
+
+
+@mutant("only_the_holder_gets_values")
+def every_rank_may_declare(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_requests, "_refuse_others", lambda *_: None)
+
+
+@mutant("a_declaration_is_a_fact")
+def what_was_declared_is_computed(patch: pytest.MonkeyPatch) -> None:
+    declare = RunState._declare
+
+    def forgets(state: RunState, event: Any) -> None:
+        declare(state, event)
+        state.records.forget(event.blocks[0].begin)
+
+    patch.setattr(RunState, "_declare", forgets)
+
+
+@mutant("losses_that_would_have_acted_on_declared_steps_are_waived")
+def a_loss_that_came_acts_after_a_declaration(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RunState, "_unseen", lambda *_: [])
+
+
+@mutant("losses_that_would_have_acted_on_declared_steps_are_waived")
+def a_loss_that_comes_acts_after_a_declaration(patch: pytest.MonkeyPatch) -> None:
+    advance = RunState._advance
+
+    def waits(state: RunState, until: int) -> None:
+        frontier = state.frontier
+        advance(state, until)
+        if state.declared and not state.reporters.positions.get(REPORTER, 0) >= until:
+            state.frontier = frontier
+
+    patch.setattr(RunState, "_advance", waits)
+
+
+@mutant("losses_that_act_on_other_steps_are_not_waived")
+def a_declaration_waives_all_that_came(patch: pytest.MonkeyPatch) -> None:
+    pass_over = RunState._pass_over
+
+    def all_of_it(state: RunState, until: int, seen: Any, known: Any) -> None:
+        pass_over(state, until, [], known)
+
+    patch.setattr(RunState, "_pass_over", all_of_it)
+
+
+@mutant("what_operators_changed_meanwhile_takes_effect_after_it")
+def what_operators_changed_stays_where_it_was(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Plan, "postpone", lambda *_: None)
+
+
+@mutant("what_operators_changed_meanwhile_takes_effect_after_it")
+def a_revision_stays_where_it_was(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Revision, "postponed", lambda revision, *_: revision)
+
+
+@mutant("what_was_offered_is_not_taken_back")
+def what_operators_changed_before_waits_too(patch: pytest.MonkeyPatch) -> None:
+    postpone = Plan.postpone
+    patch.setattr(
+        Plan,
+        "postpone",
+        lambda plan, begin, end, _, observes_from: postpone(plan, begin, end, 0, observes_from),
+    )
+
+
+@mutant("what_was_offered_is_not_taken_back")
+def the_horizon_of_an_offer_is_forgotten(patch: pytest.MonkeyPatch) -> None:
+    offer_values = core.offer_values
+
+    def forgets(*args: Any, **options: Any) -> Any:
+        return [
+            replace(event, begin=0) if isinstance(event, core.Permitted) else event
+            for event in offer_values(*args, **options)
+        ]
+
+    patch.setattr(core, "offer_values", forgets)
+
+
+@mutant("a_job_goes_on_alone_only_as_far_as_the_log_permits")
+def everything_is_permitted(patch: pytest.MonkeyPatch) -> None:
+    declare = core.declare_values
+
+    def trusting(state: RunState, *args: Any, **options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(RunState, "permitted", 10**9)
+            inner.setitem(options, "offer", 0)
+            return declare(state, *args, **options)
+
+    patch.setattr(core, "declare_values", trusting)
+
+
+@mutant("a_repeated_declaration_is_recognised")
+def other_values_pass_for_a_repeat(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_requests, "_same_values", lambda *_: True)
+
+
+@mutant("a_repeated_declaration_is_recognised")
+def a_repeat_is_declared_again(patch: pytest.MonkeyPatch) -> None:
+    declare = core.declare_values
+
+    def forgetful(state: RunState, *args: Any, **options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(state, "declared", [])
+            return declare(state, *args, **options)
+
+    patch.setattr(core, "declare_values", forgetful)
+
+
+@mutant("a_holder_is_answered_from_the_whole_log")
+def a_server_that_lags_answers_the_holder(patch: pytest.MonkeyPatch) -> None:
+    async def refresh(*_: Any) -> None:
+        return
+
+    patch.setattr(Ledger, "refresh", refresh)
+
+
+@mutant("a_holder_is_answered_from_the_whole_log")
+def what_was_recorded_behind_a_declaration_stays(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Records, "forget", lambda *_: None)
+
+
+@mutant("nothing_is_waived_in_leader_mode")
+def a_blocked_holder_waives(patch: pytest.MonkeyPatch) -> None:
+    wait = TrainerService._wait
+
+    async def waits(self: TrainerService, run: LiveRun, *args: Any, **options: Any) -> Any:
+        with pytest.MonkeyPatch.context() as inner:
+            inner.setattr(run.state, "holder", "")
+            inner.setattr(core, "check_holder", lambda *_: None)
+            return await wait(self, run, *args, **options)
+
+    patch.setattr(TrainerService, "_wait", waits)
+
+
+@mutant("a_checkpoint_from_before_a_declaration_brings_its_own_past")
+def a_declaration_changes_checkpoints(patch: pytest.MonkeyPatch) -> None:
+    unseen = RunState._unseen
+
+    def unmarked(state: RunState, progress: int) -> Any:
+        seen = unseen(state, progress)
+        del state.rewinds[-1]
+        return seen
+
+    patch.setattr(RunState, "_unseen", unmarked)
 
 
 # Stages.

@@ -84,6 +84,18 @@ class Decided:
     cuts: tuple[Link, ...] = ()
 
 
+@dataclass(frozen=True)
+class Permit:
+    """How far a job may go on alone, and what was known when it was told."""
+
+    end: int
+    horizon: int
+    count: int
+    """How many things had been done to the run."""
+    plan: object
+    """What the values followed then."""
+
+
 @dataclass
 class Reference:
     """One run as the promise has it."""
@@ -101,8 +113,10 @@ class Reference:
     skips: dict[tuple[int, int], float | None] = field(default_factory=dict)
     """(progress, number of skipped updates before it there) to the loss of a skipped update."""
     late: dict[int, float] = field(default_factory=dict)
-    openings: list[tuple[int, int]] = field(default_factory=list)
-    """(attempt, begin) of each."""
+    rewinds: list[int] = field(default_factory=list)
+    """Progress from which on the losses became others, each time that this happened."""
+    permit: Permit | None = None
+    """The newest one of an attempt in leader mode."""
     made: tuple[Link, ...] = ()
     """What operators and rollbacks did, in the order in which it applies."""
     count: int = 0
@@ -220,8 +234,9 @@ class Reference:
         self.late = {at: loss for at, loss in self.late.items() if at < begin}
         self.skips = {key: loss for key, loss in self.skips.items() if key[0] < begin}
         self.attempt += 1
-        self.openings.append((self.attempt, begin))
+        self.rewinds.append(begin)
         self.begin = self.frontier = begin
+        self.permit = None
 
     def take_over(self, begin: int, before: Decided) -> None:
         """Open from a saved state whose past is not the log's."""
@@ -270,6 +285,49 @@ class Reference:
     def waive(self, wanted: int) -> None:
         while wanted >= self.horizon:
             self.frontier += self.delay
+
+    def offer(self, end: int) -> Permit:
+        """Let the holder go on alone below `end`; return what it knows then."""
+        plan = (self.made, self.decided().cuts, [item.effective for item in self.versions])
+        known = self.permit
+        if known is None or end > known.end or known.plan != plan:
+            end = max(end, known.end if known else 0)
+            self.permit = Permit(end, self.horizon, self.count, plan)
+        assert self.permit is not None
+        return self.permit
+
+    def declare(self, low: int, end: int, offer: Permit) -> None:
+        """Take for a fact that the job used values of an offer alone, in [`low`, `end`).
+
+        Losses that would have acted there never came, save those in the offer; what operators did
+        after it waits until `end`.
+        """
+
+        def waits(count: int, effective: int) -> bool:
+            return count > offer.count and low <= effective < end
+
+        until = end - self.delay
+        moved = (
+            replace(item, effective=end)
+            if item.name[0] == "made" and waits(item.name[1], item.effective)
+            else item
+            for item in self.made
+        )
+        self.made = tuple(sorted(moved, key=lambda item: item.key))
+        self.versions = [
+            replace(item, effective=end, observes_from=until)
+            if waits(item.made, item.effective)
+            else item
+            for item in self.versions
+        ]
+        first = max(self.begin, max(low, offer.horizon) - self.delay)
+        if first >= until:
+            return
+        self.rewinds.append(first)
+        for at in [at for at in self.losses if first <= at < until]:
+            self.late[at] = self.losses.pop(at)
+        self.skips = {key: loss for key, loss in self.skips.items() if not first <= key[0] < until}
+        self.frontier = max(self.frontier, until)
 
     def revise(self, spec: Mapping[str, Any]) -> int:
         effective = self.horizon

@@ -37,9 +37,11 @@ class Job(RuleBasedStateMachine):
         """The store to use; None: one in memory."""
         return None
 
-    @initialize(delay=st.sampled_from([1, 2, 3, 8]), patience=st.integers(0, 2))
-    def start(self, delay: int, patience: int) -> None:
-        self.world = World(make_spec(delay, patience=patience), self.store())
+    @initialize(
+        delay=st.sampled_from([1, 2, 3, 8]), patience=st.integers(0, 2), leads=st.booleans()
+    )
+    def start(self, delay: int, patience: int, leads: bool) -> None:
+        self.world = World(make_spec(delay, patience=patience), self.store(), leads=leads)
         self.world.open(0)
 
     @rule(
@@ -60,12 +62,63 @@ class Job(RuleBasedStateMachine):
         if again:
             world.ask(begin, stride=stride, count=count, replica=1 - replica)
 
+    @precondition(lambda self: not self.world.leads)
     @rule(ahead=st.integers(0, 25), stride=STRIDES, replica=REPLICAS, fault=FAULTS)
     def be_blocked(self, ahead: int, stride: int, replica: int, fault: Any) -> None:
         world = self.world
         begin = world.reference.horizon + ahead
         if ahead < FAR * stride:
             world.ask(begin, stride=stride, replica=replica, fault=fault, blocked=True)
+
+    @precondition(lambda self: self.world.leads)
+    @rule(ahead=st.integers(-3, 3), stride=STRIDES, replica=REPLICAS, fault=FAULTS)
+    def be_offered(self, ahead: int, stride: int, replica: int, fault: Any) -> None:
+        """The holder gets values to go on with while the servers are away."""
+        world = self.world
+        begin = max(world.current.begin, world.arrived + ahead)
+        world.offer(begin, stride=stride, replica=replica, fault=fault)
+
+    @precondition(lambda self: self.world.leads)
+    @rule(
+        steps=st.integers(1, 12),
+        stride=STRIDES,
+        losses=st.integers(0, 6),
+        change=st.sampled_from(["none", "multiply", "hold", "revise", "ask"]),
+        again=st.booleans(),
+        replica=REPLICAS,
+        fault=FAULTS,
+    )
+    def go_alone(
+        self,
+        steps: int,
+        stride: int,
+        losses: int,
+        change: str,
+        again: bool,
+        replica: int,
+        fault: Any,
+    ) -> None:
+        """The servers are away for the holder alone, which goes on and then declares what it used.
+
+        Meanwhile the reporter gets through, and so do operators.
+        """
+        world = self.world
+        offer = world.offered or world.offer(stride=stride, replica=replica)
+
+        def meanwhile() -> None:
+            at = world.reference.frontier
+            if losses:
+                world.report(*((at + n, 1.0, at + n + 1) for n in range(losses)), replica=replica)
+            if change == "revise":
+                world.revise(make_spec(world.delay, patience=losses % 3), replica=1 - replica)
+            elif change == "ask":
+                world.ask_ranks("evaluate", replica=1 - replica)
+            elif change != "none":
+                world.adjust(change, 0.7, replica=1 - replica)
+
+        used = world.go_alone(steps, offer=offer, replica=replica, fault=fault, reported=meanwhile)
+        if used and again:
+            world.declare(used, offer, replica=1 - replica)
 
     @rule(
         losses=st.lists(st.none() | LOSSES, min_size=1, max_size=6),
@@ -254,7 +307,11 @@ class Job(RuleBasedStateMachine):
         try:
             # Nobody reports any more, and the ranks get on all the same.
             for _ in range(3):
-                world.ask(world.reference.horizon, blocked=True)
+                if world.leads:
+                    world.offer(count=2)
+                    world.go_alone(2)
+                else:
+                    world.ask(world.reference.horizon, blocked=True)
             world.check()
         finally:
             world.close()

@@ -21,7 +21,7 @@ from lrpilot.server._run_service import RunService
 from lrpilot.server._store import Append, AppendResult, LogRow, Store, StoreUnavailable
 from lrpilot.server._trainer_service import MAX_DIRECTIVES, TrainerService
 from lrpilot.v1 import runs_pb2, trainer_pb2
-from tests.rules.reference import Decided, Hex, Link, Name, Reference, Version
+from tests.rules.reference import Decided, Hex, Link, Name, Permit, Reference, Version
 
 T = TypeVar("T")
 
@@ -118,6 +118,8 @@ class Attempt:
     number: int
     begin: int
     token: bytes
+    holder: bytes = b""
+    """Leader mode: what the one who gets the values holds."""
 
     @property
     def message(self) -> trainer_pb2.Attempt:
@@ -144,6 +146,19 @@ class Saved:
     made: tuple[Link, ...]
     count: int
     """What operators and rollbacks had done, and how many things in all."""
+    rewinds: int
+    """How often the losses had become others by then."""
+
+
+@dataclass(frozen=True)
+class Offered:
+    """Values for the holder to go on with alone."""
+
+    values: Mapping[int, Hex]
+    stride: int
+    number: int
+    """What a declaration gives back."""
+    permit: Permit
 
 
 @dataclass(frozen=True)
@@ -160,13 +175,24 @@ class World:
     """The system and the promise, side by side."""
 
     def __init__(
-        self, spec: dict[str, Any], store: Store | None = None, *, wait_ms: int = 30_000
+        self,
+        spec: dict[str, Any],
+        store: Store | None = None,
+        *,
+        wait_ms: int = 30_000,
+        leads: bool = False,
     ) -> None:
         self.loop = asyncio.new_event_loop()
         self.store = store or MemoryStore()
         self.spec = spec
         self.wait_ms = wait_ms
         """How long a blocked rank waits in one call, milliseconds."""
+        self.leads = leads
+        """Whether attempts are opened in leader mode."""
+        self.offered: Offered | None = None
+        """The newest offer of the attempt in use."""
+        self.reference_is_off = False
+        """Whether what is offered comes out otherwise than elsewhere."""
         self.replicas = [self._in_loop(self._replica()) for _ in range(2)]
         self.reference = Reference(spec["feedback"]["delay"], [Version(0, 0, spec)])
         self.attempts: list[Attempt] = []
@@ -236,6 +262,7 @@ class World:
             reporters=reporters,
             directive=self.id_of(directive.name) if directive is not None else "",
             met_in=self.current.message if directive is not None else None,
+            leader=self.leads,
         )
         answer = self._until_done(lambda one: one.trainers.open_attempt(request), replica, fault)
         at = state.progress if state is not None else begin or 0
@@ -257,8 +284,10 @@ class World:
             answer.attempt.number == self.reference.attempt,
             f"attempt {answer.attempt.number}, not {self.reference.attempt}",
         )
-        attempt = Attempt(answer.attempt.number, at, answer.attempt.token)
+        promise(bool(answer.holder) == self.leads, f"the holder of the attempt: {answer.holder!r}")
+        attempt = Attempt(answer.attempt.number, at, answer.attempt.token, answer.holder)
         self.attempts.append(attempt)
+        self.offered = None
         for progress in range(at, at + self.delay):
             if progress in inherited:
                 self.handed[attempt.number, progress] = inherited[progress]
@@ -286,13 +315,14 @@ class World:
             in_use=max(0, begin - 1),
             blocked=blocked,
             wait_ms=self.wait_ms if blocked else 0,
+            holder=attempt.holder,
         )
         fresh = fault == "none" and self.is_fresh(replica)
         horizon = self.reference.horizon
         data = self._until_done(lambda one: one.trainers.get_values(request), replica, fault)
         answer = trainer_pb2.GetValuesResponse.FromString(data)
         is_current = attempt == self.current
-        if blocked and is_current:
+        if blocked and is_current and not attempt.holder:
             self.reference.waive(begin)
             promise(answer.HasField("block"), f"a blocked rank got nothing at {begin}")
         promise(
@@ -319,6 +349,107 @@ class World:
             values = self.ask(begin, count=end - begin, replica=replica)
             promise(values is not None, f"no value at {begin}")
             begin = max(values or ()) + 1
+
+    @property
+    def arrived(self) -> int:
+        """Greatest progress whose values the attempt in use has; just below its begin: none."""
+        mine = [at for number, at in self.handed if number == self.current.number]
+        return max([self.current.begin - 1, *mine])
+
+    def offer(
+        self,
+        begin: int | None = None,
+        *,
+        stride: int = 1,
+        count: int = 40,
+        replica: int = 0,
+        fault: Fault = "none",
+    ) -> Offered:
+        """Get values to go on with alone; each must be what the plan says, or what was recorded."""
+        attempt = self.current
+        request = trainer_pb2.OfferValuesRequest(
+            run=RUN,
+            attempt=attempt.message,
+            holder=attempt.holder,
+            begin=self.arrived + 1 if begin is None else begin,
+            stride=stride,
+            count=count,
+        )
+        answer = self._until_done(lambda one: one.trainers.offer_values(request), replica, fault)
+        values = _values(answer.block)
+        for at, got in values.items():
+            wanted = self.handed.get((attempt.number, at)) or self.reference.expected(at)
+            promise(
+                got == wanted or self.reference_is_off,
+                f"offered at {at}: {got}, and it is {wanted}",
+            )
+        permit = self.reference.offer(max(values) + 1)
+        promise(answer.permitted == permit.end, f"permitted {answer.permitted}, not {permit.end}")
+        self.offered = Offered(values, stride, answer.offer, permit)
+        return self.offered
+
+    def go_alone(
+        self,
+        steps: int,
+        *,
+        offer: Offered | None = None,
+        replica: int = 0,
+        fault: Fault = "none",
+        reported: Callable[[], object] = lambda: None,
+    ) -> dict[int, Hex]:
+        """Use values of an offer that have not arrived, and declare them; return them.
+
+        `reported`: what happens to the run between the last of them and their declaration.
+        """
+        offer = offer or self.offered
+        assert offer is not None
+        used = {at: got for at, got in offer.values.items() if at > self.arrived}
+        used = dict(list(used.items())[:steps])
+        reported()
+        if used:
+            self.declare(used, offer, replica=replica, fault=fault)
+        return used
+
+    def declare(
+        self,
+        used: Mapping[int, Hex],
+        offer: Offered,
+        *,
+        replica: int = 0,
+        fault: Fault = "none",
+    ) -> None:
+        """Declare values that were used alone."""
+        attempt, reference = self.current, self.reference
+        request = self.declaration(used, offer)
+        before = reference.horizon
+        answer = self._until_done(lambda one: one.trainers.declare_values(request), replica, fault)
+        if max(used) > self.arrived:
+            reference.declare(self.arrived + 1, max(used) + 1, offer.permit)
+        self.handed.update({(attempt.number, at): got for at, got in used.items()})
+        got = (answer.frontier, answer.horizon)
+        wanted = (reference.frontier, reference.horizon)
+        promise(got == wanted, f"declared up to {max(used)}: {got}, not {wanted}")
+        promise(answer.horizon >= max(before, max(used) + 1), "the horizon moved back")
+
+    def declaration(
+        self, used: Mapping[int, Hex], offer: Offered
+    ) -> trainer_pb2.DeclareValuesRequest:
+        """The request that declares values, each in a block of its own."""
+        blocks = []
+        for at, numbers in used.items():
+            rates, decays = (
+                [float.fromhex(x) for x in part] for part in (numbers[:2], numbers[2:])
+            )
+            blocks.append(
+                trainer_pb2.Block(begin=at, stride=1, learning_rates=rates, weight_decays=decays)
+            )
+        return trainer_pb2.DeclareValuesRequest(
+            run=RUN,
+            attempt=self.current.message,
+            holder=self.current.holder,
+            blocks=blocks,
+            offer=offer.number,
+        )
 
     def report(
         self,
@@ -539,6 +670,7 @@ class World:
             self._handed_in(reference.attempt, progress),
             reference.made,
             reference.count,
+            len(reference.rewinds),
         )
 
     # What happens to servers.
@@ -557,6 +689,8 @@ class World:
         self.reference = Reference(self.delay, versions, attempt=state.attempt)
         self.reference.before, self.reference.origin = state.decided, state.progress
         self.reference.made, self.reference.count = state.made, state.count
+        # What the lost log had gone through by then is in the state.
+        self.reference.rewinds = [state.progress] * state.rewinds
         self.done = []
         # Attempts that the lost log knew are no more; their numbers may come again.
         self.handed = {
@@ -672,8 +806,7 @@ class World:
     def _is_elsewhere(self, state: Saved) -> bool:
         """Whether the run has gone another way since a state was saved."""
         return state.progress < self.reference.origin or any(
-            number > state.attempt and begin < state.progress
-            for number, begin in self.reference.openings
+            first < state.progress for first in self.reference.rewinds[state.rewinds :]
         )
 
     async def _replica(self) -> Replica:
