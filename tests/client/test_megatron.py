@@ -220,9 +220,32 @@ def test_an_optimizer_without_groups_is_refused() -> None:
         connected("127.0.0.1:1", run="small")(object(), **CONFIG)
 
 
-def test_connected_takes_no_spec() -> None:
-    with pytest.raises(lrpilot.InvalidArgument, match=r"^spec: got 'a'"):
-        connected("127.0.0.1:1", run="small", spec="a")
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"address": "nonsense"}, "address: got 'nonsense'"),
+        ({"run": None}, "run: got None"),
+        ({"resume_at": 1.5}, "resume_at: got 1.5"),
+        ({"resume_at": -1}, "resume_at: got -1"),
+        ({"policies": {"kind": "plateau"}}, "policies: got {'kind': 'plateau'}"),
+        ({"feedback": "delay"}, "feedback: got 'delay'"),
+        ({"bounds": [0.0, 1.0]}, "bounds: got [0.0, 1.0]"),
+    ],
+)
+def test_a_wrong_connection_is_refused_before_a_model_is_built(
+    wrong: dict[str, Any], named: str
+) -> None:
+    right: dict[str, Any] = {"address": "127.0.0.1:1", "run": "small"}
+    with pytest.raises(lrpilot.InvalidArgument) as refused:
+        connected(**(right | wrong))
+    assert str(refused.value).startswith(named)
+
+
+@pytest.mark.parametrize("name", ["spec", "rank", "world_size"])
+def test_connected_takes_nothing_that_megatron_says_itself(name: str) -> None:
+    given: dict[str, Any] = {name: 1}
+    with pytest.raises(TypeError, match=rf"connected\(\) .*'{name}'"):
+        connected("127.0.0.1:1", run="small", **given)
 
 
 # Groups.
@@ -304,7 +327,8 @@ def test_a_state_that_is_none_is_refused(state: Any, text: str) -> None:
 
 
 def test_a_state_whose_parts_stand_apart_is_refused() -> None:
-    state = make().state_dict() | {"num_steps": 50, "lrpilot": {"progress": 40}}
+    own = {"version": 1, "run": "small", "progress": 40, "state": ""}
+    state = make().state_dict() | {"num_steps": 50, "lrpilot": own}
     with pytest.raises(lrpilot.InvalidState, match=r"num_steps is 50, .*progress 40"):
         make().load_state_dict(state)
 

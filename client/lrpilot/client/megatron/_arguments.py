@@ -6,7 +6,7 @@ from typing import Any
 from lrpilot.client._errors import InvalidArgument, invalid_argument
 from lrpilot.client.megatron._connection import DELAY_STEPS
 from lrpilot.client.megatron._groups import GroupKeys, GroupTable, of_all_ranks, read_groups
-from lrpilot.client.megatron._schedule import Schedule
+from lrpilot.client.megatron._schedule import Schedule, read_extras
 
 _OF_ITERATIONS = ("lr_decay_iters", "lr_warmup_iters", "lr_wsd_decay_iters")
 
@@ -40,12 +40,11 @@ def spec_from_args(
     schedule = read_schedule(args)
     keys = standard_groups(args) if optimizer is None else of_all_ranks(read_groups(optimizer))
     schedule.check_groups(keys)
-    fields = {"policies": list(policies), "feedback": feedback, "bounds": bounds}
     batch = getattr(args, "global_batch_size", None)
     return schedule.spec(
         GroupTable(schedule.own, keys),
         name=name,
-        extras={key: value for key, value in fields.items() if value},
+        extras=read_extras(policies, feedback, bounds),
         delay=DELAY_STEPS * batch if batch else None,
     )
 

@@ -119,9 +119,7 @@ class Schedule:
             "style": self.wd_incr_style,
             "over": self.wd_incr_steps,
         }
-        feedback = dict(extras.get("feedback") or {})
-        if delay is not None:
-            feedback.setdefault("delay", delay)
+        feedback = {**({} if delay is None else {"delay": delay}), **extras.get("feedback", {})}
         return {
             "name": text("run", name),
             "unit": "samples",
@@ -136,7 +134,7 @@ class Schedule:
             },
             "weight_decay": self.end_wd if self.wd_incr_style == "constant" else ramp,
             "groups": table.spec(),
-            **{key: extra for key, extra in extras.items() if extra and key != "feedback"},
+            **extras,
             **({"feedback": feedback} if feedback else {}),
         }
 
@@ -149,6 +147,20 @@ class Schedule:
                     group.end_wd,
                     f"{group.start_wd!r} (start_wd), since wd_incr_style is constant",
                 )
+
+
+def read_extras(policies: Any, feedback: Any, bounds: Any) -> dict[str, Any]:
+    """Return the fields of a spec that Megatron-LM has no arguments for, those that are given.
+
+    Raises InvalidArgument; what is in them the server checks when the run is created.
+    """
+    if not isinstance(policies, (list, tuple)):
+        raise invalid_argument("policies", policies, "a list of mappings, each with a kind")
+    for name, got in (("feedback", feedback), ("bounds", bounds)):
+        if got is not None and not isinstance(got, Mapping):
+            raise invalid_argument(name, got, "a mapping")
+    fields = {"policies": list(policies), "feedback": feedback, "bounds": bounds}
+    return {name: given for name, given in fields.items() if given}
 
 
 def _number(name: str, got: Any) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 from lrpilot.client import _timing
-from lrpilot.client._arguments import integer
+from lrpilot.client._address import read_target
+from lrpilot.client._arguments import integer, text
 from lrpilot.client._errors import (
     AttemptNotOpen,
     InvalidState,
@@ -31,7 +32,7 @@ from lrpilot.client.megatron._groups import (
     of_all_ranks,
     read_groups,
 )
-from lrpilot.client.megatron._schedule import Schedule
+from lrpilot.client.megatron._schedule import Schedule, read_extras
 from lrpilot.client.megatron._state import MegatronState, write_state
 
 logger = logging.getLogger("lrpilot.client")
@@ -54,7 +55,9 @@ def connected(
     reporter: int | Sequence[int] | None = None,
     resume_at: int | None = None,
     on_change: Literal["refuse", "revise"] = "refuse",
-    **options: Any,
+    key: str | None = None,
+    mode: Literal["independent", "leader"] = "independent",
+    outage_timeout_s: float = _timing.OUTAGE_TIMEOUT_S,
 ) -> "Callable[..., OptimizerParamScheduler]":
     """Return what takes the place of Megatron-LM's class: its arguments, and this run.
 
@@ -75,17 +78,26 @@ def connected(
             from it.
         on_change: as in `lrpilot.connect`; a loaded state whose flag lets the arguments or the
             checkpoint win revises the run.
-        options: the other arguments of `lrpilot.connect`.
+        key, mode, outage_timeout_s: as in `lrpilot.connect`.
 
-    Nothing is asked of the server before the state is loaded or the first step begins.
+    Nothing is asked of the server before the state is loaded or the first step begins. Raises
+    InvalidArgument.
     """
-    for name in ("spec", "rank", "world_size"):
-        if name in options:
-            raise invalid_argument(name, options[name], "nothing: Megatron-LM says it")
-    fields = {"policies": list(policies), "feedback": feedback, "bounds": bounds}
-    extras = {name: value for name, value in fields.items() if value}
+    read_target(address)
+    if resume_at is not None:
+        resume_at = integer("resume_at", resume_at, 0, _timing.MAX_PROGRESS)
     connection = Connection(
-        address, run, extras, resume_at, on_change, {"reporter": reporter, **options}
+        address=address,
+        run=text("run", run),
+        extras=read_extras(policies, feedback, bounds),
+        resume_at=resume_at,
+        on_change=on_change,
+        options={
+            "reporter": reporter,
+            "key": key,
+            "mode": mode,
+            "outage_timeout_s": outage_timeout_s,
+        },
     )
     return functools.partial(OptimizerParamScheduler, connection=connection)
 
