@@ -3,11 +3,11 @@
 Real clients, held by eight processes as the ranks of nodes with eight each, train without work at a
 fixed step time against a real server. It is killed and started again, and each call for values is
 counted from the moment at which it serves. Four ways are compared: with and without jitter (each
-rank renews at a random point of its window; pauses between repeats are random), and with and without
-sharing on the node. Without jitter every rank asks at the middle of the same window, and repeats with the
-bounds of the back-off.
+rank renews at a random point of its window, and repeats after random pauses), and with and without
+sharing on the node. Without jitter every rank asks in the middle of the window, and repeats after
+the longest pauses.
 
-    python benchmarks/storm.py --ranks 1000 --step 0.25 --delay 32
+    python benchmarks/storm.py --ranks 800 --step 0.25 --delay 32
 
 The clients cost as much of the machine as the server does, so that with two cores the figures are
 those of a smaller cluster: the ratios are what counts.
@@ -38,7 +38,7 @@ from lrpilot.client import _call, _lease, _node
 NODE = 8
 """Ranks of a node, each in a process of its own, as in a real job."""
 
-BEFORE_S, AWAY_S, AFTER_S = 2.0, 1.0, 5.0
+BEFORE_S, AWAY_S, AFTER_S = 2.0, 1.0, 4.0
 """Training before the server is killed, until it is started again, and after it serves."""
 
 BIN_S = 0.25
@@ -226,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--ranks", type=int, default=1000, help="clients, in eights (%(default)s)")
+    parser.add_argument("--ranks", type=int, default=800, help="clients, in eights (%(default)s)")
     parser.add_argument("--step", type=float, default=0.25, help="step time, s (%(default)s)")
     parser.add_argument("--delay", type=int, default=32, help="feedback.delay (%(default)s)")
     chosen = parser.parse_args()
