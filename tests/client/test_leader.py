@@ -320,6 +320,25 @@ def test_samples_are_declared_in_the_strides_that_were_used(leader: Leading) -> 
     assert set(strides) == {8, 16}
 
 
+def test_batches_that_grow_while_it_is_alone_do_not_stop_it(leader: Leading) -> None:
+    """Between two offered steps it uses the values of the first, and declares those."""
+    trainer = leader.trainer
+    trainer.unit, trainer.delay = "samples", 64
+    leader.open()
+    leader.step(8)
+    leader.wait_offers(1)
+    leader.step(8)
+    leader.cut()
+    for increment in [8] * 20 + [12] * 10:
+        leader.step(increment)
+    alone = {at: rate for at, rate in leader.used.items() if rate != trainer.rate(at)}
+    assert any(at % 8 for at in alone)
+    assert alone == {at: 2 * trainer.rate(at - at % 8) for at in alone}
+    leader.restore()
+    leader.pilot.close()
+    assert leader.declared() == alone
+
+
 def test_blocks_hold_exactly_what_was_used() -> None:
     values = ((0.5, 0.1), (0.25, 0.2))
     used = dict.fromkeys([3, 4, 5, 9, 13, 20, 21], values)

@@ -48,8 +48,16 @@ class Offers:
         return max((at for at in self._values if at < self._permitted), default=0)
 
     def get(self, progress: int) -> Offered | None:
-        """Return what is offered for a progress, if the holder may use it."""
-        return self._values.get(progress) if progress < self._permitted else None
+        """Return what is offered for a progress, if the holder may use it.
+
+        Between two steps, as where batches have begun to grow since, it is that of the first.
+        """
+        if progress >= min(self._permitted, self._end):
+            return None
+        found = self._values.get(progress)
+        if found is None and self._stride:
+            found = self._values.get(progress - (progress - self._end) % self._stride)
+        return found
 
     def compare(self, plan: str) -> bool:
         """Take note of the plan now: what was offered under another one is old, if it is one."""
