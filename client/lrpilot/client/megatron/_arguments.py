@@ -54,9 +54,9 @@ def read_schedule(args: Any) -> Schedule:
 
     Unlike there, `args` is left as it is. Raises InvalidArgument for what has no meaning here.
     """
-    for name, allowed in _RETIRED.items():
-        if getattr(args, name, None) is not None:
-            raise invalid_argument(name, getattr(args, name), allowed)
+    if getattr(args, "warmup", None) is not None:
+        allowed = "None: Megatron-LM takes lr_warmup_fraction in its place"
+        raise invalid_argument("warmup", args.warmup, allowed)
     if getattr(args, "head_lr_mult", 1.0) != 1.0:
         allowed = "1.0: it has had no effect since Megatron-LM 0.16; give the group a max_lr"
         raise invalid_argument("head_lr_mult", args.head_lr_mult, allowed)
@@ -129,8 +129,6 @@ def both_flags() -> InvalidArgument:
         "override_opt_param_scheduler", True, "False beside use_checkpoint_opt_param_scheduler"
     )
 
-
-_RETIRED = {"warmup": "None: Megatron-LM takes lr_warmup_fraction in its place"}
 
 _Lengths = tuple[int, int, int | None, float]
 """End of the decay, length of the WD ramp, of the anneal, of the warmup; in samples."""
