@@ -1,4 +1,5 @@
-# Two commands for people: `make demo` and `make test`. Both need only Python >= 3.10 with venv.
+# Two commands for people: `make demo`, with Python >= 3.10, and `make test`, with Python >= 3.11 for
+# the sake of torchtitan. Both need only venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,8 +40,12 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[server,torch]'
 	@touch $@
 
-# megatron-core is compared with in tests; what it asks for beside torch is not needed there.
+# Frameworks that the tests drive, without what they ask for beside torch and is not used there.
+# DeepSpeed is built here, with no operators; it wants torch and setuptools for that.
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[server,torch,dev]'
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps megatron-core
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps megatron-core \
+		torchtitan spmd_types torchdata tyro docstring_parser typeguard
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet -c constraints.txt --no-deps \
+		--no-build-isolation deepspeed hjson msgpack einops py-cpuinfo
 	@touch $@

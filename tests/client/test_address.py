@@ -133,14 +133,16 @@ class Health:
             context.abort(grpc.StatusCode.UNAVAILABLE, "it said that it does not serve")
             raise AssertionError
 
-        class Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
-            def service(self, details: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
-                if details.method == "/grpc.health.v1.Health/Watch":
-                    return grpc.unary_stream_rpc_method_handler(watch)
-                return grpc.unary_unary_rpc_method_handler(refuse)
-
+        serves = grpc.method_handlers_generic_handler
+        watched = grpc.unary_stream_rpc_method_handler(watch)
+        refused = grpc.unary_unary_rpc_method_handler(refuse)
         self._server = grpc.server(futures.ThreadPoolExecutor(4))
-        self._server.add_generic_rpc_handlers((Handlers(),))
+        self._server.add_generic_rpc_handlers(
+            (
+                serves("grpc.health.v1.Health", {"Watch": watched}),
+                serves("lrpilot.v1.TrainerService", {"AttachRun": refused}),
+            )
+        )
         self.port = self._server.add_insecure_port("127.0.0.1:0")
         self._server.start()
 

@@ -79,7 +79,8 @@ def test_a_new_attempt_opens_and_the_schedulers_go_there(
         first.step(loss=2.0)
         second.step()
     assert (first.progress, pilot.attempt) == (18, 2)
-    assert threads() == ["lrpilot-lease", "lrpilot-report"]
+    # One of each: those of the old attempt have ended.
+    assert threads() == ["lrpilot-lease", "lrpilot-report", "lrpilot-sigterm"]
     pilot.close()
     assert threads() == []
     assert trainer.losses == {at: 1.0 if at < 6 else 2.0 for at in range(18)}
@@ -149,8 +150,7 @@ def test_ranks_that_share_a_key_meet_in_the_new_attempt(
     for pilot in pilots:
         pilot.on_directive("rollback", partial(pilot.roll_back, progress=2))
         schedulers.append(pilot.scheduler(make_optimizer()))
-    lease = pilots[1]._session._lease
-    assert lease is not None
+    lease: Any = pilots[1]._session._lease
     for _ in range(6):
         schedulers[0].step(loss=1.0)
     assert pilots[0].attempt == 2

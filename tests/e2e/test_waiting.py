@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -42,9 +43,8 @@ class Trainer:
     @property
     def ahead(self) -> int:
         """How many steps beyond this one it has the values of."""
-        lease = self.pilot._session._lease
-        assert lease is not None
-        return lease._ahead(self.scheduler.progress, 1)
+        lease: Any = self.pilot._session._lease
+        return int(lease._ahead(self.scheduler.progress, 1))
 
     def step(self, increment: int = 1, *, reports: bool = True) -> None:
         """Use the values of this step and go on to the next."""
