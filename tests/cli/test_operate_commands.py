@@ -248,6 +248,7 @@ def test_what_ranks_get_from_the_horizon_on_is_what_was_said(
     fields = adjust(*args, "--author", "ann@node")
     made = fields["adjustment"]
     assert (fields["effective"], fields["unchanged"], fields["dry_run"]) == (4, False, False)
+    assert not fields["pending"]
     assert (made["summary"], made["effective"], made["mode"]) == (summary, 4, "act")
     assert (made["author"], made["reason"]) == ("ann@node", "oscillates")
     assert (made["before"], made["after"]) == ([LR], [rates[0]])

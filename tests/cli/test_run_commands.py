@@ -168,6 +168,10 @@ def test_json_of_a_run(run: Cli, server: Any, specs: Any) -> None:
         "skipped": 1,
         "rollbacks": 0,
         "etag": "00ff",
+        "leader": False,
+        "permitted": 0,
+        "declaration": None,
+        "declared_steps": 0,
     }
     # JSON readers that know only doubles are not our concern: the digits are all there.
     assert '"seq": 9007199254740993' in result.stdout
@@ -250,6 +254,44 @@ def test_show_for_people(run: Cli, server: Any, specs: Any) -> None:
         assert part in text, part
     # There is nothing in a note to approve.
     assert "lrpilot run approve grouped 9-268-0" not in text
+
+
+def test_show_of_a_job_in_leader_mode_says_how_far_it_may_go_alone(
+    run: Cli, server: Any, specs: Any
+) -> None:
+    fields: dict[str, Any] = {"leader": True}
+    server.answers["GetRun"] = lambda _: runs_pb2.GetRunResponse(
+        run=run_message(specs.plain, **fields)
+    )
+    for more, wanted in (
+        ({}, "leader mode the job may not go on alone yet"),
+        ({"permitted": 16_384}, "leader mode the job may go on alone below 16,384 created"),
+        (
+            {
+                "declared_steps": 1_250,
+                "declaration": runs_pb2.Declaration(begin=900, end=1_901, steps=1_000),
+            },
+            "the job may go on alone below 16,384; it did so for 1,250 steps, last from 900 to "
+            "1,900",
+        ),
+    ):
+        fields |= more
+        assert wanted in " ".join(run("show", "small").stdout.replace("│", " ").split())
+    shown = json.loads(run("show", "small", "--json").stdout)
+    assert (shown["leader"], shown["permitted"], shown["declared_steps"]) == (True, 16_384, 1_250)
+    assert shown["declaration"] == {"begin": 900, "end": 1_901, "steps": 1_000}
+
+
+def test_a_change_of_a_job_in_leader_mode_may_show_later(run: Cli, server: Any, specs: Any) -> None:
+    for pending in (True, False):
+        server.answers["AdjustRun"] = lambda _, pending=pending: runs_pb2.AdjustRunResponse(
+            effective=173, adjustment=adjustment(), run=run_message(specs.plain), pending=pending
+        )
+        text = run("hold", "small", "--reason", "maintenance").stdout
+        said = "leader mode: later, if the job has gone on alone beyond that progress"
+        assert (said in text) == pending
+        fields = json.loads(run("hold", "small", "--reason", "maintenance", "--json").stdout)
+        assert fields["pending"] is pending
 
 
 def test_show_has_the_newest_adjustments_and_says_where_the_others_are(

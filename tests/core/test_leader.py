@@ -14,7 +14,7 @@ from lrpilot.core._changes import Direct, Hold, Multiply, NextStage
 from lrpilot.core._requests import MAX_BLOCK_VALUES
 from tests.core.test_operators import act, approve, newest
 from tests.core.test_requests import PLATEAU, Log, saved, spec
-from tests.core.test_whole_runs import ACTIONS, SPECS, Life, outcome, reports
+from tests.core.test_whole_runs import ACTIONS, SPECS, Life, lives, outcome, reports
 
 HOLDER = "ab" * 16
 LINEAR: dict[str, Any] = {"peak": 1.0, "decay": {"style": "linear"}}
@@ -797,6 +797,31 @@ def revised(log: Log, name: str) -> None:
         if policy["kind"] == "plateau":
             policy["patience"] += 1
     log.write(core.revise_run(log.state, core.parse_spec(data), name))
+
+
+@SLOW
+@given(lives(), st.data())
+def test_with_the_server_there_the_values_are_those_of_an_independent_attempt(
+    life: tuple[str, list[list[Report]], dict[int, core.Action]], data: st.DataObject
+) -> None:
+    name, said, actions = life
+    fields = SPECS[name]
+    one, job = Life(**fields), Job(**fields)
+    one.open()
+    for at, step in enumerate(said):
+        if data.draw(st.booleans(), "offer"):
+            job.offer(at, data.draw(st.integers(1, 50), "count"))
+        for log in (one, job):
+            if at in actions:
+                log.operator(actions[at], f"act {at}")
+            assert log.take(at, count=3, in_use=at).begin == at
+            log.said(step)
+    # What they name by numbers of their logs is not the same there.
+    assert [job.state.values(at) for at in range(130)] == [
+        one.state.values(at) for at in range(130)
+    ]
+    assert outcome(job.state) == outcome(one.state)
+    assert list(job.state.records) == list(one.state.records)
 
 
 class Outage:

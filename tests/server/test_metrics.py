@@ -39,6 +39,7 @@ RUN_SERIES = {
     "lrpilot_run_rollbacks",
     "lrpilot_run_adjustments_total",
     "lrpilot_run_waivers_total",
+    "lrpilot_run_declared_steps_total",
     "lrpilot_run_ranks_waiting",
     "lrpilot_run_updated_timestamp_seconds",
 }

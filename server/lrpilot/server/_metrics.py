@@ -64,6 +64,7 @@ class RunSample:
     advice: dict[str, int]
     """Number of adjustments by who decided, those that an attempt forgot among them."""
     waivers: int
+    declared_steps: int
     ranks_waiting: int
     updated_s: float
     """When the last event was recorded, Unix seconds."""
@@ -171,6 +172,7 @@ class RunCollector(Collector):
                     adjustments=_by_source((*state.plan.adjustments, *state.forgotten), "act"),
                     advice=_by_source((*state.advice, *state.forgotten), "advise"),
                     waivers=state.waivers,
+                    declared_steps=sum(item.steps for item in state.declared),
                     ranks_waiting=run.ranks_waiting,
                     updated_s=run.updated_ns / 1e9,
                 )
@@ -208,6 +210,11 @@ def _families(runs: list[RunSample]) -> Iterator[Metric]:
     waivers = CounterMetricFamily(
         "lrpilot_run_waivers", "Waivers of the attempt: losses that never came.", labels=("run",)
     )
+    declared = CounterMetricFamily(
+        "lrpilot_run_declared_steps",
+        "Steps of the attempt that the job in leader mode went on without the server.",
+        labels=("run",),
+    )
     for run in runs:
         for index, group in enumerate(run.groups):
             rates.add_metric((run.name, group), run.learning_rates[index])
@@ -218,7 +225,8 @@ def _families(runs: list[RunSample]) -> Iterator[Metric]:
         for source, count in run.advice.items():
             advice.add_metric((run.name, source), count)
         waivers.add_metric((run.name,), run.waivers)
-    yield from (rates, decays, adjustments, advice, waivers)
+        declared.add_metric((run.name,), run.declared_steps)
+    yield from (rates, decays, adjustments, advice, waivers, declared)
     for name, text, value in _GAUGES:
         family = GaugeMetricFamily(f"lrpilot_run_{name}", text, labels=("run",))
         for run in runs:
