@@ -46,6 +46,26 @@ def test_an_increment_is_positional_as_megatrons(
     assert type(scheduler.progress) is int
 
 
+@pytest.mark.parametrize(
+    ("unit", "increments", "count"),
+    [("samples", [1, 1], 1), ("samples", [8, 8], 0), ("iterations", [1, 1], 0)],
+)
+def test_a_step_of_one_sample_or_token_is_doubted_once(
+    trainer: FakeTrainer,
+    connect: Connect,
+    optimizer: FakeOptimizer,
+    caplog: pytest.LogCaptureFixture,
+    unit: str,
+    increments: list[int],
+    count: int,
+) -> None:
+    trainer.unit, trainer.delay = unit, 100
+    scheduler = connect().scheduler(optimizer)
+    for increment in increments:
+        scheduler.step(increment, loss=0.5)
+    assert caplog.text.count("counts samples, and a step was made with increment=1") == count
+
+
 @pytest.mark.parametrize("increment", [0, -1, 1.0, True, "1", None, torch.tensor(2.5)])
 def test_a_wrong_increment_is_refused_and_changes_nothing(
     trainer: FakeTrainer, connect: Connect, optimizer: FakeOptimizer, increment: Any

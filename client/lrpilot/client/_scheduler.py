@@ -46,6 +46,8 @@ class Scheduler:
         self._is_late = session.opened is not None
         """Whether the attempt was open already: others may have made steps."""
         self._hook: Any = None
+        self._doubted = ""
+        """Unit in which an increment of 1 is hardly meant; empty: none, or it was said."""
         if not defer:
             self._open(state)
         else:
@@ -83,7 +85,8 @@ class Scheduler:
         a rollback the progress is the one gone back to.
 
         Args:
-            increment: what the step consumed, in the run's unit, at least 1.
+            increment: what the step consumed, in the run's unit, at least 1. Where that is not
+                iterations, an increment of 1 is warned of once.
             loss: the reduced loss, a number or a tensor with one element on any device, read on
                 the reporters alone; NaN and infinities are data. None: this step has none.
             weight: of the loss in the mean over several reporters, above 0; say its tokens.
@@ -111,6 +114,8 @@ class Scheduler:
             self._hook.remove()
             self._hook = None
         there = here if skipped else here + increment
+        if increment == 1 and self._doubted and not skipped:
+            self._doubt()
         self._session.report(here, said, there, self._tries)
         if skipped:
             self._tries += 1
@@ -205,9 +210,20 @@ class Scheduler:
         refuse_in_capture("opening the attempt")
         opened = self._session.open(state)
         self._groups.bind(self._session.link.run, opened)
+        self._doubted = "" if opened.unit == "iterations" else opened.unit
         self._progress = self._session.progress if self._is_late else opened.begin
         self._session.schedulers.add(self)
         self._write()
+
+    def _doubt(self) -> None:
+        logger.warning(
+            "run %s counts %s, and a step was made with increment=1: the schedule moves on by one "
+            "of them with each update. Where an update consumes more, say how many as increment. "
+            "This is said once",
+            self._session.link.run,
+            self._doubted,
+        )
+        self._doubted = ""
 
     def _before_first_step(self, *_: Any) -> None:
         if self._progress is None:
