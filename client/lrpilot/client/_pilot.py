@@ -58,6 +58,11 @@ _OPTIONS = (
 _LOOK_S = 0.02
 """Time between two looks at what is left to deliver, after SIGTERM."""
 
+_BACKUP_POLL = ("GRPC_CLIENT_CHANNEL_BACKUP_POLL_INTERVAL_MS", "200")
+"""Old releases of gRPC, such as 1.54, drive connections that no call waits for each 5 s alone: a
+server would be back for 10 s before it is found. They read this when the first channel is made;
+there is no option for it. Newer ones do not need it."""
+
 
 def connect(
     address: str,
@@ -141,6 +146,7 @@ def connect(
         ConnectRefused,
         "connect every rank alike",
     )
+    os.environ.setdefault(*_BACKUP_POLL)
     link = Link(
         lambda: grpc.insecure_channel(target.name, options=_OPTIONS + target.options),
         address=address,
