@@ -14,8 +14,8 @@ from lrpilot.client._capture import before_each_step
 from lrpilot.client._loss import Loss
 from lrpilot.client._metrics import Said
 from lrpilot.client._pilot import Pilot
-from lrpilot.client._scheduler import Scheduler
 from lrpilot.client._state import SavedState, encode
+from lrpilot.client.torch import LRScheduler
 
 
 class Steps:
@@ -41,8 +41,9 @@ class Steps:
         state: Mapping[str, Any] | None,
         increment: int,
     ) -> None:
-        self.schedulers: tuple[Scheduler, ...] = tuple(
-            pilot.scheduler(optimizer, state=state) for optimizer in optimizers
+        # Those for torch: what is added or written between two steps is put right before the next.
+        self.schedulers = tuple(
+            LRScheduler(pilot, optimizer, state=state) for optimizer in optimizers
         )
         self._session = pilot._session
         self._increment = increment
@@ -103,13 +104,17 @@ class Steps:
         self.report()
         skipped, self._made = self._made.skipped, None
         for scheduler in self.schedulers:
-            scheduler.step(self._increment, skipped=skipped)
+            scheduler.step(increment=self._increment, skipped=skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the progress at which the next step begins, as a Scheduler's."""
         self.report()
         progress = self._next
         return encode(self._session.link.run, SavedState(progress, self._session.save(progress)))
+
+    def bare_state_dict(self) -> dict[str, Any]:
+        """Return the same without the server's part: nothing is waited for, or raised."""
+        return encode(self._session.link.run, SavedState(self._next, b""))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take a state of the progress at which the next step begins; refuse any other.

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from lrpilot.client._errors import InvalidState, invalid_argument
+from lrpilot.client._errors import AttemptNotOpen, InvalidState, invalid_argument
 from lrpilot.client._pilot import Pilot
 from lrpilot.client._rollback import MEMORY, RollbackHandler
 from lrpilot.client._steps import FusedStep, Steps, increment_argument
@@ -54,10 +54,16 @@ class LrpilotCallback(TrainerCallback):
             raise invalid_argument("pilot", pilot, "what lrpilot.client.connect() returned")
         if not hasattr(trainer, "create_scheduler") or not hasattr(trainer, "training_step"):
             raise invalid_argument("trainer", trainer, "a Trainer of transformers")
+        if isinstance(getattr(trainer.create_scheduler, "__self__", None), LrpilotCallback):
+            raise invalid_argument(
+                "trainer", trainer, "one that no LrpilotCallback was made for before"
+            )
         self._pilot = pilot
         self._trainer = trainer
         self._increment = increment_argument(increment)
         self._steps: Steps | None = None
+        self._optimizer: Any = None
+        """What the steps drive."""
         self._fused: FusedStep | None = None
         self._is_training = False
         self._is_completed = False
@@ -68,10 +74,16 @@ class LrpilotCallback(TrainerCallback):
         trainer.training_step = self._seen_step
         trainer.create_scheduler = self._create_scheduler
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         """Open the attempt where no checkpoint did, and write the first LR and WD."""
-        self._is_training, self._loss = True, None
-        if self._steps is None:
+        if optimizer is not self._trainer.optimizer:
+            raise invalid_argument("trainer", self._trainer, "the Trainer that trains")
+        self._is_training, self._is_completed, self._loss = True, False, None
+        made = self._trainer.state.global_step
+        if self._steps is None and made:
+            # The checkpoint has no scheduler: it is of the model alone.
+            self._needs_resume_at(made)
+        if self._optimizer is not optimizer:
             self._open(None)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -114,9 +126,12 @@ class LrpilotCallback(TrainerCallback):
 
     def _open(self, state: "Mapping[str, Any] | None") -> None:
         optimizer = self._trainer.optimizer
+        if self._steps is not None:
+            # Another `train` with another optimizer, of `model_init` or the user's.
+            self._steps.move()
         own = [group.get("weight_decay") for group in optimizer.param_groups]
         self._steps = Steps(self._pilot, [optimizer], state, self._increment)
-        self._fused = FusedStep(optimizer)
+        self._optimizer, self._fused = optimizer, FusedStep(optimizer)
         opened = self._pilot._session.opened
         takes_none = opened is not None and list(opened.groups) == [""] and not any(own)
         if takes_none and opened is not None and opened.has_weight_decay:
@@ -127,13 +142,36 @@ class LrpilotCallback(TrainerCallback):
                 self._pilot.run,
             )
 
+    def _needs_resume_at(self, made: int) -> None:
+        """Refuse a checkpoint without a state where nobody said which progress it stands at."""
+        if self._pilot._session._resume_at is None:
+            raise InvalidState(
+                f"state: the checkpoint was saved without the state of lrpilot, after {made} "
+                "updates. To go on from it, say where the run begins: "
+                f"connect(resume_at={made})",
+                facts={"run": self._pilot.run, "last_epoch": made},
+            )
+
     # In place of Trainer's own.
 
     def _create_scheduler(self, *_: Any, **__: Any) -> "_Scheduler":
+        theirs = self._trainer.lr_scheduler
+        if theirs is not None and not isinstance(theirs, _Scheduler):
+            raise invalid_argument(
+                "optimizers",
+                type(theirs).__name__,
+                "(optimizer, None): the server has the schedule",
+            )
         self._trainer.lr_scheduler = scheduler = _Scheduler(self)
         return scheduler
 
     def _seen_step(self, *arguments: Any, **named: Any) -> Any:
+        if self._steps is None:
+            raise AttemptNotOpen(
+                f"run {self._pilot.run!r}: Trainer trains, and has no LrpilotCallback: "
+                "trainer.add_callback(LrpilotCallback(pilot, trainer)) adds it",
+                facts={"run": self._pilot.run},
+            )
         loss = self._training_step(*arguments, **named)
         # In single precision, as Trainer sums it up for its logs; nothing is read from the device.
         told = loss.detach().float()
@@ -165,22 +203,14 @@ class _Scheduler:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         callback = self._callback
-        if callback._steps is not None:
+        if callback._optimizer is callback._trainer.optimizer and callback._steps is not None:
             callback._steps.load_state_dict(state)
-            return
-        if "last_epoch" in state and "version" not in state:
+        elif callback._steps is None and "last_epoch" in state and "version" not in state:
             # The checkpoint is from before lrpilot.
-            resume_at = callback._pilot._session._resume_at
-            if resume_at is None:
-                raise InvalidState(
-                    "state: the checkpoint was saved by a Trainer without lrpilot, after "
-                    f"{state['last_epoch']} updates. To go on from it, say where the run begins: "
-                    f"connect(resume_at={state['last_epoch']})",
-                    facts={"run": callback._pilot.run, "last_epoch": state["last_epoch"]},
-                )
+            callback._needs_resume_at(state["last_epoch"])
             callback._open(None)
-            return
-        callback._open(state)
+        else:
+            callback._open(state)
 
 
 class RollbackCallback(LrpilotCallback):
@@ -212,9 +242,15 @@ class RollbackCallback(LrpilotCallback):
         self._options: dict[str, Any] = {"every": every, "keep": keep, "where": where}
         self._handler: RollbackHandler | None = None
 
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, *_: Any, optimizer: Any = None, **__: Any) -> None:
         """Open the attempt, write the first LR and WD, take the first snapshot."""
-        super().on_train_begin()
+        if self._handler is not None and self._optimizer is not self._trainer.optimizer:
+            raise invalid_argument(
+                "trainer",
+                self._trainer,
+                "one whose optimizer stays: the snapshots are of the first",
+            )
+        super().on_train_begin(optimizer=optimizer)
         if self._steps is not None and self._handler is None:
             trainer = self._trainer
             scaler = trainer.accelerator.scaler
