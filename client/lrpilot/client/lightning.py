@@ -1,6 +1,7 @@
 """LR and WD in the Trainer of Lightning: needs lightning 2.5 or later, or pytorch_lightning."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 try:
@@ -10,7 +11,7 @@ except ImportError:
     from pytorch_lightning import Callback
 
 from lrpilot.client._arguments import Spec
-from lrpilot.client._errors import AttemptNotOpen, InvalidState, invalid_argument
+from lrpilot.client._errors import AttemptNotOpen, InvalidState, LrpilotError, invalid_argument
 from lrpilot.client._metrics import metric_name
 from lrpilot.client._pilot import Pilot, connect
 from lrpilot.client._steps import FusedStep, Steps, increment_argument
@@ -132,10 +133,34 @@ class LrpilotCallback(Callback):
         if stage != "fit" or self._pilot is None:
             return
         self._saved = self.state_dict()
+        self._leave().close()
+
+    def on_exception(self, _: Any, __: Any, exception: BaseException) -> None:
+        """Close: Lightning calls no `teardown` then. Another `fit` goes on where this one was.
+
+        The state is without the server's part, which this rank alone might wait for in vain.
+        """
+        if self._pilot is None:
+            return
+        if self._steps is not None:
+            if self._has_updated():
+                # The update was made, and what would have told its loss did not come.
+                self._end_step(None)
+            self._saved = self._steps.bare_state_dict()
+            # What is at fault is under way already.
+            with suppress(LrpilotError):
+                self._steps.report()
+        self._leave().__exit__(type(exception), exception, exception.__traceback__)
+
+    def _leave(self) -> Pilot:
+        """Forget what this `fit` had, and return its pilot."""
         for item in self._optimizers:
             item.forget()
-        pilot, self._pilot, self._steps, self._optimizers = self._pilot, None, None, []
-        pilot.close()
+        pilot = self.pilot
+        self._pilot, self._steps, self._optimizers = None, None, []
+        self._is_tried = False
+        self._losses.clear()
+        return pilot
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state for Lightning's checkpoint."""
