@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 
 from lrpilot.client._capture import InGraph
 from lrpilot.client._errors import invalid_argument
@@ -66,7 +67,7 @@ class LRScheduler(TorchLRScheduler):
     ) -> None:
         if not isinstance(accelerator, Accelerator):
             raise invalid_argument("accelerator", accelerator, "an accelerate.Accelerator")
-        if getattr(optimizer, "_is_accelerate_prepared", False):
+        if isinstance(optimizer, AcceleratedOptimizer):
             optimizer = optimizer.optimizer
         super().__init__(pilot, optimizer, defer=True, wd_in_graph=wd_in_graph)
         self._accelerator = accelerator
