@@ -189,7 +189,7 @@ def test_wrong_arguments_are_refused(
         LRScheduler(pilot, optimizer, None)
     accelerator = make_accelerator(gradient_accumulation_steps=2)
     with pytest.raises(lrpilot.InvalidArgument, match=r"^accelerator: got "):
-        LRScheduler(pilot, accelerator, optimizer)  # type: ignore[arg-type]
+        LRScheduler(pilot, accelerator, optimizer)
     with pytest.raises(TypeError, match="Linear is not an Optimizer"):
         LRScheduler(pilot, accelerator.prepare(torch.nn.Linear(1, 1)), accelerator)
     scheduler = LRScheduler(pilot, optimizer, accelerator)
