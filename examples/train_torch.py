@@ -75,7 +75,7 @@ def main() -> None:
 
         with SummaryWriter(str(arguments.tensorboard)) as writer:
             # Before the scheduler, so that it hears of every change.
-            TensorBoardLogger(writer, pilot)
+            TensorBoardLogger(pilot, writer)
             train(pilot, arguments)
 
 

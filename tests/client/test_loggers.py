@@ -85,7 +85,7 @@ def test_tensorboard_gets_what_each_update_used_and_why_it_changed(
     trainer.changes = [CHANGE]
     pilot = connect()
     with SummaryWriter(str(tmp_path)) as writer:
-        TensorBoardLogger(writer, pilot)
+        TensorBoardLogger(pilot, writer)
         train(pilot.scheduler(optimizer))
     events = EventAccumulator(str(tmp_path)).Reload()
     for tag, wanted in (("lrpilot/lr", trainer.rate), ("lrpilot/weight_decay", trainer.decay)):
@@ -127,7 +127,7 @@ def test_wandb_gets_it_in_the_rows_of_the_training(
     pilot = connect()
     settings = wandb.Settings(silent=True, disable_git=True, console="off", x_disable_stats=True)
     with wandb.init(mode="offline", dir=tmp_path, project="p", settings=settings) as run:
-        WandbLogger(run, pilot)
+        WandbLogger(pilot, run)
         scheduler = pilot.scheduler(optimizer)
         for at in range(6):
             scheduler.step(loss=1.0)
@@ -174,7 +174,7 @@ def test_mlflow_gets_it_with_the_progress_as_step(
     try:
         pilot = connect()
         with mlflow.start_run() as run:
-            MlflowLogger(mlflow, pilot, every=2)
+            MlflowLogger(pilot, mlflow, every=2)
             train(pilot.scheduler(make_optimizer()))
         client = mlflow.MlflowClient()
         history = client.get_metric_history(run.info.run_id, "lrpilot/lr/W_rter _1_")
@@ -191,7 +191,7 @@ def test_the_first_values_of_a_deferred_scheduler_are_written(
     trainer: FakeTrainer, connect: Connect
 ) -> None:
     pilot, written = connect(resume_at=5), Written()
-    TensorBoardLogger(written, pilot)
+    TensorBoardLogger(pilot, written)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=9.0)
     scheduler = pilot.scheduler(optimizer, defer=True)
     for _ in range(3):
@@ -210,7 +210,7 @@ def test_each_group_has_the_name_that_the_spec_gives_it(
         {"name": "matrices", "lr": 1.0, "weight_decay": 0.5},
     )
     pilot, written = connect(), Written()
-    TensorBoardLogger(written, pilot)
+    TensorBoardLogger(pilot, written)
     train(pilot.scheduler(optimizer), 1)
     assert sorted(written.scalars) == [
         ("lrpilot/lr/matrices", 0, trainer.rate(0, 0)),
@@ -227,14 +227,14 @@ def test_a_weight_decay_of_its_own_is_not_taken_for_the_runs(
     groups = [{"lr": 1.0, "weight_decay": 0.5}, {"lr": 1.0, "weight_decay": 0.5}]
     groups[keeps]["weight_decay"] = 0.0
     pilot, written = connect(), Written()
-    TensorBoardLogger(written, pilot)
+    TensorBoardLogger(pilot, written)
     train(pilot.scheduler(make_optimizer(*groups)), 1)
     assert written.of("lrpilot/weight_decay") == [(0, trainer.decay(0))]
 
 
 def test_a_tensor_lr_is_written_as_the_step_uses_it(trainer: FakeTrainer, connect: Connect) -> None:
     pilot, written = connect(), Written()
-    TensorBoardLogger(written, pilot)
+    TensorBoardLogger(pilot, written)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=torch.tensor(1.0))
     train(pilot.scheduler(optimizer), 3)
     wanted = [(at, torch.tensor(trainer.rate(at)).item()) for at in range(3)]
@@ -247,7 +247,7 @@ def test_several_optimizers_are_written_once(
 ) -> None:
     trainer.groups = ["a", "b"]
     pilot, written = connect(), Written()
-    TensorBoardLogger(written, pilot)
+    TensorBoardLogger(pilot, written)
     schedulers = [pilot.scheduler(make_optimizer({"name": name, "lr": 1.0})) for name in "ab"]
     for _ in range(3):
         for scheduler in schedulers:
@@ -261,7 +261,7 @@ def test_a_skipped_update_is_not_written(
     trainer: FakeTrainer, connect: Connect, optimizer: FakeOptimizer
 ) -> None:
     pilot, written = connect(), Written()
-    TensorBoardLogger(written, pilot)
+    TensorBoardLogger(pilot, written)
     scheduler = pilot.scheduler(optimizer)
     for skipped in (True, False, True, True, False):
         scheduler.step(loss=1.0, skipped=skipped)
@@ -275,7 +275,7 @@ def test_what_comes_again_after_a_rollback_is_written_again(
         pb.Directive(id="d1", kind=pb.DIRECTIVE_KIND_ROLLBACK, progress=4, reason="a", before=3)
     ]
     pilot, written = connect(), Written()
-    TensorBoardLogger(written, pilot)
+    TensorBoardLogger(pilot, written)
     pilot.on_directive("rollback", lambda directive: pilot.roll_back(directive, 3))
     train(pilot.scheduler(optimizer))
     assert [step for step, _ in written.of("lrpilot/lr")] == [0, 1, 2, 3, 3, 4]
@@ -286,7 +286,7 @@ def test_rank_0_alone_writes(
 ) -> None:
     trainer.changes = [CHANGE]
     pilot, written = connect(rank=1, world_size=2, key="k", reporter=1), Written()
-    TensorBoardLogger(written, pilot)
+    TensorBoardLogger(pilot, written)
     train(pilot.scheduler(optimizer))
     assert (written.scalars, written.texts) == ([], [])
 
@@ -295,7 +295,7 @@ def test_a_rank_0_that_reports_nothing_writes(
     trainer: FakeTrainer, connect: Connect, optimizer: FakeOptimizer
 ) -> None:
     pilot, written = connect(rank=0, world_size=2, key="k", reporter=1), Written()
-    TensorBoardLogger(written, pilot)
+    TensorBoardLogger(pilot, written)
     trainer.move(100)
     train(pilot.scheduler(optimizer), 3)
     assert [step for step, _ in written.of("lrpilot/lr")] == [0, 1, 2]
@@ -309,7 +309,7 @@ def test_a_logger_that_fails_is_said_once_and_training_goes_on(
 ) -> None:
     trainer.changes = [CHANGE]
     pilot = connect()
-    TensorBoardLogger(Full(), pilot)
+    TensorBoardLogger(pilot, Full())
     scheduler = pilot.scheduler(optimizer)
     with caplog.at_level(logging.WARNING):
         train(scheduler)
@@ -329,11 +329,11 @@ def test_wrong_arguments_are_refused(connect: Connect) -> None:
         (MlflowLogger, "mlflow"),
     ):
         with pytest.raises(lrpilot.InvalidArgument, match=f"^{name}: got .*an object that has "):
-            make(object(), pilot)
+            make(pilot, object())
     with pytest.raises(lrpilot.InvalidArgument, match=r"^pilot: got "):
-        TensorBoardLogger(Written(), "pilot")  # type: ignore[arg-type]
+        TensorBoardLogger("pilot", Written())  # type: ignore[arg-type]
     with pytest.raises(lrpilot.InvalidArgument, match=r"^every: got 0"):
-        TensorBoardLogger(Written(), pilot, every=0)
+        TensorBoardLogger(pilot, Written(), every=0)
 
 
 def test_nothing_is_imported_for_them() -> None:
@@ -360,7 +360,7 @@ def test_the_reason_of_a_real_policy_is_written(
     optimizer = make_optimizer({"name": "a", "lr": 1.0}, {"name": "b", "lr": 1.0})
     try:
         with lrpilot.connect(server.grpc, run="reasons", spec=spec) as pilot:
-            TensorBoardLogger(written, pilot)
+            TensorBoardLogger(pilot, written)
             train(pilot.scheduler(optimizer), 8)
     finally:
         server.dispose()

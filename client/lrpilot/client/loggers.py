@@ -25,8 +25,8 @@ class _Logger(ABC):
     """What the loggers share: when something is written, and under which names.
 
     Args:
-        target: what is written to.
         pilot: what `connect` returned. Rank 0 writes; elsewhere a logger does nothing.
+        target: what is written to.
         every: write LR and WD of each so many updates, the first one included.
     """
 
@@ -34,12 +34,12 @@ class _Logger(ABC):
     _methods: tuple[str, ...] = ()
     """What the target must have."""
 
-    def __init__(self, target: Any, pilot: Pilot, every: int = 1) -> None:
+    def __init__(self, pilot: Pilot, target: Any, every: int = 1) -> None:
+        if not isinstance(pilot, Pilot):
+            raise invalid_argument("pilot", pilot, "what lrpilot.client.connect() returned")
         if not all(hasattr(target, name) for name in self._methods):
             allowed = f"an object that has {' and '.join(self._methods)}"
             raise invalid_argument(self._argument, target, allowed)
-        if not isinstance(pilot, Pilot):
-            raise invalid_argument("pilot", pilot, "what lrpilot.client.connect() returned")
         self._target = target
         self._session = pilot._session
         self._every = integer("every", every, 1, _timing.MAX_PROGRESS)
@@ -108,14 +108,14 @@ class _Logger(ABC):
 class TensorBoardLogger(_Logger):
     """Writes to TensorBoard: scalars `lrpilot/lr`, `lrpilot/weight_decay`, text `lrpilot/change`.
 
-        TensorBoardLogger(SummaryWriter(folder), pilot)
+        TensorBoardLogger(pilot, SummaryWriter(folder))
 
     Where the spec has groups, their names follow: `lrpilot/lr/embedding`. The step is the progress.
     Make it before the scheduler, so that it hears of every change.
 
     Args:
-        writer: torch's `SummaryWriter`, or what has `add_scalar` and `add_text` as it does.
         pilot: what `connect` returned. Rank 0 writes; elsewhere a logger does nothing.
+        writer: torch's `SummaryWriter`, or what has `add_scalar` and `add_text` as it does.
         every: write LR and WD of each so many updates, the first one included.
 
     Raises InvalidArgument.
@@ -124,8 +124,8 @@ class TensorBoardLogger(_Logger):
     _argument = "writer"
     _methods = ("add_scalar", "add_text")
 
-    def __init__(self, writer: Any, pilot: Pilot, every: int = 1) -> None:
-        super().__init__(writer, pilot, every)
+    def __init__(self, pilot: Pilot, writer: Any, every: int = 1) -> None:
+        super().__init__(pilot, writer, every)
 
     def _write_values(self, progress: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
@@ -138,7 +138,7 @@ class TensorBoardLogger(_Logger):
 class WandbLogger(_Logger):
     """Writes to Weights & Biases: `lrpilot/lr`, `lrpilot/weight_decay`, `lrpilot/change`.
 
-        WandbLogger(wandb.init(…), pilot)
+        WandbLogger(pilot, wandb.init(…))
 
     Where the spec has groups, their names follow: `lrpilot/lr/embedding`. The axis of these charts
     is `lrpilot/progress`. The step of W&B stays the training's own: what is written joins the row
@@ -149,8 +149,8 @@ class WandbLogger(_Logger):
     hears of every change.
 
     Args:
-        run: what `wandb.init` returned.
         pilot: what `connect` returned. Rank 0 writes; elsewhere a logger does nothing.
+        run: what `wandb.init` returned.
         every: write LR and WD of each so many updates, the first one included.
 
     Raises InvalidArgument.
@@ -159,8 +159,8 @@ class WandbLogger(_Logger):
     _argument = "run"
     _methods = ("log", "define_metric", "summary")
 
-    def __init__(self, run: Any, pilot: Pilot, every: int = 1) -> None:
-        super().__init__(run, pilot, every)
+    def __init__(self, pilot: Pilot, run: Any, every: int = 1) -> None:
+        super().__init__(pilot, run, every)
         if pilot.rank == 0:
             self._guard(self._define)
 
@@ -181,7 +181,7 @@ class MlflowLogger(_Logger):
     """Writes to MLflow: metrics `lrpilot/lr`, `lrpilot/weight_decay`, tags `lrpilot.change.<id>`.
 
         with mlflow.start_run():
-            MlflowLogger(mlflow, pilot)
+            MlflowLogger(pilot, mlflow)
 
     Where the spec has groups, their names follow, with "_" for what MLflow takes in no name:
     `lrpilot/lr/embedding`. The step is the progress. MLflow waits for its server at each call,
@@ -189,9 +189,9 @@ class MlflowLogger(_Logger):
     `every` asks less of it. Make it before the scheduler, so that it hears of every change.
 
     Args:
+        pilot: what `connect` returned. Rank 0 writes; elsewhere a logger does nothing.
         mlflow: the module, or what has its `log_metrics` and `set_tag`, for the run that is active
             on the training thread.
-        pilot: what `connect` returned. Rank 0 writes; elsewhere a logger does nothing.
         every: write LR and WD of each so many updates, the first one included.
 
     Raises InvalidArgument.
@@ -200,8 +200,8 @@ class MlflowLogger(_Logger):
     _argument = "mlflow"
     _methods = ("log_metrics", "set_tag")
 
-    def __init__(self, mlflow: Any, pilot: Pilot, every: int = 1) -> None:
-        super().__init__(mlflow, pilot, every)
+    def __init__(self, pilot: Pilot, mlflow: Any, every: int = 1) -> None:
+        super().__init__(pilot, mlflow, every)
 
     def _write_values(self, progress: int, values: Mapping[str, float]) -> None:
         metrics = {_mlflow_name(name): value for name, value in values.items()}
