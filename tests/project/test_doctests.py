@@ -3,6 +3,8 @@
 import doctest
 import importlib
 import pkgutil
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -10,23 +12,33 @@ ROOMS = ("lrpilot.core", "lrpilot.client", "lrpilot.server")
 
 
 def _modules() -> list[str]:
+    """Return the names of the modules with examples; only these are imported.
+
+    Adapters have none, and would bring in their frameworks with all that those do on import.
+    """
     names = []
     for room in ROOMS:
         package = importlib.import_module(room)
-        found = pkgutil.walk_packages(package.__path__, prefix=f"{room}.")
-        # What runs when it is imported is no place for examples.
-        names += [room, *(info.name for info in found if not info.name.endswith("__main__"))]
-    return [name for name in names if ".migrations" not in name]
+        found = pkgutil.walk_packages(
+            package.__path__, prefix=f"{room}.", onerror=lambda name: None
+        )
+        names += [room, *(info.name for info in found)]
+    return [name for name in names if ">>>" in _source(name)]
+
+
+def _source(name: str) -> str:
+    spec = find_spec(name)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", _modules())
 def test_the_examples_of_the_module_are_true(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0
     assert result.failed == 0
 
 
 def test_there_are_examples() -> None:
-    finder = doctest.DocTestFinder()
-    modules = [importlib.import_module(name) for name in _modules()]
-    examples = sum(len(test.examples) for module in modules for test in finder.find(module))
-    assert examples > 0
+    assert _modules()
