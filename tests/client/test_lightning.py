@@ -169,3 +169,33 @@ def test_weight_averaging_writes_no_learning_rate(
     averages = pl.callbacks.StochasticWeightAveraging(swa_lrs=0.5, swa_epoch_start=1)
     make(watch, averages, max_epochs=3).fit(Model(), data())
     assert watch.rates == [[trainer.rate(at)] for at in range(3 * BATCHES)]
+
+
+def test_an_update_after_the_last_batch_counts(
+    trainer: FakeTrainer, make: Callable[..., Any]
+) -> None:
+    class Late(Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, x: torch.Tensor, _: int) -> torch.Tensor:
+            loss = super().training_step(x, _)
+            losses.append(loss.item())
+            self.manual_backward(loss)
+            return loss
+
+        def on_train_epoch_end(self) -> None:
+            self.optimizers().step()
+
+    watch, losses = Watch(), list[float]()
+    trains = make(watch, max_epochs=3)
+    trains.fit(Late(), data())
+    assert watch.rates == [[trainer.rate(at)] for at in range(3)]
+    trains.fit_loop.max_epochs += 1
+    trains.fit(Late(), data())
+    assert watch.rates[3:] == [[trainer.rate(3)]]
+    trainer.wait(lambda: len(trainer.losses) == 4)
+    # Each has the losses of its own batches.
+    assert trainer.losses[0] == pytest.approx(sum(losses[:BATCHES]) / BATCHES)
+    assert trainer.losses[1] == pytest.approx(sum(losses[BATCHES : 2 * BATCHES]) / BATCHES)

@@ -123,9 +123,10 @@ class LrpilotCallback(Callback):
         self._steps = Steps(self.pilot, trainer.optimizers, self._saved or None, self._increment)
         self._optimizers = [_Watched(item, self._before_update) for item in trainer.optimizers]
 
-    def on_train_end(self, *_: Any) -> None:
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
         """Report the last step; there is none to write values for."""
         if self._steps is not None:
+            self._end_late_step(trainer)
             self._steps.report()
 
     def teardown(self, _: Any, __: Any, stage: str) -> None:
@@ -168,9 +169,10 @@ class LrpilotCallback(Callback):
 
     # The steps.
 
-    def on_train_batch_start(self, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
         """Where a step was made: report it, write LR and WD of the next, follow directives."""
         if self._steps is not None:
+            self._end_late_step(trainer)
             self._steps.move()
 
     def on_before_optimizer_step(self, *_: Any) -> None:
@@ -184,15 +186,8 @@ class LrpilotCallback(Callback):
             # Lightning has divided it by the number of batches that it accumulates.
             parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             self._losses.append(loss.detach().float() * parts)
-        if self._steps is None or not (self._is_tried or self._has_updated()):
-            return
-        mean = None
-        if self._losses:
-            mean = sum(self._losses[1:], self._losses[0]) / len(self._losses)
-            # Unlike its `reduce`, this has no barrier, for which the training would wait.
-            mean = trainer.strategy.all_gather(mean).mean()
-        self._end_step(mean)
-        self._losses.clear()
+        if self._is_tried or self._has_updated():
+            self._end_step(self._mean(trainer))
 
     def on_validation_end(self, trainer: Any, _: Any) -> None:
         """Take the validation losses."""
@@ -207,6 +202,20 @@ class LrpilotCallback(Callback):
             # Another step in the same batch; the loss comes at the end of it.
             self._end_step(None)
             self._steps.move()
+
+    def _end_late_step(self, trainer: Any) -> None:
+        """End a step that was made after its batch, such as in `on_train_epoch_end`."""
+        if self._has_updated():
+            self._end_step(self._mean(trainer))
+
+    def _mean(self, trainer: Any) -> Any:
+        """Return the mean of the losses since the last step, over all ranks, and begin anew."""
+        losses, self._losses = self._losses, []
+        if not losses:
+            return None
+        mean = sum(losses[1:], losses[0]) / len(losses)
+        # Unlike its `reduce`, this has no barrier, for which the training would wait.
+        return trainer.strategy.all_gather(mean).mean()
 
     def _has_updated(self) -> bool:
         return any(item.has_updated for item in self._optimizers)
