@@ -181,6 +181,16 @@ def test_the_scheduler_for_torch_takes_a_prepared_optimizer(
         scheduler.step(loss=1.0)
 
 
+def test_the_scheduler_for_torch_is_not_to_be_prepared(
+    connect: Connect, make_accelerator: Callable[..., Any]
+) -> None:
+    # On several processes what Accelerate wraps around it would make several moves an update.
+    accelerator, optimizer = make_accelerator(), adamw()
+    scheduler = TorchLRScheduler(connect(), optimizer)
+    with pytest.raises(lrpilot.InvalidArgument, match=r"lrpilot\.client\.accelerate\.LRScheduler"):
+        accelerator.prepare(optimizer, scheduler)
+
+
 def test_wrong_arguments_are_refused(
     connect: Connect, make_accelerator: Callable[..., Any]
 ) -> None:

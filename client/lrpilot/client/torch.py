@@ -131,6 +131,16 @@ class LRScheduler(Scheduler, torch.optim.lr_scheduler.LRScheduler):
         """Return what `get_last_lr` does: there is nothing to compute here."""
         return self.get_last_lr()
 
+    @property
+    def _is_accelerate_prepared(self) -> bool:
+        """What Accelerator.prepare() asks of a scheduler before it wraps it."""
+        raise invalid_argument(
+            "scheduler",
+            type(self).__name__,
+            "lrpilot.client.accelerate.LRScheduler: what Accelerate wraps around any other steps "
+            "it as often as there are processes",
+        )
+
     def _initial_step(self) -> None:
         """Count the first step as torch does; the values are written when the attempt opens."""
         self._step_count = 1
