@@ -408,6 +408,32 @@ def test_missing_losses_do_not_hold_it_for_longer_than_a_patience(
     assert set(leader.declared()) == set(range(28, end))
 
 
+def test_losses_that_stay_missing_are_waited_for_now_and_then(
+    leader: Leading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each declaration finds the server there; without the losses it fixes nothing more."""
+    trainer = leader.trainer
+    leader.open()
+    leader.to(20)
+    trainer.move(28)
+    monkeypatch.setattr(_timing, "FEEDBACK_PATIENCE_S", 0.3)
+    leader.to(28)
+    leader.until(lambda: leader.holder._is_back)
+    monkeypatch.setattr(_timing, "FEEDBACK_PATIENCE_S", 1e6)
+    monkeypatch.setattr(_timing, "HOLDER_WAIT_S", 0.1)
+    leader.until(lambda: time.monotonic() > leader.holder._ask_again_s)
+    asked = len([request for request in trainer.calls["GetValues"] if request.blocked])
+    for end in range(36, 200, 8):
+        leader.to(end)
+        leader.until(lambda: leader.holder._is_back)
+    # Once more, for as long as one call takes.
+    again = [request.begin for request in trainer.calls["GetValues"] if request.blocked][asked:]
+    assert set(again) == {36}
+    assert not any(leader.is_fixed(at) for at in range(28, end + 1))
+    leader.pilot.close()
+    assert set(leader.declared()) == set(range(28, end + 1))
+
+
 def test_beyond_the_offers_it_waits_and_then_says_so(
     leader: Leading, monkeypatch: pytest.MonkeyPatch
 ) -> None:

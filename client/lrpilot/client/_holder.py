@@ -92,6 +92,8 @@ class Holder:
         self._is_alone = False
         self._is_back = False
         """Whether the server has taken a declaration since the last attempt to come back."""
+        self._ask_again_s = 0.0
+        """When to attempt it next, where losses were missing at the last one."""
         self._alone_s = self._said_s = 0.0
         self._in_use = opened.begin
         self._greatest = opened.begin - 1
@@ -144,7 +146,7 @@ class Holder:
         self._link.check()
         with self._lock:
             is_held = progress in self._known or self._used.get(progress) is not None
-            goes_on = self._is_alone and not self._is_back and self._may_use(progress)
+            goes_on = self._is_alone and not self._may_come_back() and self._may_use(progress)
         if not is_held and not goes_on:
             self._is_waiting = True
             try:
@@ -170,6 +172,9 @@ class Holder:
             self._directives.clear()
             self._changes.clear()
             return Passed(progress, values, directives, changes, self._is_alone)
+
+    def _may_come_back(self) -> bool:
+        return self._is_back and time.monotonic() >= self._ask_again_s
 
     def _may_use(self, progress: int) -> bool:
         """Return whether a progress was offered; what is used alone is declared in order."""
@@ -217,7 +222,7 @@ class Holder:
         if wait.reason:
             # Once alone, the first call in vain is enough.
             return self._is_alone or now_s - wait.heard_s >= _timing.LEADER_PATIENCE_S
-        patience_s = _timing.LEADER_PATIENCE_S if self._is_alone else _timing.FEEDBACK_PATIENCE_S
+        patience_s = _timing.HOLDER_WAIT_S if self._is_alone else _timing.FEEDBACK_PATIENCE_S
         return now_s - wait.start_s >= patience_s
 
     def _go_on_alone(self, wait: _Wait) -> None:
@@ -226,6 +231,9 @@ class Holder:
         self._known = {at: values for at, values in self._known.items() if at < wait.progress}
         self._changes.clear()
         self._is_back = False
+        if not wait.reason:
+            # The server takes declarations all along: without a pause each block would wait.
+            self._ask_again_s = time.monotonic() + _timing.FEEDBACK_PATIENCE_S
         if self._is_alone:
             return
         self._is_alone = True
