@@ -212,7 +212,7 @@ class Scheduler:
         self._groups.bind(self._session.link.run, opened)
         self._doubted = "" if opened.unit == "iterations" else opened.unit
         self._progress = self._session.progress if self._is_late else opened.begin
-        self._session.schedulers.add(self)
+        self._session.follow(self)
         self._write()
 
     def _doubt(self) -> None:

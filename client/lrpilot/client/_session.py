@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
-from weakref import WeakSet
+from weakref import ref
 
 from lrpilot.client import _timing
 from lrpilot.client._arguments import integer
@@ -79,8 +79,8 @@ class Session:
         """Where the scheduler that is furthest stands; at first where the attempt opened."""
         self.handlers = Handlers()
         self._on_change: list[ChangeHandler] = []
-        self.schedulers: WeakSet[Follower] = WeakSet()
-        """Those that have begun. One that nobody holds any more makes no steps."""
+        self._begun: list[ref[Follower]] = []
+        """The schedulers. One that nobody holds any more makes no steps."""
         self.after_update: list[Callable[[int], None]] = []
         """Called on the training thread with the progress of each completed update that is spoken
         of, once or more, while the optimizers still hold the values that it used."""
@@ -104,6 +104,11 @@ class Session:
         self._lease: Lease | Leader | None = None
         self._reporter: Reporter | None = None
         self._closed = False
+
+    @property
+    def schedulers(self) -> list[Follower]:
+        """Those that have begun."""
+        return [item for begun in self._begun if (item := begun()) is not None]
 
     # The start.
 
@@ -268,7 +273,7 @@ class Session:
             lease.close()
         if reporter is not None:
             reporter.close()
-        for scheduler in list(self.schedulers):
+        for scheduler in self.schedulers:
             scheduler.go_to(opened.begin)
 
     def _deliver(self, patience_s: float) -> LrpilotError | None:
@@ -294,8 +299,9 @@ class Session:
         Ranks that share a key do not wait for each other: one may get there before this one, whose
         requests are then refused before it meets the directive.
         """
-        awaits = self._is_meeting or (self._lease is not None and self._lease.awaits_rollback())
-        return self._key is not None and isinstance(self.link.failure, AttemptSuperseded) and awaits
+        if self._key is None or not isinstance(self.link.failure, AttemptSuperseded):
+            return False
+        return self._is_meeting or (self._lease is not None and self._lease.awaits_rollback())
 
     def refuse_other(self, saved: SavedState, progress: int) -> None:
         """Raise AttemptOpen unless a state leaves the open attempt at `progress`."""
@@ -358,6 +364,10 @@ class Session:
         return bytes(outcome)
 
     # The steps.
+
+    def follow(self, scheduler: Follower) -> None:
+        """Count a scheduler as one that has begun."""
+        self._begun.append(ref(scheduler))
 
     def values(self, progress: int, stride: int = 0) -> Values:
         """Return learning rate and weight decay of each group; they are now in use.
