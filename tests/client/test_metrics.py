@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed import destroy_process_group, init_process_group
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Partial, Replicate
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import lrpilot.client as lrpilot
 from lrpilot.client import _timing
@@ -336,3 +340,38 @@ def test_one_reporter_is_sent_as_before(trainer: FakeTrainer, connect: Connect) 
 def test_wrong_reporters_are_refused(connect: Connect, reporter: Any, message: str) -> None:
     with pytest.raises(lrpilot.InvalidArgument, match=message):
         connect(reporter=reporter, rank=0, world_size=4, key="k")
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    """Two ranks, of which this process is one; the other is not there."""
+    init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield init_device_mesh("cpu", (2,))
+    destroy_process_group()
+
+
+def test_a_dtensor_is_taken_where_this_rank_holds_it_whole(
+    trainer: FakeTrainer, connect: Connect, optimizer: FakeOptimizer, request: Any
+) -> None:
+    """Reading a part of one is a collective, and only the reporter would come to it."""
+    pilot = connect()
+    scheduler = pilot.scheduler(optimizer)
+    mesh = request.getfixturevalue("mesh")  # later than the pilot, which would join its ranks
+
+    def held(placement: Any) -> Any:
+        return DTensor.from_local(torch.tensor(1.5), mesh, [placement])
+
+    calls: list[tuple[str, Callable[[Any], None]]] = [
+        ("loss", lambda part: scheduler.step(loss=part)),
+        ("grad_norm", lambda part: scheduler.step(loss=1.0, grad_norm=part)),
+        (r"val_losses\['dev'\]", lambda part: scheduler.step(val_losses={"dev": part})),
+        ("loss", lambda part: scheduler.report_validation("dev", part)),
+    ]
+    for name, call in calls:
+        with pytest.raises(lrpilot.InvalidArgument, match=rf"{name}: got a DTensor .*full_tensor"):
+            call(held(Partial()))
+    assert scheduler.progress == 0
+    scheduler.step(loss=held(Replicate()), grad_norm=held(Replicate()))
+    pilot.close()
+    assert trainer.losses == {0: 1.5}
+    assert trainer.reports[0].gradient_norm == 1.5

@@ -68,9 +68,6 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         def query(self) -> bool:
             return made.done.is_set()
 
-        def synchronize(self) -> None:
-            assert made.done.wait(20)
-
     stream = SimpleNamespace(record_event=Event)
     slow = SimpleNamespace(current_stream=lambda _: stream, is_available=lambda: True)
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(slow=slow))

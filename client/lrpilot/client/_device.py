@@ -13,7 +13,6 @@ import ctypes
 import struct
 import sys
 import threading
-import time
 from collections import deque
 from typing import Any
 
@@ -35,12 +34,8 @@ class PendingLoss:
 
     __slots__ = ()
 
-    def ready(self) -> bool:
-        """Return whether reading would not wait."""
-        raise NotImplementedError
-
-    def read(self) -> float:
-        """Return the number, waiting for the device; not for the training thread."""
+    def look(self) -> float | None:
+        """Return the number, or None: it has not arrived. Waits for nothing; for any thread."""
         raise NotImplementedError
 
 
@@ -69,13 +64,10 @@ class _Copied(PendingLoss):
         self._tensor = tensor.detach().clone()
         self._event = _stream_event(tensor.device)
 
-    def ready(self) -> bool:
-        return self._event is None or bool(self._event.query())
-
-    def read(self) -> float:
-        if self._event is not None:
-            # Reading uses this thread's stream, which knows nothing of the training's.
-            self._event.synchronize()
+    def look(self) -> float | None:
+        # Reading uses this thread's stream, which knows nothing of the training's.
+        if self._event is not None and not self._event.query():
+            return None
         return float(self._tensor.item())
 
 
@@ -97,22 +89,13 @@ class _Sent(PendingLoss):
         self._slot: _Slot | None = slot
         self._number: float | None = None
 
-    def number(self) -> float | None:
-        """Return the number, or None: it has not arrived. Frees the slot; for any thread."""
+    def look(self) -> float | None:
         with self._outbox.lock:
             if self._slot is not None and (bits := self._slot.bits()) != MARK:
                 (self._number,) = struct.unpack("=d", struct.pack("=Q", bits))
                 self._outbox.free.append(self._slot)
                 self._slot = None
             return self._number
-
-    def ready(self) -> bool:
-        return self.number() is not None
-
-    def read(self) -> float:
-        while (number := self.number()) is None:
-            time.sleep(POLL_S)
-        return number
 
 
 class _Slot:
@@ -151,7 +134,7 @@ class _Outbox:
         cuda = self._torch.cuda
         with self.lock:
             # Whoever delivers reports may be waiting for the server, and look at none of them.
-            while self._on_their_way and self._on_their_way[0].ready():
+            while self._on_their_way and self._on_their_way[0].look() is not None:
                 self._on_their_way.popleft()
             if not self.free:
                 self._add()

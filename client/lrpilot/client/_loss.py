@@ -23,6 +23,9 @@ def take(loss: Loss, name: str = "loss") -> Number:
     if type(loss) is float:
         return loss
     if hasattr(loss, "detach") and hasattr(loss, "device"):
+        if hasattr(loss, "placements"):
+            refuse_parts(loss, name)
+            loss = loss.to_local()
         if loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}"
             raise invalid_argument(name, _Verbatim(got), ALLOWED)
@@ -30,6 +33,20 @@ def take(loss: Loss, name: str = "loss") -> Number:
             return leave(loss)
         loss = loss.detach().item()
     return _number(loss, name)
+
+
+def refuse_parts(loss: Loss, name: str) -> None:
+    """Raise InvalidArgument for a DTensor of which each rank holds a part, as FSDP2's norms are.
+
+    Reading it is a collective, in which the reporter would wait for the other ranks for ever.
+    """
+    placements = getattr(loss, "placements", ())
+    if not all(placement.is_replicate() for placement in placements):
+        raise invalid_argument(
+            name,
+            _Verbatim(f"a DTensor with the placements {tuple(placements)}"),
+            f"{ALLOWED} that each rank holds whole: call .full_tensor() on every rank",
+        )
 
 
 def _number(loss: Loss, name: str) -> float:

@@ -2,14 +2,15 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from lrpilot.client import _timing
 from lrpilot.client._arguments import integer, positive
 from lrpilot.client._device import PendingLoss
 from lrpilot.client._errors import InvalidArgument, invalid_argument
-from lrpilot.client._loss import Loss, Number, take
+from lrpilot.client._loss import Loss, Number, refuse_parts, take
 
 _NAME = re.compile(r"[A-Za-z0-9._/-]{1,64}")
 
@@ -18,16 +19,17 @@ NAMES = "1 to 64 of a-z A-Z 0-9 . _ / -, and not 'loss'"
 MAX_VALIDATION_LOSSES = 64
 """Most names in one report, as the server has it."""
 
+_NONE: Mapping[str, Any] = MappingProxyType({})
 
-@dataclass(frozen=True)
-class Metrics:
+
+class Metrics(NamedTuple):
     """What is known of one step, ready to be sent; read on the reporter alone."""
 
     loss: Number | None = None
     """The reduced loss; None: the step has none."""
     weight: float = 1.0
     """Weight of the loss in the mean over several reporters, above 0."""
-    validation: Mapping[str, Number] = field(default_factory=dict)
+    validation: Mapping[str, Number] = _NONE
     """Validation losses by name."""
     gradient_norm: Number | None = None
     """Norm of the gradient; None: not known."""
@@ -37,16 +39,16 @@ class Metrics:
     @property
     def is_empty(self) -> bool:
         """Whether nothing is known, so that the step is passed without a report."""
-        known = (self.loss, self.gradient_norm)
-        return known == (None, None) and not self.validation and not self.batch
+        is_known = self.loss is not None or self.gradient_norm is not None
+        return not (is_known or self.validation or self.batch)
 
     def ready(self) -> bool:
         """Return whether reading would not wait for a device."""
         numbers = (self.loss, self.gradient_norm, *self.validation.values())
-        return all(item.ready() for item in numbers if isinstance(item, PendingLoss))
+        return all(item.look() is not None for item in numbers if isinstance(item, PendingLoss))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Said:
     """What a training loop said of one step, as it said it: the same call on every rank."""
 
@@ -60,14 +62,17 @@ class Said:
     def __post_init__(self) -> None:
         """Check what can be checked without reading a tensor. Raises InvalidArgument."""
         positive("weight", self.weight)
+        refuse_parts(self.loss, "loss")
+        refuse_parts(self.grad_norm, _NORM)
         if self.val_losses is not None:
             if not isinstance(self.val_losses, Mapping):
                 raise invalid_argument("val_losses", self.val_losses, "a mapping of names")
             if len(self.val_losses) > MAX_VALIDATION_LOSSES:
                 got = f"{len(self.val_losses)} names"
                 raise invalid_argument("val_losses", got, f"at most {MAX_VALIDATION_LOSSES} names")
-            for name in self.val_losses:
+            for name, loss in self.val_losses.items():
                 metric_name("val_losses", name)
+                refuse_parts(loss, f"val_losses[{name!r}]")
         if self.batch is not None:
             integer("batch", self.batch, 1, _timing.MAX_PROGRESS)
         if not isinstance(self.skipped, bool):
@@ -80,14 +85,17 @@ class Said:
         """
         return Metrics(
             loss=None if self.loss is None else take(self.loss),
-            weight=positive("weight", self.weight),
-            validation={
-                name: take(loss, f"val_losses[{name!r}]")
-                for name, loss in (self.val_losses or {}).items()
-            },
+            weight=float(self.weight),
+            validation=self._read_validation() if self.val_losses else _NONE,
             gradient_norm=None if self.grad_norm is None else norm(take(self.grad_norm, _NORM)),
             batch=0 if self.batch is None else int(self.batch),
         )
+
+    def _read_validation(self) -> dict[str, Number]:
+        return {
+            name: take(loss, f"val_losses[{name!r}]")
+            for name, loss in (self.val_losses or _NONE).items()
+        }
 
 
 def metric_name(argument: str, name: Any) -> str:

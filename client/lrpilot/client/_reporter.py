@@ -4,12 +4,12 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, replace
 from itertools import islice
+from typing import NamedTuple
 
 from lrpilot.client import _timing
 from lrpilot.client._call import Backoff, Link, Unanswered
-from lrpilot.client._device import PendingLoss
+from lrpilot.client._device import POLL_S, PendingLoss
 from lrpilot.client._errors import (
     BacklogFull,
     BelowResumePoint,
@@ -30,8 +30,7 @@ logger = logging.getLogger("lrpilot.client")
 NOTHING = Metrics()
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """One report in the queue."""
 
     progress: int
@@ -90,7 +89,7 @@ class Reporter:
                 if progress >= self.until:
                     self._pass(progress, metrics, moves_to)
                 elif loss is not None:
-                    bare = replace(metrics, validation={})
+                    bare = metrics._replace(validation={})
                     self._queue.append(_Entry(progress, bare, moves_to))
                 if loss is not None:
                     self._given[progress] = loss
@@ -119,7 +118,7 @@ class Reporter:
                 )
             self._move(progress)
             self._validation.update(metrics.validation)
-            refused = replace(metrics, validation={})
+            refused = metrics._replace(validation={})
             self._queue.append(_Entry(progress, refused, progress, tries=count, skipped=True))
             self._skips = (progress, count + 1)
             self._changed.notify_all()
@@ -188,9 +187,11 @@ class Reporter:
     def _pass(self, progress: int, metrics: Metrics, moves_to: int) -> None:
         # What was passed without a loss is final as absent.
         self._move(progress)
-        names = list(self._validation)[:MAX_VALIDATION_LOSSES]
-        riding = {name: self._validation.pop(name) for name in names}
-        known = replace(metrics, validation=riding)
+        known = metrics
+        if self._validation:
+            names = list(self._validation)[:MAX_VALIDATION_LOSSES]
+            riding = {name: self._validation.pop(name) for name in names}
+            known = metrics._replace(validation=riding)
         if known.is_empty:
             # Steps without a report go out together.
             return
@@ -305,8 +306,15 @@ class Reporter:
     def _read(self, progress: int, what: str, number: Number) -> float:
         if not isinstance(number, PendingLoss):
             return number
+        while (found := self._look(progress, what, number)) is None:
+            # Not for ever: a device that has failed never brings it.
+            if self._link.closing.wait(POLL_S):
+                raise self._link.closed()
+        return found
+
+    def _look(self, progress: int, what: str, number: PendingLoss) -> float | None:
         try:
-            return number.read()
+            return number.look()
         except Exception as error:
             raise LossUnreadable(
                 f"run {self._link.run!r}: the {what} at progress {progress} could not be "
