@@ -1,7 +1,7 @@
 """What a training loop says of one step: its loss, and what else is known of it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -42,10 +42,14 @@ class Metrics(NamedTuple):
         is_known = self.loss is not None or self.gradient_norm is not None
         return not (is_known or self.validation or self.batch)
 
-    def ready(self) -> bool:
-        """Return whether reading would not wait for a device."""
-        numbers = (self.loss, self.gradient_norm, *self.validation.values())
-        return all(item.look() is not None for item in numbers if isinstance(item, PendingLoss))
+    def named(self) -> Iterator[tuple[str, Number]]:
+        """Yield each number that could be on a device, after what it is called in messages."""
+        if self.loss is not None:
+            yield "loss", self.loss
+        if self.gradient_norm is not None:
+            yield "norm", self.gradient_norm
+        for name, loss in self.validation.items():
+            yield f"loss {name!r}", loss
 
 
 @dataclass(frozen=True, slots=True)

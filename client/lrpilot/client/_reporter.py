@@ -256,7 +256,7 @@ class Reporter:
         taken = size = 0
         reached = self._begin
         for entry in head:
-            if reports and not entry.metrics.ready():
+            if reports and not self._has_arrived(entry):
                 # What is known goes out now; this thread waits for the device afterwards.
                 break
             if reports and entry.progress < reached:
@@ -304,15 +304,21 @@ class Reporter:
                 self._given[progress] = loss
 
     def _read(self, progress: int, what: str, number: Number) -> float:
-        if not isinstance(number, PendingLoss):
-            return number
         while (found := self._look(progress, what, number)) is None:
             # Not for ever: a device that has failed never brings it.
             if self._link.closing.wait(POLL_S):
                 raise self._link.closed()
         return found
 
-    def _look(self, progress: int, what: str, number: PendingLoss) -> float | None:
+    def _has_arrived(self, entry: _Entry) -> bool:
+        return all(
+            self._look(entry.progress, what, number) is not None
+            for what, number in entry.metrics.named()
+        )
+
+    def _look(self, progress: int, what: str, number: Number) -> float | None:
+        if not isinstance(number, PendingLoss):
+            return number
         try:
             return number.look()
         except Exception as error:
