@@ -188,6 +188,49 @@ print("trained on", flush=True)
     assert trained.losses() == ALL
 
 
+def test_a_handler_that_is_given_back_after_the_end_lets_the_process_die(trained: Trained) -> None:
+    """As by a trainer that puts back, when it is done, what it found."""
+    code, out, err = trained.run(
+        """
+pilot, scheduler = begin()
+train(scheduler, 20)
+found = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pilot.close()
+signal.signal(signal.SIGTERM, found)
+child = os.fork()
+if child == 0:
+    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(9)
+assert os.waitpid(child, 0)[1] == signal.SIGTERM
+# The next pilot takes it for what it is: nobody's.
+pilot = lrpilot.connect(ADDRESS, run=pilot.run)
+assert signal.getsignal(signal.SIGTERM) not in (found, signal.SIG_DFL)
+pilot.close()
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+signal.signal(signal.SIGTERM, found)
+print("given back", flush=True)
+os.kill(os.getpid(), signal.SIGTERM)
+time.sleep(60)
+""".replace("ADDRESS", repr(trained._address))
+    )
+    assert (code, out, err) == (-signal.SIGTERM, "given back\n", "")
+
+
+def test_sigterm_while_a_pilot_closes_delivers_too(trained: Trained) -> None:
+    code, _, err = trained.run(
+        PLAIN
+        + """
+from lrpilot.client import _timing
+_timing.ABANDON_FLUSH_S = 0.3
+pilot._session._reporter.flush = lambda _: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(60)
+pilot._session.link.undelivered = lambda: 7
+pilot.close()
+"""
+    )
+    assert code == -signal.SIGTERM
+    assert "SIGTERM: 7 reports were NOT delivered" in err
+
+
 def test_a_wakeup_descriptor_of_somebody_else_stays(trained: Trained) -> None:
     """As of an event loop that minds signals."""
     code, out, err = trained.run(

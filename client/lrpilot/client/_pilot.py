@@ -386,12 +386,15 @@ class Pilot:
             self._abandon()
 
     def _end(self, flush_s: float) -> None:
-        if self in _open:
-            _open.remove(self)
-            if not _open:
-                unwatch()
         link = self._session.link
-        left = self._session.close(flush_s)
+        try:
+            left = self._session.close(flush_s)
+        finally:
+            # Not earlier: SIGTERM may come while it delivers.
+            if self in _open:
+                _open.remove(self)
+                if not _open:
+                    unwatch()
         if left:
             logger.error(
                 "run %s: %d reports were NOT delivered to %s before the end",

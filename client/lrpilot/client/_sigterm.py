@@ -14,6 +14,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from lrpilot.client import _timing
 
@@ -26,6 +27,7 @@ class _Watch:
 
     def __init__(self, deliver: Callable[[], None]) -> None:
         self._deliver = deliver
+        self.has_ended = False
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._thread = threading.Thread(target=self._run, name="lrpilot-sigterm", daemon=True)
@@ -46,6 +48,7 @@ class _Watch:
 
     def forget(self) -> None:
         """Take the handler and the descriptor back; all that a forked child has to do."""
+        self.has_ended = True
         if self._is_ours():
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self._is_woken:
@@ -58,7 +61,13 @@ class _Watch:
 
     def _handle(self, *_: object) -> None:
         # Nothing may be waited for here: the training thread may hold a lock.
-        if self._is_ours():
+        if not self._is_ours():
+            return
+        if self.has_ended:
+            # Somebody had taken the signal over, and gave it back too late.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(signal.SIGTERM)
+        else:
             os.write(self._writing, bytes([signal.SIGTERM]))
 
     def _run(self) -> None:
@@ -93,8 +102,14 @@ def watch(deliver: Callable[[], None]) -> None:
     """
     global _watch  # noqa: PLW0603 (a process has one handler)
     is_main = threading.current_thread() is threading.main_thread()
-    if _watch is None and is_main and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL:
+    if _watch is None and is_main and _is_free(signal.getsignal(signal.SIGTERM)):
         _watch = _Watch(deliver)
+
+
+def _is_free(handler: Any) -> bool:
+    """Return whether nobody handles the signal; one of ours that has ended is nobody."""
+    watch = getattr(handler, "__self__", None)
+    return handler == signal.SIG_DFL or (isinstance(watch, _Watch) and watch.has_ended)
 
 
 def unwatch() -> None:
