@@ -41,11 +41,13 @@ WARM_UP = 50
 SYNCHRONIZING = (
     "Synchronize",
     "cudaMemcpy ",
+    "Pageable",
     "cudaEventQuery",
     "aten::item",
     "_local_scalar_dense",
 )
-"""Parts of the names that a profiler gives to what waits for a GPU, or asks it."""
+"""Parts of the names, with a space after each, that a profiler gives to what waits for a GPU, or
+asks it."""
 
 out = sys.stdout.write
 
@@ -181,7 +183,7 @@ def check_gpu(address: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
         # As the loop saw it: the profiler itself waits for the GPU at its end.
         found = [event.key for event in profile.key_averages()]
-        waits = [key for key in found if any(part in key for part in SYNCHRONIZING)]
+        waits = [key for key in found if any(part in f"{key} " for part in SYNCHRONIZING)]
         torch.cuda.synchronize()
         graph, static = torch.cuda.CUDAGraph(), torch.zeros(8, device="cuda")
         for _ in range(20):
