@@ -102,10 +102,11 @@ def make(trainer: FakeTrainer, tmp_path: Path) -> Iterator[Callable[..., Any]]:
             }
         )
 
-    interrupt = signal.getsignal(signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield make
-    # Lightning ignores it from the first one on.
-    signal.signal(signal.SIGINT, interrupt)
+    # Lightning ignores the first from Ctrl-C on, and puts the pilot's handler of the second back.
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def data() -> Any:
@@ -199,3 +200,17 @@ def test_an_update_after_the_last_batch_counts(
     # Each has the losses of its own batches.
     assert trainer.losses[0] == pytest.approx(sum(losses[:BATCHES]) / BATCHES)
     assert trainer.losses[1] == pytest.approx(sum(losses[BATCHES : 2 * BATCHES]) / BATCHES)
+
+
+def test_sigterm_ends_the_training_and_what_was_reported_arrives(
+    trainer: FakeTrainer, make: Callable[..., Any]
+) -> None:
+    class Ends(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 3:
+                signal.raise_signal(signal.SIGTERM)
+
+    watch = Watch()
+    with pytest.raises(SystemExit):
+        make(watch, Ends()).fit(Model(), data())
+    trainer.wait(lambda: list(trainer.losses) == list(range(len(watch.rates))))
