@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 import lrpilot.client as lrpilot
 from lrpilot.client import _timing
+from lrpilot.client._call import Unanswered
 from lrpilot.client._offers import Offers
 from lrpilot.client._used import blocks
 from lrpilot.v1 import trainer_pb2 as pb
@@ -362,6 +364,26 @@ def test_a_declaration_whose_answer_is_lost_is_repeated_as_it_was(
         leader.step()
     assert [list(request.blocks) for request in calls[1:4]] == [list(calls[0].blocks)] * 3
     assert all(leader.used[at] == rate for at, rate in leader.declared().items())
+
+
+def test_a_bounded_declaration_is_bounded(leader: Leading, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint and SIGTERM wait no longer than they say, whatever the patience is."""
+    leader.open()
+    leader.cut()
+    leader.to(40)
+    timeouts = []
+
+    def once(method: Any, request: Any, timeout_s: float) -> Any:
+        if threading.current_thread() is threading.main_thread():
+            timeouts.append(timeout_s)
+        raise Unanswered
+
+    monkeypatch.setattr(leader.pilot._session.link, "once", once)
+    leader.until(lambda: not leader.holder._used._declaring.locked())
+    monkeypatch.setattr(_timing, "LEADER_PATIENCE_S", 1e6)
+    assert not leader.holder.settle(0.3)
+    assert timeouts
+    assert max(timeouts) <= 0.3
 
 
 def test_values_that_come_too_late_are_not_used(leader: Leading) -> None:

@@ -157,7 +157,7 @@ class Link:
         while True:
             left_s = start_s + patience_s - time.monotonic()
             try:
-                return self.once(method, request, min(timeout_s, max(left_s, 0.1)))
+                return self.once(method, request, min(timeout_s, max(left_s, _timing.LEAST_CALL_S)))
             except Unanswered as lost:
                 reason = str(lost)
             now_s = time.monotonic()

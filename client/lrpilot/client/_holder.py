@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TypeVar
 
 from lrpilot.client import _timing
@@ -465,7 +466,8 @@ class Holder:
         keep = _timing.KEPT_PAST + _timing.MAX_AHEAD + _timing.MAX_STEPS
         surplus = len(self._known) - keep
         if surplus > 0:
-            for progress in [at for at in self._known if at < self._in_use][:surplus]:
+            passed = (at for at in self._known if at < self._in_use)
+            for progress in list(islice(passed, surplus)):
                 del self._known[progress]
 
     def _declare(self) -> None:
@@ -490,8 +492,9 @@ class Holder:
         end_s = time.monotonic() + timeout_s
         backoff = Backoff()
         while self._used and not self._link.closing.is_set():
+            left_s = min(max(end_s - time.monotonic(), 0.0), _timing.LEADER_PATIENCE_S)
             try:
-                self._used.declare(self._record)
+                self._used.declare(self._record, left_s)
             except Unanswered:
                 self._link.pause(min(backoff.next_s(), end_s - time.monotonic()))
             if time.monotonic() >= end_s:

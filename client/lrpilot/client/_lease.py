@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Collection
+from itertools import islice
 
 from lrpilot.client import _timing
 from lrpilot.client._call import Backoff, Link, Unanswered
@@ -431,8 +432,8 @@ class Lease:
         keep = _timing.KEPT_PAST + _timing.MAX_AHEAD + _timing.MAX_STEPS
         surplus = len(self._known) - keep
         if surplus > 0:
-            oldest = [at for at in self._known if at < self._in_use][:surplus]
-            for progress in oldest:
+            passed = (at for at in self._known if at < self._in_use)
+            for progress in list(islice(passed, surplus)):
                 del self._known[progress]
 
 

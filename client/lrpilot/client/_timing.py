@@ -3,6 +3,9 @@
 CALL_S = 10.0
 """Deadline of a call that the server answers without waiting."""
 
+LEAST_CALL_S = 0.1
+"""Least deadline of a call, however little time is left."""
+
 OPEN_CALL_S = 30.0
 """Deadline of a call that opens an attempt: a server that restores a run folds its state."""
 

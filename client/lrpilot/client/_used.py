@@ -1,6 +1,7 @@
 """What the holder of a leader attempt used while the server was away, until that is declared."""
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from itertools import islice, takewhile
 
@@ -45,16 +46,22 @@ class Used:
         with self._lock:
             self._values[progress] = offered
 
-    def declare(self, record: Callable[[Mapping[int, Values]], None]) -> None:
+    def declare(
+        self, record: Callable[[Mapping[int, Values]], None], timeout_s: float | None = None
+    ) -> None:
         """Declare the first part of it, and give `record` what the server has recorded.
 
-        Raises Unanswered, AttemptSuperseded, BeyondPermit, ….
+        It takes `timeout_s` at most; None: as long as a job waits for a server. Raises
+        Unanswered, AttemptSuperseded, BeyondPermit, ….
         """
-        if not self._declaring.acquire(timeout=_timing.LEADER_PATIENCE_S):
+        if timeout_s is None:
+            timeout_s = _timing.LEADER_PATIENCE_S
+        end_s = time.monotonic() + timeout_s
+        if not self._declaring.acquire(timeout=timeout_s):
             raise Unanswered("another declaration is under way")
         try:
             if self._take():
-                self._call()
+                self._call(end_s - time.monotonic())
                 record(self._batch)
                 with self._lock:
                     for progress in self._batch:
@@ -71,7 +78,7 @@ class Used:
                 self._batch = {at: item.values for at, item in islice(same, self._most)}
             return bool(self._batch)
 
-    def _call(self) -> None:
+    def _call(self, timeout_s: float) -> None:
         link = self._link
         answer = link.once(
             link.stub.DeclareValues,
@@ -82,7 +89,7 @@ class Used:
                 blocks=blocks(self._batch),
                 offer=self._offer,
             ),
-            _timing.LEADER_PATIENCE_S,
+            max(timeout_s, _timing.LEAST_CALL_S),
         )
         link.heard(answer.frontier, answer.horizon)
 
