@@ -241,3 +241,39 @@ def test_the_fp8_example_shows_what_it_says(root: Path, tmp_path: Path) -> None:
     left = [entry.name for entry in tmp_path.iterdir()]
     assert [name for name in left if not name.startswith("torchinductor_")] == []  # torch's own
     assert _processes_that_name(tmp_path) == []
+
+
+def test_the_fp8_example_multiplies_with_the_kernel_as_it_does_by_casts(root: Path) -> None:
+    """torch has torch._scaled_mm for the CPU as well: the same layouts, types and scales."""
+    program = """
+import torch
+import train_fp8 as example
+
+torch.manual_seed(0)
+weight = torch.randn(384, 128) / 11
+
+def run(with_kernel):
+    example.HAS_FP8 = with_kernel
+    torch.manual_seed(1)
+    x = torch.randn(512, 128).to(torch.bfloat16).requires_grad_()
+    held = weight.clone().requires_grad_()
+    out = example.FP8Matmul.apply(x, held)
+    # Numbers of bfloat16, so that both round the same gradient to FP8.
+    out.backward(torch.randn(512, 384).to(torch.bfloat16).to(out.dtype))
+    return out, x.grad, held.grad
+
+example.DTYPE = torch.bfloat16
+for mine, theirs in zip(run(True), run(False), strict=True):
+    off = (mine.float() - theirs.float()).abs().max() / theirs.float().abs().max()
+    assert off <= 2.0**-8, off
+print("the same")
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        cwd=root / "examples",
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=200,
+    )
+    assert done.stdout == "the same\n", done.stderr
