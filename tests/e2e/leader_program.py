@@ -22,8 +22,8 @@ PLAN = json.loads(sys.argv[1])
 RANK: int = PLAN["rank"]
 FOLDER = Path(PLAN["folder"])
 END_FILE = Path(PLAN["end_file"])
-"""Holds the progress to end at; "ask": rank 0 says which. With this margin none is past it."""
-MARGIN = 64
+"""Holds the progress to end at; "ask": rank 0 says which. So many steps on, none is past it."""
+MARGIN = 32
 SAVE_FILE = FOLDER.parent / f"save-{PLAN['key']}"
 """While it exists rank 0 saves the state, once, at the next step."""
 
@@ -47,7 +47,7 @@ def end(progress: int) -> float:
     if text == "ask":
         if RANK != 0:
             return math.inf
-        text = str(progress + MARGIN)
+        text = str(progress + MARGIN * PLAN.get("increment", 1))
         replace(END_FILE, text)
     return int(text)
 

@@ -45,14 +45,14 @@ class Offers:
     @property
     def reach(self) -> int:
         """Greatest progress that may be used."""
-        return max((at for at in self._values if at < self._permitted), default=0)
+        return max(min(self._permitted, self._end) - 1, 0)
 
     def get(self, progress: int) -> Offered | None:
         """Return what is offered for a progress, if the holder may use it.
 
         Between two steps, as where batches have begun to grow since, it is that of the first.
         """
-        if progress >= min(self._permitted, self._end):
+        if progress > self.reach:
             return None
         found = self._values.get(progress)
         if found is None and self._stride:
