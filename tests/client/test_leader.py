@@ -778,6 +778,7 @@ def test_three_ranks(trainer: FakeTrainer, refuse: Refuse, tmp_path: Path) -> No
         name, text = rank["modes"]
         assert name == "ConnectRefused"
         assert "'leader' on rank 0, 'independent' on rank 1" in text
+        assert rank["patience"] == _timing.LONGEST_WAIT_S
         assert rank["trained"] == [trainer.rate(at).hex() for at in range(41)]
         assert rank["heard"] == (["change-30"] if number == 2 else [])
         # Asked for by hand, and not reported: the reporter says that it has none.

@@ -7,8 +7,10 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
+from lrpilot.client import _timing
 from lrpilot.client._errors import ConnectRefused, invalid_argument
 
 
@@ -34,10 +36,16 @@ class Group:
         return items[0]
 
     def on_cpu(self) -> "Group":
-        """Return a group of the same ranks that needs no accelerator; every rank calls it."""
+        """Return a group of the same ranks that needs no accelerator; every rank calls it.
+
+        What rank 0 does alone, such as an evaluation, may take longer than torch's half an hour:
+        the others would not notice without this group.
+        """
         if self._distributed.get_backend() == "gloo":
             return self
-        return Group(self._distributed, self._distributed.new_group(backend="gloo"))
+        patience = timedelta(seconds=_timing.LONGEST_WAIT_S)
+        handle = self._distributed.new_group(backend="gloo", timeout=patience)
+        return Group(self._distributed, handle)
 
 
 @dataclass(frozen=True)
