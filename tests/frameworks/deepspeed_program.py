@@ -9,6 +9,8 @@ The plan may have besides:
     torch_backward  whether the loop calls loss.backward(), and has a validation loss of 1.5
     half_offloaded  whether the engine looks as if it had a second optimizer
     spoils          whether the checkpoint's optimizer holds other values than those served
+    other           whether a scheduler that was there before is still stepped by hand
+    reconnects      whether it closes the pilot after the checkpoint, and goes on by another one
     lr_kwargs       what engine.step gets as lr_kwargs
     refused         whether InvalidArgument is awaited, and printed
 """
@@ -21,6 +23,7 @@ from typing import Any
 
 import deepspeed
 import deepspeed.ops
+import pytest
 import torch
 import torch.distributed
 from deepspeed.pipe import LayerSpec, PipelineModule
@@ -45,6 +48,9 @@ class Training:
         self, engine: Any, scheduler: DeepSpeedScheduler, recorder: Recorder | None
     ) -> None:
         self._engine, self._scheduler, self._recorder = engine, scheduler, recorder
+        if PLAN.get("other"):
+            optimizer = engine.basic_optimizer
+            self._other = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
         self._overflows = PLAN.get("overflow_at")
         self._here = 0
         self._uses: list[list[dict[str, Any]]] = []
@@ -61,6 +67,7 @@ class Training:
             self._record(loss)
             if self._here == PLAN["save_at"] and not PLAN["resumes"]:
                 self._save()
+        self._scheduler._pilot.close()
 
     def _update(self) -> torch.Tensor:
         losses = []
@@ -73,6 +80,8 @@ class Training:
             else:
                 self._engine.backward(loss)
             self._engine.step(PLAN.get("lr_kwargs"))
+        if PLAN.get("other"):
+            self._other.step()
         if PLAN.get("torch_backward"):
             self._scheduler.report_validation("dev", 1.5)
         return _mean(torch.stack(losses).sum() / PARTS)
@@ -117,11 +126,24 @@ class Training:
         self._engine.save_checkpoint(PLAN["folder"], "saved")
         for group, (rate, decay) in zip(self._groups, kept, strict=True):
             group.update(lr=rate, weight_decay=decay)
+        if PLAN.get("reconnects"):
+            self._scheduler._pilot.close()
+            self._scheduler = attach(self._engine)
+            self._engine.load_checkpoint(PLAN["folder"], "saved")
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
         groups: list[dict[str, Any]] = self._engine.optimizer.param_groups
         return groups
+
+
+def attach(engine: Any) -> DeepSpeedScheduler:
+    """Connect, and give the engine the scheduler; a second one of the same pilot is refused."""
+    pilot = lrpilot.connect(PLAN["address"], run=PLAN["spec"]["name"], spec=PLAN["spec"])
+    scheduler = DeepSpeedScheduler(pilot, engine)
+    with pytest.raises(lrpilot.InvalidArgument, match="has no scheduler of this pilot"):
+        DeepSpeedScheduler(pilot, engine)
+    return scheduler
 
 
 def main() -> None:
@@ -152,15 +174,14 @@ def main() -> None:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     if PLAN.get("half_offloaded"):
         engine.optimizer.backup_optimizer = None
-    spec = PLAN["spec"]
-    with lrpilot.connect(PLAN["address"], run=spec["name"], spec=spec) as pilot:
-        try:
-            recorder = Recorder() if RANK == 0 else None
-            Training(engine, DeepSpeedScheduler(pilot, engine), recorder).run()
-        except lrpilot.InvalidArgument as error:
-            if not PLAN.get("refused"):
-                raise
-            sys.stdout.write(f"{error}\n")
+    try:
+        recorder = Recorder() if RANK == 0 else None
+        training = Training(engine, attach(engine), recorder)
+        training.run()
+    except lrpilot.InvalidArgument as error:
+        if not PLAN.get("refused"):
+            raise
+        sys.stdout.write(f"{error}\n")
 
 
 def _inputs(progress: int, part: int) -> torch.Tensor:

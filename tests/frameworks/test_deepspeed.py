@@ -124,6 +124,21 @@ def test_the_second_try_of_deepspeed_is_not_taken_for_an_increment(tmp_path: Pat
     assert once.used == {}
 
 
+def test_what_another_scheduler_writes_is_written_over(tmp_path: Path) -> None:
+    spec = _spec("other-scheduler")
+    once = train_once(tmp_path, "deepspeed_program", spec, other=True)
+    _check_once(once, tmp_path, spec)
+    assert once.log.count("The values served for progress 1 were written back") == 1
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_engine_goes_on_with_another_pilot(tmp_path: Path, stage: int) -> None:
+    spec, config = _spec("another"), {"zero_optimization": {"stage": stage}}
+    once = train_once(tmp_path, "deepspeed_program", spec, config=config, reconnects=True)
+    _check_once(once, tmp_path, spec)
+    assert "written back" not in once.log
+
+
 def test_a_second_optimizer_that_no_scheduler_reaches_is_refused(tmp_path: Path) -> None:
     spec = _spec("offload")
     config = {"zero_optimization": {"stage": 1}}

@@ -37,6 +37,12 @@ class Groups:
         """Values of the run's groups that were written last."""
         self._step = CapturedStep(optimizer, wd_in_graph)
 
+    @property
+    def param_groups(self) -> Sequence[dict[str, Any]]:
+        """Those of the optimizer."""
+        groups: Sequence[dict[str, Any]] = self._optimizer.param_groups
+        return groups
+
     def bind(self, run: str, opened: pb.OpenAttemptResponse) -> None:
         """Match the param groups with the run's. Raises GroupMismatch."""
         self._run = run

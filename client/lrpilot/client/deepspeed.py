@@ -11,7 +11,9 @@ from lrpilot.client._arguments import integer
 from lrpilot.client._errors import invalid_argument
 from lrpilot.client._loss import Loss
 from lrpilot.client._pilot import Pilot
+from lrpilot.client._scheduler import Scheduler
 from lrpilot.client._timing import MAX_PROGRESS
+from lrpilot.client.torch import Marks
 
 __all__ = ["DeepSpeedScheduler"]
 
@@ -30,6 +32,8 @@ class DeepSpeedScheduler:
 
     - The attempt opens, or LR and WD are written again, before the first update and before the one
       after a `load_checkpoint`: ZeRO restores its own LR after it has restored the scheduler.
+      What something else has written, such as a scheduler that is still stepped by hand, is
+      written over too, and a warning says so once.
     - `engine.backward(loss)` gives the loss. That of an update is the mean over its
       micro-batches and over the ranks that average their gradients; a pipeline's is its own.
     - When `engine.step` has made an update, the loss is reported, and LR and WD of the next one
@@ -42,10 +46,13 @@ class DeepSpeedScheduler:
         engine: what `deepspeed.initialize` returned first; it needs an optimizer.
         increment: what one update consumes, in the run's unit, at least 1.
 
-    Raises InvalidArgument. Every rank makes it alike.
+    One that is made for the same engine with another pilot takes its place. Raises InvalidArgument.
+    Every rank makes it alike.
     """
 
     def __init__(self, pilot: Pilot, engine: Any, *, increment: int = 1) -> None:
+        if not isinstance(pilot, Pilot):
+            raise invalid_argument("pilot", pilot, "what lrpilot.client.connect() returned")
         if not isinstance(engine, deepspeed.DeepSpeedEngine):
             raise invalid_argument("engine", engine, "what deepspeed.initialize returned first")
         if not hasattr(engine.optimizer, "param_groups"):
@@ -57,12 +64,20 @@ class DeepSpeedScheduler:
                 "offload_optimizer with ratio 1: with a lower one DeepSpeed steps a part of the "
                 "parameters by a second optimizer, whose LR no scheduler reaches",
             )
+        self._pilot: Pilot = pilot
+        former = engine.lr_scheduler
+        if isinstance(former, DeepSpeedScheduler) and former._pilot is pilot:
+            raise invalid_argument(
+                "engine", engine, "an engine that has no scheduler of this pilot"
+            )
+        self._pilot = pilot
         self._run = pilot.run
         self._engine = engine
         self._increment = integer("increment", increment, 1, MAX_PROGRESS)
-        self._scheduler = pilot.scheduler(engine.optimizer, defer=True)
+        self._scheduler = _Scheduler(pilot._session, engine.optimizer, state=None, defer=True)
         self._is_written = False
         """Whether the optimizer holds what it should; not after a load of its state."""
+        self._has_written_over = False
         self._sum: Any = None
         """Sum of the losses of the present update, on their device."""
         self._count = 0
@@ -70,18 +85,20 @@ class DeepSpeedScheduler:
         """What DeepSpeed said that the present update consumed, where it did."""
         self._used: list[Any] = []
         self._has_warned = False
-        if engine.lr_scheduler is not None:
+        if isinstance(former, DeepSpeedScheduler):
+            former._let_go()
+        elif former is not None:
             logger.info(
-                "run %s: takes the place of the engine's %s",
-                self._run,
-                type(engine.lr_scheduler).__name__,
+                "run %s: takes the place of the engine's %s", self._run, type(former).__name__
             )
         engine.lr_scheduler = self
+        around = {"backward": self._around_backward, "step": self._around_step}
         if engine.pipeline_parallelism:
-            engine.train_batch = self._around_train_batch(engine.train_batch)
-        else:
-            engine.backward = self._around_backward(engine.backward)
-            engine.step = self._around_step(engine.step)
+            around = {"train_batch": self._around_train_batch}
+        self._theirs = {name: getattr(engine, name) for name in around}
+        """The engine's own methods."""
+        for name, wrap in around.items():
+            setattr(engine, name, wrap(self._theirs[name]))
 
     @property
     def progress(self) -> int:
@@ -138,6 +155,7 @@ class DeepSpeedScheduler:
         """
         self._scheduler.load_state_dict(state)
         self._is_written = False
+        self._sum, self._count = None, 0
 
     def _around_backward(self, backward: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(loss: Any, *args: Any, **kwargs: Any) -> Any:
@@ -172,11 +190,29 @@ class DeepSpeedScheduler:
 
         return wrapped
 
+    def _let_go(self) -> None:
+        """Leave the engine to another one."""
+        self._scheduler.end()
+        for name, method in self._theirs.items():
+            setattr(self._engine, name, method)
+
     def _write(self) -> None:
+        """See to it that the optimizer holds what was served."""
         if not self._is_written:
-            self._scheduler.apply()
-            self._is_written = True
             self._used = []
+        elif self._scheduler.is_in_force():
+            return
+        elif not self._has_written_over:
+            self._has_written_over = True
+            logger.warning(
+                "run %s: something else has written LR or weight decay of the optimizer, such as "
+                "another scheduler or a checkpoint. The values served for progress %d were written "
+                "back. This is said once",
+                self._run,
+                self.progress,
+            )
+        self._scheduler.apply()
+        self._is_written = True
 
     def _mean(self) -> Loss:
         """Return the loss of the update, the same on every rank; None where there is none."""
@@ -212,6 +248,23 @@ class DeepSpeedScheduler:
 
     def _learning_rates(self) -> list[Any]:
         return [group["lr"] for group in self._engine.optimizer.param_groups]
+
+
+class _Scheduler(Scheduler):
+    """One that knows whether the optimizer holds what it has written."""
+
+    def end(self) -> None:
+        """Do not open an attempt that has not opened yet."""
+        if self._hook is not None:
+            self._hook.remove()
+
+    def is_in_force(self) -> bool:
+        """Return whether nothing else has written since."""
+        return self._marks.fit(self._groups.param_groups)
+
+    def _write(self) -> None:
+        super()._write()
+        self._marks = Marks(self._groups.param_groups)
 
 
 def _norm(norm: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ class LRScheduler(Scheduler, torch.optim.lr_scheduler.LRScheduler):
     ) -> None:
         if not isinstance(pilot, Pilot):
             raise invalid_argument("pilot", pilot, "what lrpilot.client.connect() returned")
-        self._held: list[tuple[_Mark, _Mark]] = []
+        self._held = Marks([])
         """LR and weight decay of each param group as they were left here."""
         self._has_warned = False
         # First, so that torch keeps the optimizer's own LR as `initial_lr` and in `base_lrs`.
@@ -150,20 +150,13 @@ class LRScheduler(Scheduler, torch.optim.lr_scheduler.LRScheduler):
 
     def _write(self) -> None:
         super()._write()
-        self._held = [
-            (_Mark(group["lr"]), _Mark(group.get("weight_decay")))
-            for group in self.optimizer.param_groups
-        ]
+        self._held = Marks(self.optimizer.param_groups)
 
     def _before_step(self) -> None:
         if self._progress is None:
             return
         groups = self.optimizer.param_groups
-        changed = [
-            at
-            for at, (group, (rate, decay)) in enumerate(zip(groups, self._held, strict=False))
-            if not (rate.fits(group["lr"]) and decay.fits(group.get("weight_decay")))
-        ]
+        changed = self._held.changed(groups)
         if changed and not self._has_warned:
             self._has_warned = True
             logger.warning(
@@ -174,7 +167,7 @@ class LRScheduler(Scheduler, torch.optim.lr_scheduler.LRScheduler):
                 changed,
                 self._progress,
             )
-        if changed or len(groups) != len(self._held):
+        if not self._held.fit(groups):
             self._write()
 
 
@@ -197,6 +190,25 @@ class _Mark:
             and not isinstance(value, torch.Tensor)
             and bool(value == self._value)
         )
+
+
+class Marks:
+    """LR and weight decay of param groups as they were left."""
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self._marks = [(_Mark(group["lr"]), _Mark(group.get("weight_decay"))) for group in groups]
+
+    def changed(self, groups: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Return the numbers of those that something has written to; added ones are none."""
+        return [
+            at
+            for at, (group, (rate, decay)) in enumerate(zip(groups, self._marks, strict=False))
+            if not (rate.fits(group["lr"]) and decay.fits(group.get("weight_decay")))
+        ]
+
+    def fit(self, groups: Sequence[Mapping[str, Any]]) -> bool:
+        """Return whether these are they, and as they were left."""
+        return len(groups) == len(self._marks) and not self.changed(groups)
 
 
 def _call(method: "weakref.WeakMethod[Any]") -> None:
