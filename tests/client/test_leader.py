@@ -598,6 +598,29 @@ def test_a_rollback_opens_another_attempt_in_leader_mode(leader: Leading) -> Non
     assert trainer.calls["GetValues"][-1].holder == b"holder2"
 
 
+def test_a_rollback_that_comes_due_without_the_server_does_not_stop_the_training(
+    leader: Leading, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = leader.trainer
+    leader.open()
+    leader.pilot.on_directive("rollback", lambda directive: leader.pilot.roll_back(directive, 5))
+    leader.to(10)
+    with trainer.changed:
+        trainer.directives.append(
+            pb.Directive(id="back", kind=pb.DIRECTIVE_KIND_ROLLBACK, progress=17, before=8)
+        )
+    leader.to(13)
+    leader.until(lambda: 19 in leader.holder._known)
+    monkeypatch.setattr(_timing, "OPEN_PATIENCE_S", 1.0)
+    monkeypatch.setattr(_timing, "ROLL_BACK_FLUSH_S", 1.0)
+    leader.cut()
+    leader.to(40)
+    assert leader.pilot.attempt == 1
+    assert "nobody can go back without the server" in caplog.text
+    assert [request.directive for request in trainer.calls["OpenAttempt"]] == [""]
+    leader.restore()
+
+
 def test_a_directive_that_was_received_is_met_while_alone(
     leader: Leading, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -229,7 +229,8 @@ class Session:
         With a process group every rank calls it at the same point. Reports of the old attempt
         that cannot be delivered within `_timing.ROLL_BACK_FLUSH_S` are dropped. Raises what a
         background thread met, AttemptNotOpen, InvalidArgument, JoinRefused,
-        AdjustmentNotFound, ServerUnavailable, …; with a process group on every rank.
+        AdjustmentNotFound, ServerUnavailable, …; with a process group on every rank. In leader
+        mode a server that is away stops no training: DirectiveDeclined then.
         """
         problem: LrpilotError | None = None
         try:
@@ -242,6 +243,8 @@ class Session:
             progress = integer("progress", progress, 0, directive.progress)
         except LrpilotError as error:
             problem = error
+        if self._leads:
+            agree(self.place.group, problem or self._away(directive), {}, JoinRefused, "")
         if problem is None:
             problem = self._deliver(_timing.ROLL_BACK_FLUSH_S)
         agree(
@@ -275,6 +278,32 @@ class Session:
             reporter.close()
         for scheduler in self.schedulers:
             scheduler.go_to(opened.begin)
+
+    def _away(self, directive: Directive) -> DirectiveDeclined | None:
+        """Return on rank 0 that the server does not answer, if so: no attempt can open then.
+
+        An attempt asked for in vain might have opened all the same, and ended this one.
+        """
+        link, patience_s = self.link, _timing.LEADER_PATIENCE_S
+        if self.place.rank != 0:
+            return None
+        request = pb.AttachRunRequest(run=link.run, request_id=uuid.uuid4().hex)
+        try:
+            link.until(
+                link.stub.AttachRun,
+                request,
+                timeout_s=patience_s,
+                patience_s=patience_s,
+                doing=f"follows directive {directive.id}",
+            )
+        except ServerUnavailable as error:
+            return DirectiveDeclined(
+                f"nobody can go back without the server: {error}", facts={"run": link.run}
+            )
+        except LrpilotError:
+            # It answers; what it says of the run is met below.
+            return None
+        return None
 
     def _deliver(self, patience_s: float) -> LrpilotError | None:
         """Declare what was used alone, and deliver the queued reports; return what was met."""
