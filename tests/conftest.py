@@ -2,8 +2,17 @@
 
 import os
 import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.postgres import Cluster
+
+_PACKAGES = {"postgres": "postgresql"}
+"""Debian's package of a program, where it is named otherwise."""
 
 _LEFT_OUT = pytest.StashKey[list[tuple[str, str]]]()
 
@@ -11,9 +20,15 @@ _LEFT_OUT = pytest.StashKey[list[tuple[str, str]]]()
 def _missing_program(item: pytest.Item) -> str | None:
     for marker in item.iter_markers("needs_program"):
         for name in marker.args:
-            if shutil.which(name) is None:
+            if shutil.which(name, path=_search_path()) is None:
                 return str(name)
     return None
+
+
+def _search_path() -> str:
+    # Debian keeps the programs of PostgreSQL apart from the others.
+    apart = sorted(map(str, Path("/usr/lib/postgresql").glob("*/bin")), reverse=True)
+    return os.pathsep.join([os.environ.get("PATH", os.defpath), *apart])
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -57,8 +72,28 @@ def pytest_terminal_summary(
     left_out = config.stash.get(_LEFT_OUT, [])
     if not left_out:
         return
-    programs = sorted({name for _, name in left_out})
+    packages = sorted({_PACKAGES.get(name, name) for _, name in left_out})
     terminalreporter.section("NOT RUN: programs are missing", sep="=", yellow=True)
     for nodeid, name in left_out:
         terminalreporter.write_line(f"{nodeid} needs the program {name}")
-    terminalreporter.write_line(f"To run all of it: apt-get install {' '.join(programs)}")
+    terminalreporter.write_line(f"To run all of it: apt-get install {' '.join(packages)}")
+
+
+@pytest.fixture(scope="session")
+def postgres_cluster() -> Iterator["Cluster"]:
+    """A PostgreSQL that is quick and not durable, for tests that leave it as it is."""
+    from tests.postgres import Cluster
+
+    cluster = Cluster(durable=False)
+    try:
+        yield cluster.start()
+    finally:
+        cluster.dispose()
+
+
+@pytest.fixture
+def postgres(postgres_cluster: "Cluster") -> Iterator[str]:
+    """The address of a fresh database."""
+    name = postgres_cluster.create()
+    yield postgres_cluster.address(name)
+    postgres_cluster.drop(name)

@@ -372,7 +372,9 @@ class TestAddress:
     @pytest.mark.parametrize(
         "address",
         [
-            "postgresql://someone:secret@host/db",
+            "mysql://someone:secret@host/db",
+            "mysql://someone:sec/secret@@host:x:y/db",
+            "mysql://someone@host/db?password=secret",
             "sqlite://",
             "sqlite:///:memory:",
             "sqlite:///file.db?mode=ro",

@@ -14,10 +14,18 @@ from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._sql_store import open_store
 from lrpilot.server._store import MAX_SEQ, Append, LogRow, SeqTaken, Store, StoreUnavailable
 
+POSTGRES = pytest.param("postgresql", marks=pytest.mark.needs_program("postgres"))
 
-@pytest.fixture(params=["memory", "sqlite"])
+
+@pytest.fixture(params=["memory", "sqlite", POSTGRES])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    opened: Store = MemoryStore() if request.param == "memory" else open_store(tmp_path / "data")
+    opened: Store
+    if request.param == "memory":
+        opened = MemoryStore()
+    elif request.param == "sqlite":
+        opened = open_store(tmp_path / "data")
+    else:
+        opened = open_store(request.getfixturevalue("postgres"))
     yield opened
     opened.close()
 
@@ -210,6 +218,21 @@ class TestHead:
         assert store.head("a") == (3, "digest-3")
 
 
+    def test_many_at_once(self, store: Store) -> None:
+        names = [f"run-{number:04d}" for number in range(1200)]
+        store.append([Append(name, rows(1, 2, name), create=True) for name in names])
+        assert store.heads([]) == {}
+        assert store.heads([*names, "nobody"]) == {name: (2, f"digest-{name}2") for name in names}
+        assert store.heads(names[:1]) == {names[0]: store.head(names[0])}
+
+
+class TestCheck:
+    def test_a_store_that_is_there(self, store: Store) -> None:
+        store.check()
+        put(store, "a", 1, 1, create=True)
+        store.check()
+
+
 class TestRuns:
     NAMES = ("B", "Z", "a", "a-b", "a.b", "a/b", "aa", "b", "é", "中", "😀")
     """In order of code points; no locale orders them so."""
@@ -291,10 +314,12 @@ class TestClose:
             lambda store: store.append([Append("a", rows(1, 1), create=True)]),
             lambda store: store.read("a"),
             lambda store: store.head("a"),
+            lambda store: store.heads(["a"]),
             lambda store: store.runs(),
             lambda store: store.delete("a"),
+            lambda store: store.check(),
         ],
-        ids=["append", "read", "head", "runs", "delete"],
+        ids=["append", "read", "head", "heads", "runs", "delete", "check"],
     )
     def test_nothing_works_afterwards(self, store: Store, use: Callable[[Store], Any]) -> None:
         store.close()

@@ -6,7 +6,7 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from lrpilot.server._metrics import Metrics
 from lrpilot.server._rpc import Service, handlers
 from lrpilot.server._run_service import RunService
 from lrpilot.server._sql_store import open_store
-from lrpilot.server._store import Store, StoreError
+from lrpilot.server._store import Store, StoreError, StoreUnavailable
 from lrpilot.server._trainer_service import TrainerService
 from lrpilot.v1 import runs_pb2, trainer_pb2
 
@@ -35,6 +35,12 @@ MESSAGE_BYTES = 1024 * 1024
 
 DRAIN_S = 10.0
 """How long calls under way may take once the server is told to end."""
+
+CHECK_S = 1.0
+"""Time between two looks at whether the store can be read."""
+
+LIVENESS = "live"
+"""The name under which the health service says that the process lives, store or not."""
 
 SERVER_OPTIONS = (
     # Otherwise a second server binds the same port, and each gets half of the calls.
@@ -102,6 +108,8 @@ class Server:
     def __init__(self, store: Store, committer: GroupCommitter, metrics: Metrics) -> None:
         self.ledger = Ledger(store, committer)
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
+        self._store = store
+        self._tasks: list[asyncio.Task[None]] = []
         self._trainer_service = TrainerService(self.ledger)
         services: dict[ServiceDescriptor, Service] = {
             trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"]: self._trainer_service,
@@ -109,6 +117,8 @@ class Server:
         }
         self._names = [descriptor.full_name for descriptor in services]
         self._health = _Health(("", *self._names))
+        self.is_ready = False
+        """Whether it takes calls, and the store can be read."""
         self.grpc.add_generic_rpc_handlers(
             tuple(
                 handlers(descriptor, service, metrics) for descriptor, service in services.items()
@@ -136,11 +146,38 @@ class Server:
     async def start(self) -> None:
         """Take calls, and say so."""
         await self.grpc.start()
-        for name in ("", *self._names):
-            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        await self._health.live()
+        await self._say_ready(True)
+        self._tasks = [
+            asyncio.create_task(self.ledger.follow()),
+            asyncio.create_task(self._check_store()),
+        ]
+
+    async def _check_store(self) -> None:
+        """Say who may send calls here: those that need the store find another replica."""
+        while True:
+            await asyncio.sleep(CHECK_S)
+            try:
+                await asyncio.to_thread(self._store.check)
+            except StoreUnavailable as error:
+                if self.is_ready:
+                    logger.error("not ready: %s", error)  # noqa: TRY400 - the text says all.
+                await self._say_ready(False)
+            else:
+                if not self.is_ready:
+                    logger.info("ready again")
+                await self._say_ready(True)
+
+    async def _say_ready(self, is_ready: bool) -> None:
+        self.is_ready = is_ready
+        await self._health.ready(is_ready)
 
     async def drain(self) -> None:
         """Take no more calls; return once those under way are done, or their time is up."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self.is_ready = False
         await self._health.enter_graceful_shutdown()
         self._health.end_watches()
         self._trainer_service.drain()
@@ -157,20 +194,45 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
     def __init__(self, names: Collection[str]) -> None:
         super().__init__()
         self._names = names
-        self._ending = asyncio.Event()
+        self._is_ready = self._is_ending = False
+        self._changed = asyncio.Event()
+
+    async def live(self) -> None:
+        """Say that the process lives; that stays so."""
+        await self.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
+
+    async def ready(self, is_ready: bool) -> None:
+        """Say whether calls are wanted here, also to everyone who watches."""
+        status = health_pb2.HealthCheckResponse
+        for name in self._names:
+            await self.set(name, status.SERVING if is_ready else status.NOT_SERVING)
+        self._is_ready = is_ready
+        self._wake()
 
     def end_watches(self) -> None:
         """Say the end to everyone who watches, and end the watches: they ask elsewhere now."""
-        self._ending.set()
+        self._is_ready, self._is_ending = False, True
+        self._wake()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
-        """Send the status of a service, which changes once: when the server ends."""
+        """Send the status of a service, and again whenever it changes."""
         answer = health_pb2.HealthCheckResponse
-        is_known = request.service in self._names
-        await context.write(answer(status=answer.SERVING if is_known else answer.SERVICE_UNKNOWN))
-        await self._ending.wait()
-        if is_known:
-            await context.write(answer(status=answer.NOT_SERVING))
+        if request.service not in self._names:
+            await context.write(answer(status=answer.SERVICE_UNKNOWN))
+        said: bool | None = None
+        while True:
+            changed = self._changed
+            if request.service in self._names and said != self._is_ready:
+                said = self._is_ready
+                await context.write(answer(status=answer.SERVING if said else answer.NOT_SERVING))
+            if self._is_ending and said in {False, None}:
+                return
+            if changed is self._changed:
+                await changed.wait()
 
 
 async def _serve(
@@ -182,7 +244,7 @@ async def _serve(
 ) -> None:
     server = Server(store, committer, metrics)
     grpc_address = server.bind(config.listen)
-    with _http(config.http, metrics) as http_address:
+    with _http(config.http, metrics, lambda: server.is_ready) as http_address:
         await server.start()
         print(f"lrpilot ready grpc={grpc_address} http={http_address}", flush=True)  # noqa: T201
         warming = asyncio.create_task(server.ledger.warm_up())
@@ -224,8 +286,8 @@ def _signals(stop: asyncio.Event) -> Iterator[None]:
 
 
 @contextmanager
-def _http(address: str | None, metrics: Metrics) -> Iterator[str]:
-    """Serve metrics on a thread of its own; yield where."""
+def _http(address: str | None, metrics: Metrics, is_ready: Callable[[], bool]) -> Iterator[str]:
+    """Serve metrics, `/live` and `/ready` on a thread of its own; yield where."""
     if address is None:
         yield "off"
         return
@@ -239,6 +301,8 @@ def _http(address: str | None, metrics: Metrics) -> Iterator[str]:
             f"cannot listen on {address} for HTTP: {error.strerror or error}; "
             "stop what listens there or choose another address with --http"
         ) from error
+    wsgi: Any = server
+    wsgi.set_app(_routed(wsgi.get_app(), is_ready))
     try:
         yield f"{host}:{server.server_port}"
     finally:
@@ -246,6 +310,28 @@ def _http(address: str | None, metrics: Metrics) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join(DRAIN_S)
+
+
+def _routed(metrics: Any, is_ready: Callable[[], bool]) -> Any:
+    """Return a WSGI application that answers probes, and all else with metrics."""
+
+    def probe(path: str) -> tuple[str, bytes] | None:
+        if path == "/live":
+            return "200 OK", b"live\n"
+        if path == "/ready":
+            ready = "200 OK", b"ready\n"
+            return ready if is_ready() else ("503 Service Unavailable", b"not ready\n")
+        return None
+
+    def serve(environment: dict[str, Any], start: Callable[..., Any]) -> Any:
+        answer = probe(environment.get("PATH_INFO", ""))
+        if answer is None:
+            return metrics(environment, start)
+        status, body = answer
+        start(status, [("Content-Type", "text/plain; charset=utf-8")])
+        return [body]
+
+    return serve
 
 
 def _why_not(address: str) -> str:

@@ -4,10 +4,14 @@ One ledger is one replica. It evaluates a request on its state, appends what the
 does, and applies that once it is durable. When another replica took the `seq`, it reads what
 that one wrote and evaluates the whole request again. So replicas over one store need no
 leader, and one that lags knows a smaller horizon and hands out fewer values, never others.
+How it hears of what the others write, so that it lags for some milliseconds only, stands in
+`follow`: a matter of speed alone.
 """
 
 import asyncio
+import contextlib
 import logging
+import math
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -16,7 +20,7 @@ from typing import TypeVar
 
 from lrpilot import core
 from lrpilot.server._commit import GroupCommitter
-from lrpilot.server._store import LogRow, SeqTaken, Store
+from lrpilot.server._store import LogRow, News, SeqTaken, Store, StoreUnavailable
 from lrpilot.v1.trainer_pb2 import SaveStateResponse
 
 T = TypeVar("T")
@@ -31,6 +35,14 @@ ABANDONED_S = 6 * 3600.0
 
 WARM_NS = 24 * 3600 * 10**9
 """A run with an event within this time is read when the server starts."""
+
+
+POLL_S = 1.0
+"""Time between two looks at what other replicas wrote, for word of it that was lost."""
+
+ASKED_S = 60.0
+"""A run is looked at so while its ranks asked this replica for something within this time. It is
+more than one call may wait."""
 
 
 class CorruptLog(Exception):
@@ -172,6 +184,8 @@ class Ledger:
         self._committer = committer
         self._runs: dict[str, LiveRun] = {}
         self._tasks: set[asyncio.Task[object]] = set()
+        self._told: dict[str, float] = {}
+        """Run to the last `seq` that another replica may have written and nobody read yet."""
 
     def live(self) -> list[LiveRun]:
         """Return the unfinished runs whose ranks asked this server for something lately."""
@@ -242,6 +256,65 @@ class Ledger:
             except Exception:
                 logger.exception("run %s cannot be read", name)
 
+    async def follow(self) -> None:
+        """Keep up with what other replicas write, until cancelled.
+
+        They tell of it as they commit. Should that get lost, as with a connection, a look once a
+        second finds it.
+        """
+        loop = asyncio.get_running_loop()
+
+        def heard(news: News) -> None:
+            # The loop may have ended before the store is closed.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(self._heard, news)
+
+        if not self._store.follow(heard):
+            return
+        while True:
+            await asyncio.sleep(POLL_S)
+            since_s = time.monotonic() - ASKED_S
+            await self._look_around(
+                [run for run in self._runs.values() if run.seen_s and run.seen_s > since_s]
+            )
+
+    def _heard(self, news: News) -> None:
+        if news.run is None:
+            self._begin(self._look_around(list(self._runs.values())))
+        elif (run := self._runs.get(news.run)) is not None:
+            self._catch_up(run, math.inf if news.seq is None else news.seq)
+
+    async def _look_around(self, runs: list[LiveRun]) -> None:
+        """Read those runs whose logs do not end as they do here."""
+        names = [run.state.name for run in runs if run.state.exists]
+        try:
+            heads = await asyncio.to_thread(self._store.heads, names)
+        except StoreUnavailable:
+            return  # Readiness tells; and the next look finds it all.
+        for run in runs:
+            state = run.state
+            if state.exists and heads.get(state.name) != (state.seq, state.digest):
+                self._catch_up(run, math.inf)
+
+    def _catch_up(self, run: LiveRun, seq: float) -> None:
+        """Have a run read up to `seq`, once for all who ask before that begins."""
+        name = run.state.name
+        is_begun = name in self._told
+        self._told[name] = max(seq, self._told.get(name, 0))
+        if not is_begun:
+            self._begin(self._read_told(run))
+
+    async def _read_told(self, run: LiveRun) -> None:
+        try:
+            async with run.lock:
+                # What this replica wrote itself is known by now.
+                if self._told.pop(run.state.name) > run.state.seq:
+                    await self._read(run)
+        except StoreUnavailable:
+            return
+        except Exception:
+            logger.exception("run %s cannot be read", run.state.name)
+
     async def names(self, after: str = "", limit: int = 10_000) -> list[str]:
         """Return the names of runs in the store, in order."""
         return await asyncio.to_thread(self._store.runs, after, limit)
@@ -281,10 +354,13 @@ class Ledger:
         await self._finish(self._delete(run, check))
 
     async def _finish(self, work: Awaitable[T]) -> T:
+        return await asyncio.shield(self._begin(work))
+
+    def _begin(self, work: Awaitable[T]) -> "asyncio.Task[T]":
         task: asyncio.Task[T] = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
+        return task
 
     async def settle(self) -> None:
         """Wait for every request that was begun."""
@@ -340,7 +416,8 @@ class Ledger:
         if not rows or (rows[0].seq, rows[0].digest) != (seq, digest):
             # Deleted, and perhaps made again, by another replica.
             run.reset()
-            await self._load(run)
+            if not await self._load(run):
+                run.wake()
             return True
         del rows[0]
         if rows:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Sequence
 
-from lrpilot.server._store import Append, AppendResult, LogRow, SeqTaken, StoreUnavailable
+from lrpilot.server._store import Append, AppendResult, Heard, LogRow, SeqTaken, StoreUnavailable
 
 
 class MemoryStore:
@@ -59,6 +59,11 @@ class MemoryStore:
             log = self._logs.get(run)
             return (log[-1].seq, log[-1].digest) if log else None
 
+    def heads(self, runs: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """Return what `head` does for many runs at once, without those that do not exist."""
+        found = {run: self.head(run) for run in runs}
+        return {run: head for run, head in found.items() if head is not None}
+
     def runs(self, after_name: str = "", limit: int | None = None) -> list[str]:
         """Return the names of runs greater than `after_name`, the first `limit` of them."""
         check_limit(limit)
@@ -71,6 +76,15 @@ class MemoryStore:
         with self._lock:
             self._check_open()
             return self._logs.pop(run, None) is not None
+
+    def check(self) -> None:
+        """Return when the store can be read; otherwise raise StoreUnavailable."""
+        with self._lock:
+            self._check_open()
+
+    def follow(self, heard: Heard) -> bool:  # noqa: ARG002
+        """Return that nobody but this process writes to the store."""
+        return False
 
     def close(self) -> None:
         """Forget everything. A second call does nothing."""

@@ -1,6 +1,7 @@
-"""The store on a SQL database, SQLite for now, and the lock on its folder.
+"""The store on a SQL database, SQLite or PostgreSQL, and the lock on SQLite's folder.
 
-What is peculiar to SQLite stands in `_sqlite_engine`; the rest is SQL that any database takes.
+What is peculiar to SQLite stands in `_sqlite_engine`, what is peculiar to PostgreSQL in
+`_postgres`; the rest is SQL that any database takes.
 Rows are unique by (run, seq) and belong to a run by a foreign key, and the database itself
 keeps to both: that makes two writers on one database safe, whatever they believe.
 """
@@ -8,23 +9,27 @@ keeps to both: that makes two writers on one database safe, whatever they believ
 import fcntl
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from lrpilot.server._memory_store import MemoryStore, check_limit
+from lrpilot.server._postgres import Postgres, is_conflict
 from lrpilot.server._schema import events, runs
 from lrpilot.server._store import (
     MAX_SEQ,
     Append,
     AppendResult,
+    Heard,
     LogRow,
+    News,
     SchemaTooNew,
     SeqTaken,
     Store,
@@ -47,14 +52,17 @@ BUSY_TIMEOUT_S = 10
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _NAMES_PER_QUERY = 500
+_ROWS_PER_QUERY = 10_000
+"""Rows that a statement returns at most: then the time that one takes is bounded."""
 _TRIES = 20
 
 
 def open_store(target: str | Path) -> Store:
-    """Open the store at `target` for this process alone, and bring its tables up to date.
+    """Open the store at `target`, and bring its tables up to date.
 
     `target` is a data folder, which is made where it is missing; or `sqlite:///PATH`, a database
-    file, whose folder is the data folder; or `memory://`, which forgets everything at the end.
+    file, whose folder is the data folder; or `postgresql+psycopg://…`, a database that any number
+    of servers share; or `memory://`, which forgets everything at the end.
 
     Raises StoreLocked when another server uses the folder, SchemaTooNew when a newer release
     wrote the database, StoreUnavailable when the folder or the database cannot be used, and
@@ -67,14 +75,28 @@ def open_store(target: str | Path) -> Store:
         return MemoryStore()
     try:
         url = make_url(text)
-    except ArgumentError as error:
-        raise ValueError(f"not the address of a store: {text!r}") from error
+    except (ArgumentError, ValueError):
+        # The driver's own words would repeat the password.
+        raise ValueError(f"not the address of a store: {_masked(text)!r}") from None
+    if url.drivername in {"postgresql", "postgresql+psycopg"}:
+        if "@" in f"{url.host}{url.database}":
+            raise ValueError("an @ in the password of a store's address is written %40")
+        if not url.database:
+            raise ValueError(f"the address of a store names no database: {_masked(text)!r}")
+        return SqlStore.on_postgres(Postgres(url))
     named = url.database is not None and url.database not in {"", ":memory:"}
     if url.drivername != "sqlite" or not named or url.query:
-        shown = url.render_as_string(hide_password=True)
-        raise ValueError(f"a store is a folder, sqlite:///PATH or memory://; got {shown!r}")
+        raise ValueError(
+            "a store is a folder, sqlite:///PATH, postgresql+psycopg://USER@HOST/DATABASE or "
+            f"memory://; got {_masked(text)!r}"
+        )
     path = Path(url.database or "")
     return SqlStore.in_folder(path.parent, path.name)
+
+
+def _masked(address: str) -> str:
+    """Return an address, perhaps a malformed one, without its user, password and options."""
+    return re.sub(r"\?.*", "?***", re.sub(r"//.*@", "//***@", address))
 
 
 class FolderLock:
@@ -119,20 +141,37 @@ class FolderLock:
 class SqlStore:
     """A Store on a SQL database. See the protocol for what each method does."""
 
-    def __init__(self, engine: sa.Engine, lock: FolderLock | None = None) -> None:
-        """Bring the tables up to date; take over `engine` and `lock`, which `close` ends.
+    def __init__(
+        self,
+        engine: sa.Engine,
+        lock: FolderLock | None = None,
+        postgres: Postgres | None = None,
+    ) -> None:
+        """Bring the tables up to date; take over what is given, which `close` ends.
 
-        Raises SchemaTooNew and StoreUnavailable; then both are ended already.
+        `postgres` is what `engine` belongs to, where it is a PostgreSQL database. Raises
+        SchemaTooNew and StoreUnavailable; then all is ended already.
         """
         self._engine = engine
         self._writer = engine.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"})
+        self._reader = engine
+        if postgres is not None:
+            self._reader = engine.execution_options(isolation_level="REPEATABLE READ")
         self._lock = lock
+        self._postgres = postgres
         self._closed = False
+        self._name = postgres.name if postgres else engine.url.render_as_string(hide_password=True)
         try:
-            self._write(_migrate)
+            if postgres is None or not self._transact(self._reader, _is_newest):
+                self._transact(self._writer, self._migrate)
         except BaseException:
             self.close()
             raise
+
+    def _migrate(self, connection: sa.Connection) -> None:
+        if self._postgres is not None:
+            self._postgres.begin_migration(connection)
+        _migrate(connection, self._name)
 
     @classmethod
     def in_folder(cls, folder: Path, database: str) -> "SqlStore":
@@ -143,35 +182,56 @@ class SqlStore:
         lock = FolderLock(folder)
         return cls(_sqlite_engine(folder / database), lock)
 
+    @classmethod
+    def on_postgres(cls, postgres: Postgres) -> "SqlStore":
+        """Open the store on a PostgreSQL database. Raises as `open_store` does."""
+        return cls(postgres.engine, postgres=postgres)
+
     def append(self, batch: Sequence[Append]) -> list[AppendResult]:
         """Append to the logs of runs in one transaction; return one result per append."""
-        return self._write(lambda connection: _append(connection, batch))
+
+        def work(connection: sa.Connection) -> list[AppendResult]:
+            results = _append(connection, batch)
+            written = {
+                append.run: append.rows[-1].seq
+                for append, conflict in zip(batch, results, strict=True)
+                if conflict is None
+            }
+            self._announce(connection, [News(*item) for item in written.items()])
+            return results
+
+        return self._transact(self._writer, work)
 
     def read(self, run: str, after_seq: int = 0, limit: int | None = None) -> list[LogRow]:
         """Return the rows of a run with `seq > after_seq` in order, the first `limit` of them."""
         check_limit(limit)
-        statement = (
+        wanted = (
             sa.select(events.c.seq, events.c.payload, events.c.digest, events.c.recorded_at_ns)
-            .join(runs)
-            .where(runs.c.name == run, events.c.seq > min(after_seq, MAX_SEQ))
+            .where(events.c.run_id == _id_of(run))
             .order_by(events.c.seq)
-            .limit(limit)
         )
-        with self._transaction(self._engine) as connection:
-            return [LogRow(*row) for row in connection.execute(statement)]
+
+        def work(connection: sa.Connection) -> list[LogRow]:
+            rows: list[LogRow] = []
+            last, left = min(after_seq, MAX_SEQ), MAX_SEQ if limit is None else limit
+            while True:
+                size = min(left - len(rows), _ROWS_PER_QUERY)
+                page = connection.execute(wanted.where(events.c.seq > last).limit(size)).all()
+                rows.extend(LogRow(*row) for row in page)
+                if not size or len(page) < size:
+                    return rows
+                last = rows[-1].seq
+
+        return self._transact(self._reader, work)
 
     def head(self, run: str) -> tuple[int, str] | None:
         """Return `seq` and digest of a run's last row; None: no run has that name."""
-        statement = (
-            sa.select(events.c.seq, events.c.digest)
-            .join(runs)
-            .where(runs.c.name == run)
-            .order_by(events.c.seq.desc())
-            .limit(1)
-        )
-        with self._transaction(self._engine) as connection:
-            row = connection.execute(statement).first()
-        return None if row is None else (row.seq, row.digest)
+        return self.heads([run]).get(run)
+
+    def heads(self, runs: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """Return what `head` does for many runs at once, without those that do not exist."""
+        heads = self._transact(self._reader, lambda connection: _heads(connection, list(runs)))
+        return {run: (head.last_seq, head.digest) for run, head in heads.items()}
 
     def runs(self, after_name: str = "", limit: int | None = None) -> list[str]:
         """Return the names of runs greater than `after_name`, the first `limit` of them."""
@@ -182,44 +242,100 @@ class SqlStore:
             .order_by(runs.c.name)
             .limit(limit)
         )
-        with self._transaction(self._engine) as connection:
-            return list(connection.scalars(statement))
+        return self._transact(self._reader, lambda one: list(one.scalars(statement)))
 
     def delete(self, run: str) -> bool:
         """Remove a run with its whole log, for good; return whether there was one."""
-        return self._write(lambda connection: _delete(connection, run))
+
+        def work(connection: sa.Connection) -> bool:
+            existed = _delete(connection, run)
+            if existed:
+                self._announce(connection, [News(run, None)])
+            return existed
+
+        return self._transact(self._writer, work)
+
+    def check(self) -> None:
+        """Return when the store can be read; otherwise raise StoreUnavailable."""
+        self._transact(self._reader, lambda one: one.execute(sa.select(runs.c.id).limit(1)).all())
+
+    def follow(self, heard: Heard) -> bool:
+        """Begin to call `heard` with what is written to the store; return whether others write."""
+        if self._postgres is None:
+            return False
+        self._postgres.follow(heard)
+        return True
 
     def close(self) -> None:
         """Release connections and locks. A second call does nothing."""
         self._closed = True
+        if self._postgres is not None:
+            self._postgres.close()
         self._engine.dispose()
         if self._lock is not None:
             self._lock.release()
 
-    def _write(self, work: Callable[[sa.Connection], T]) -> T:
+    def _announce(self, connection: sa.Connection, news: list[News]) -> None:
+        if self._postgres is not None and news:
+            self._postgres.announce(connection, news)
+
+    def _transact(self, engine: sa.Engine, work: Callable[[sa.Connection], T]) -> T:
+        """Return what `work` does in a transaction, tried again where that is harmless.
+
+        Raises StoreUnavailable; whether the transaction was carried out is unknown then.
+        """
+        was_lost = False
         for _ in range(_TRIES):
             try:
-                with self._transaction(self._writer) as connection:
+                with self._transaction(engine) as connection:
                     return work(connection)
-            except IntegrityError:
+            except _Conflict:
                 # Another writer took a seq or a name, or touched a run that goes, since this one
                 # looked: look again. Each time somebody gets on, so this ends.
                 continue
-        raise StoreUnavailable(f"other writers were faster {_TRIES} times")
+            except _ConnectionLost:
+                # The pool's connections do not outlive a restart of the database; a new one does.
+                if was_lost:
+                    raise
+                was_lost = True
+        raise StoreUnavailable(f"{self._name}: other writers were faster {_TRIES} times")
 
     @contextmanager
     def _transaction(self, engine: sa.Engine) -> Iterator[sa.Connection]:
         if self._closed:
             raise StoreUnavailable("the store is closed")
+        if self._postgres is not None:
+            self._postgres.refuse_if_silent()
+        is_committing = False
         try:
-            with engine.begin() as connection:
+            with engine.connect() as connection, self._watched(connection), connection.begin():
                 yield connection
-        except IntegrityError:
-            raise
+                is_committing = True
         except SQLAlchemyError as error:
-            cause = getattr(error, "orig", None) or error
-            name = self._engine.url.render_as_string(hide_password=True)
-            raise StoreUnavailable(f"{name}: {cause}") from error
+            raise self._translated(error, is_committing=is_committing) from error
+
+    def _watched(self, connection: sa.Connection) -> AbstractContextManager[None]:
+        return nullcontext() if self._postgres is None else self._postgres.watched(connection)
+
+    def _translated(self, error: SQLAlchemyError, *, is_committing: bool) -> Exception:
+        cause = getattr(error, "orig", None) or error
+        if isinstance(error, IntegrityError) or is_conflict(cause):
+            return _Conflict()
+        text = str(cause)
+        if self._postgres is not None:
+            self._postgres.was_silent(cause)
+            text = self._postgres.describe(cause)
+        is_lost = isinstance(error, DBAPIError) and error.connection_invalidated
+        kind = _ConnectionLost if is_lost and not is_committing else StoreUnavailable
+        return kind(f"{self._name}: {text}")
+
+
+class _Conflict(Exception):
+    """Another transaction was faster; nothing of this one is left."""
+
+
+class _ConnectionLost(StoreUnavailable):
+    """The connection ended before the commit; nothing of the transaction is left."""
 
 
 @dataclass(slots=True)
@@ -239,14 +355,16 @@ _LAST_SEQ = (
 
 def _append(connection: sa.Connection, batch: Sequence[Append]) -> list[AppendResult]:
     heads = _heads(connection, list({append.run for append in batch}))
-    results: list[AppendResult] = []
+    results: list[AppendResult] = [None] * len(batch)
     values: list[dict[str, Any]] = []
-    for append in batch:
+    # Every writer takes names, and then places in logs, in one order: else two of them may wait
+    # for each other.
+    for index, append in sorted(enumerate(batch), key=lambda item: item[1].run):
         head = heads.get(append.run)
         first, last = append.rows[0], append.rows[-1]
         if append.create:
             if head is not None:
-                results.append(SeqTaken(append.run, first.seq, head.last_seq))
+                results[index] = SeqTaken(append.run, first.seq, head.last_seq)
                 continue
             created = connection.execute(
                 sa.insert(runs).values(name=append.run, created_at_ns=first.recorded_at_ns)
@@ -259,7 +377,7 @@ def _append(connection: sa.Connection, batch: Sequence[Append]) -> list[AppendRe
             or append.after not in {None, head.digest}
         ):
             last_seq = None if head is None else head.last_seq
-            results.append(SeqTaken(append.run, first.seq, last_seq))
+            results[index] = SeqTaken(append.run, first.seq, last_seq)
             continue
         head.last_seq, head.digest = last.seq, last.digest
         values.extend(
@@ -272,15 +390,19 @@ def _append(connection: sa.Connection, batch: Sequence[Append]) -> list[AppendRe
             }
             for row in append.rows
         )
-        results.append(None)
     if values:
+        values.sort(key=lambda value: (value["run_id"], value["seq"]))
         connection.execute(sa.insert(events), values)
     return results
 
 
+def _id_of(name: str) -> sa.ScalarSelect[int]:
+    # Found first: then the index has a log in its order, and nothing is sorted.
+    return sa.select(runs.c.id).where(runs.c.name == name).scalar_subquery()
+
+
 def _delete(connection: sa.Connection, name: str) -> bool:
-    run_id = sa.select(runs.c.id).where(runs.c.name == name).scalar_subquery()
-    connection.execute(sa.delete(events).where(events.c.run_id == run_id))
+    connection.execute(sa.delete(events).where(events.c.run_id == _id_of(name)))
     return connection.execute(sa.delete(runs).where(runs.c.name == name)).rowcount > 0
 
 
@@ -330,33 +452,61 @@ def _sqlite_engine(path: Path) -> sa.Engine:
     return engine
 
 
-def _migrate(connection: sa.Connection) -> None:
-    """Bring the tables up to date. Raises SchemaTooNew."""
+def _is_newest(connection: sa.Connection) -> bool:
+    """Return whether the tables are those of this release."""
     with _quiet("alembic"):
-        # Imported here, because it logs its plugins at import.
-        from alembic.command import upgrade  # noqa: PLC0415
-        from alembic.config import Config  # noqa: PLC0415
-        from alembic.migration import MigrationContext  # noqa: PLC0415
-        from alembic.script import ScriptDirectory  # noqa: PLC0415
+        return _revisions(connection).is_newest
 
-        config = Config()
-        config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-        config.attributes["connection"] = connection
-        scripts = ScriptDirectory.from_config(config)
-        newest = scripts.get_current_head()
-        found = MigrationContext.configure(connection).get_current_revision()
-        if found == newest:
+
+@dataclass(frozen=True, slots=True)
+class _Revisions:
+    config: Any
+    """Alembic's, with the connection."""
+    known: frozenset[str]
+    newest: str | None
+    found: str | None
+    """The revision of the database; None: it is empty."""
+
+    @property
+    def is_newest(self) -> bool:
+        return self.found == self.newest
+
+
+def _revisions(connection: sa.Connection) -> _Revisions:
+    # Imported here, because it logs its plugins at import.
+    from alembic.config import Config  # noqa: PLC0415
+    from alembic.migration import MigrationContext  # noqa: PLC0415
+    from alembic.script import ScriptDirectory  # noqa: PLC0415
+
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.attributes["connection"] = connection
+    scripts = ScriptDirectory.from_config(config)
+    return _Revisions(
+        config,
+        known=frozenset(step.revision for step in scripts.walk_revisions()),
+        newest=scripts.get_current_head(),
+        found=MigrationContext.configure(connection).get_current_revision(),
+    )
+
+
+def _migrate(connection: sa.Connection, name: str) -> None:
+    """Bring the tables of the database `name` up to date. Raises SchemaTooNew."""
+    with _quiet("alembic"):
+        from alembic.command import upgrade  # noqa: PLC0415
+
+        revisions = _revisions(connection)
+        if revisions.is_newest:
             return
-        if found is not None and found not in {step.revision for step in scripts.walk_revisions()}:
-            name = connection.engine.url.render_as_string(hide_password=True)
+        if revisions.found is not None and revisions.found not in revisions.known:
             raise SchemaTooNew(
-                f"{name} is at revision {found}, written by a newer release of lrpilot; "
-                f"this one knows revisions up to {newest}. Start the newer release, or restore "
-                "a backup made before the upgrade"
+                f"{name} is at revision {revisions.found}, written by a newer release of lrpilot; "
+                f"this one knows revisions up to {revisions.newest}. Start the newer release, or "
+                "restore a backup made before the upgrade"
             )
-        upgrade(config, "head")
-    if found is not None:
-        logger.info("database upgraded from revision %s to %s", found, newest)
+        upgrade(revisions.config, "head")
+    if revisions.found is not None:
+        logger.info("database upgraded from revision %s to %s", revisions.found, revisions.newest)
 
 
 @contextmanager

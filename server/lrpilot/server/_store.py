@@ -5,7 +5,7 @@ of the hash chain there. It knows nothing of what an event means. Replicas that 
 need no leader, because of one rule alone: a `seq` is given out once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -97,6 +97,20 @@ AppendResult = SeqTaken | None
 """What became of one append: None says that its rows are durable."""
 
 
+@dataclass(frozen=True, slots=True)
+class News:
+    """Word that somebody, perhaps of this process, wrote to a store."""
+
+    run: str | None
+    """Name of the run; None: any, for word may have been missed."""
+    seq: int | None
+    """The last `seq` that was appended; None: unknown, or the run was deleted."""
+
+
+Heard = Callable[[News], None]
+"""Who is told. Called on a thread of the store's: it must be quick, and raise nothing."""
+
+
 class Store(Protocol):
     """The logs of all runs.
 
@@ -141,6 +155,10 @@ class Store(Protocol):
         """
         ...
 
+    def heads(self, runs: Sequence[str]) -> dict[str, tuple[int, str]]:
+        """Return what `head` does for many runs at once, without those that do not exist."""
+        ...
+
     def runs(self, after_name: str = "", limit: int | None = None) -> list[str]:
         """Return the names of runs greater than `after_name`, the first `limit` of them.
 
@@ -153,6 +171,18 @@ class Store(Protocol):
         """Remove a run with its whole log, for good; return whether there was one.
 
         The name is free afterwards, and a run made under it has nothing of the old one.
+        """
+        ...
+
+    def check(self) -> None:
+        """Return when the store can be read; otherwise raise StoreUnavailable."""
+        ...
+
+    def follow(self, heard: Heard) -> bool:
+        """Begin to call `heard` with what is written to the store; return whether others write.
+
+        Where none do (False), it is never called. It may be called late, and word may get lost:
+        whoever must know looks at `heads` now and then. Ends with `close`.
         """
         ...
 

@@ -71,7 +71,12 @@ def serve(
     ] = None,
     store: Annotated[
         str | None,
-        typer.Option("--store", metavar="URL", help="Event log. [SQLite in the data folder]"),
+        typer.Option(
+            "--store",
+            metavar="URL",
+            help="Event log, such as postgresql+psycopg://USER@HOST/DATABASE, which several "
+            "servers may share. [SQLite in the data folder]",
+        ),
     ] = None,
     listen: Annotated[
         str | None,
@@ -152,4 +157,6 @@ def _violation(detail: Any) -> Violation:
         allowed = f"one of {', '.join(Settings.model_fields)}"
     else:
         allowed = detail["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return Violation(field, repr(detail["input"]), allowed)
+    # The address of a store may hold a password.
+    got = type(detail["input"]).__name__ if field == "store" else repr(detail["input"])
+    return Violation(field, got, allowed)
