@@ -422,6 +422,8 @@ def test_missing_losses_do_not_hold_it_for_longer_than_a_patience(
     with trainer.changed:
         trainer.horizon = None
         trainer.changed.notify_all()
+    leader.until(lambda: time.monotonic() > leader.holder._ask_again_s)
+    monkeypatch.setattr(_timing, "FEEDBACK_PATIENCE_S", 20.0)
     while leader.holder._is_alone:
         leader.step()
     end = leader.scheduler.progress
