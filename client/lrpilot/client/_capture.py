@@ -70,6 +70,11 @@ class CapturedStep:
         self._is_seen = before_each_step(optimizer, self._before_step) is not None
         self._warned: set[int] = set()
 
+    @property
+    def may_keep(self) -> bool:
+        """Whether a graph keeps weight decay, or could and is not seen."""
+        return bool(self.kept) or not self._is_seen
+
     def check(self, run: str, wanted: Mapping[int, float | None]) -> None:
         """Compare the weight decay that param groups are to have with what the graph keeps.
 

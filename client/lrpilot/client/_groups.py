@@ -56,8 +56,11 @@ class Groups:
         if len(groups) != len(self._plan):
             # add_param_group was called.
             self._match()
-        wanted = {at: values[index][1] for at, (index, decays) in enumerate(self._plan) if decays}
-        self._step.check(self._run, wanted)
+        if self._step.may_keep:
+            plan = enumerate(self._plan)
+            self._step.check(
+                self._run, {at: values[index][1] for at, (index, decays) in plan if decays}
+            )
         for group, (index, decays) in zip(groups, self._plan, strict=True):
             rate, decay = values[index]
             _put(group, "lr", rate)
