@@ -18,7 +18,7 @@ from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._run_service import RunService
-from lrpilot.server._store import Append, AppendResult, LogRow, Store, StoreUnavailable
+from lrpilot.server._store import Append, AppendResult, Heard, LogRow, Store, StoreUnavailable
 from lrpilot.server._trainer_service import MAX_DIRECTIVES, TrainerService
 from lrpilot.v1 import runs_pb2, trainer_pb2
 from tests.rules.reference import Decided, Hex, Link, Name, Permit, Reference, Version
@@ -90,11 +90,20 @@ class FaultyStore:
     def head(self, run: str) -> tuple[int, str] | None:
         return self._store.head(run)
 
+    def heads(self, runs: Sequence[str]) -> dict[str, tuple[int, str]]:
+        return self._store.heads(runs)
+
     def runs(self, after_name: str = "", limit: int | None = None) -> list[str]:
         return self._store.runs(after_name, limit)
 
     def delete(self, run: str) -> bool:
         return self._store.delete(run)
+
+    def check(self) -> None:
+        self._store.check()
+
+    def follow(self, heard: Heard) -> bool:
+        return self._store.follow(heard)
 
     def close(self) -> None:
         self._store.close()
