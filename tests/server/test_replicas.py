@@ -267,6 +267,31 @@ class TestWord:
         assert (await asking).block.begin == 1
 
 
+class TestOutage:
+    async def test_what_a_rank_waits_while_the_database_is_away_leads_to_no_waiver(
+        self,
+        replicas: Replicas,
+        postgres: str,
+        postgres_cluster: Cluster,
+        monkeypatch: pytest.MonkeyPatch,
+        until: Until,
+    ) -> None:
+        monkeypatch.setattr(_ledger, "POLL_S", 0.05)
+        a, b = await replicas(), await replicas()
+        job = await a.start_job(**a.feedback(delay=1))
+        asking = await waits(through(job, b), 1)
+        live = b.live()
+        with closed(postgres_cluster, name_of(postgres)):
+            # As long as the timeout; and no reporter could have been heard meanwhile.
+            live._blocked_before_s = 60.0
+            await until(lambda: live.blocked_s() < 30.0)
+            assert not asking.done()
+        await until(lambda: a.server.is_ready)
+        await job.report((0, 1.0))
+        assert (await asking).block.begin == 1
+        assert "waived" not in verify(a)
+
+
 class TestReadiness:
     def status(self, program: Program, path: str) -> int:
         """Return the status of an answer over HTTP."""

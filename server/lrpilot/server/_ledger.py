@@ -96,6 +96,11 @@ class LiveRun:
             if not self._blocked:
                 self._blocked_before_s += time.monotonic() - self._blocked_since_s
 
+    def excuse(self) -> None:
+        """Count blocked time from now on: what was before is not the reporter's fault."""
+        self._blocked_before_s = 0.0
+        self._blocked_since_s = time.monotonic()
+
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when the state changes, or after `timeout_s`."""
         try:
@@ -140,8 +145,7 @@ class LiveRun:
             self.blocks.clear()
         if self.state.horizon != self._horizon or self.state.attempt != attempt:
             self._horizon = self.state.horizon
-            self._blocked_before_s = 0.0
-            self._blocked_since_s = time.monotonic()
+            self.excuse()
         self.wake()
 
     def _apply(self, row: LogRow) -> None:
@@ -290,7 +294,10 @@ class Ledger:
         try:
             heads = await asyncio.to_thread(self._store.heads, names)
         except StoreUnavailable:
-            return  # Readiness tells; and the next look finds it all.
+            # Readiness tells of it; and the next look finds what this one did not.
+            for run in runs:
+                run.excuse()
+            return
         for run in runs:
             state = run.state
             if state.exists and heads.get(state.name) != (state.seq, state.digest):
@@ -394,6 +401,9 @@ class Ledger:
                 except SeqTaken:
                     await self._read(run)
                     continue
+                except StoreUnavailable:
+                    run.excuse()
+                    raise
                 self._runs.setdefault(name, run)
                 run.advance(rows)
                 return answer
