@@ -11,6 +11,7 @@ with this Python alone, where torch is installed in the version of constraints.t
 """
 
 import argparse
+import ast
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS = ROOT / "tests"
 VENVS = ROOT / ".cache" / "versions"
 
 OLDEST_GRPCIO, OLDEST_PROTOBUF = "1.54.3", "4.21.12"
@@ -31,7 +33,21 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 WITH_OLDEST_GRPCIO = ("3.10", "3.11")
 """Pythons that grpcio 1.54.3 has wheels for."""
 
-TOOLS = ("pytest>=9", "pytest-asyncio>=1.0", "pytest-timeout>=2.3", "pytest-xdist>=3.6")
+ADAPTERS = {
+    "accelerate": "accelerate",
+    "huggingface": "transformers",
+    "lightning": "lightning",
+    "megatron": "megatron",
+    "torch": "torch",
+}
+
+TOOLS = (
+    "hypothesis>=6.100",
+    "pytest>=9",
+    "pytest-asyncio>=1.0",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +130,9 @@ def _check(row: Row) -> tuple[dict[str, str], bool, str]:
     )
     listed = _run([python, "-m", "pip", "list", "--format", "json"])
     versions = {item["name"]: item["version"] for item in json.loads(listed)}
-    tests = [str(path) for path in _tests("torch" in versions)]
+    tests, rest = _tests(python)
+    if rest:
+        print(f"    left out, for what this environment has not: {', '.join(rest)}")
     said = subprocess.run(
         [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", *tests],
         cwd=ROOT,
@@ -138,21 +156,50 @@ def _environment(row: Row) -> str:
     _run([str(python), "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", "."])
     wanted = [*TOOLS]
     if row.interpreter == sys.executable:
-        wanted += ["-c", "constraints.txt", "torch"]
+        wanted += ["-c", "constraints.txt", "torch", "numpy"]
     _run([str(python), "-m", "pip", "install", "--quiet", *wanted])
     return str(python)
 
 
-def _tests(has_torch: bool) -> list[Path]:
-    """Return the client's test files; without torch, those that do not need it."""
-    folder = ROOT / "tests" / "client"
-    needs = re.compile(r"^(import|from) (torch|transformers)|_program\.py", re.MULTILINE)
-    others = re.compile(r"transformers|huggingface|megatron")
-    return [
-        path
-        for path in sorted(folder.glob("test_*.py"))
-        if not others.search(path.read_text()) and (has_torch or not needs.search(path.read_text()))
+def _tests(python: str) -> tuple[list[str], list[str]]:
+    """Return the client's test files that this environment has everything for, and the others."""
+    needs = {path: _needs(path, set()) for path in sorted((TESTS / "client").glob("test_*.py"))}
+    names = sorted(set().union(*needs.values()))
+    code = "import importlib.util, sys; print(*filter(importlib.util.find_spec, sys.argv[1:]))"
+    found = set(_run([python, "-c", code, *names]).split())
+    whole = [str(path) for path, wanted in needs.items() if wanted <= found]
+    rest = [
+        f"{path.name} ({', '.join(sorted(wanted - found))})"
+        for path, wanted in needs.items()
+        if not wanted <= found
     ]
+    return whole, rest
+
+
+def _needs(path: Path, seen: set[Path]) -> set[str]:
+    """Return the top-level modules that a test file imports, with those of what it brings in."""
+    if path in seen:
+        return set()
+    seen.add(path)
+    text = path.read_text()
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    others = [path.with_name(name) for name in re.findall(r"\w+_program\.py", text)]
+    others += [ROOT / f"{name.replace('.', '/')}.py" for name in names if name.startswith("tests.")]
+    # A test says by its name which adapter it drives, and the adapter needs its framework.
+    adapter = ADAPTERS.get(path.stem.removeprefix("test_"))
+    if adapter is not None:
+        names.add(adapter)
+    for room, package in (("lrpilot.core", "pydantic"), ("lrpilot.server", "sqlalchemy")):
+        if any(name.startswith(room) for name in names):
+            names.add(package)
+    needed = {name.partition(".")[0] for name in names} - {"tests", "lrpilot"}
+    return needed.union(*(_needs(other, seen) for other in others if other.exists()))
 
 
 def _run(command: list[str]) -> str:
