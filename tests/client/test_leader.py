@@ -444,6 +444,7 @@ def test_losses_that_stay_missing_are_waited_for_now_and_then(
     leader.to(28)
     leader.until(lambda: leader.holder._is_back)
     monkeypatch.setattr(_timing, "FEEDBACK_PATIENCE_S", 1e6)
+    monkeypatch.setattr(_timing, "LEADER_PATIENCE_S", 60.0)
     monkeypatch.setattr(_timing, "HOLDER_WAIT_S", 0.1)
     leader.until(lambda: time.monotonic() > leader.holder._ask_again_s)
     asked = len([request for request in trainer.calls["GetValues"] if request.blocked])

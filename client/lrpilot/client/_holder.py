@@ -93,8 +93,8 @@ class Holder:
         self._is_alone = False
         self._is_back = False
         """Whether the server has taken a declaration since the last attempt to come back."""
-        self._ask_again_s = 0.0
-        """When to attempt it next, where losses were missing at the last one."""
+        self._ask_again_s = self._pause_s = 0.0
+        """When to attempt it next, and the pause before that: losses were missing at the last."""
         self._alone_s = self._said_s = 0.0
         self._in_use = opened.begin
         self._greatest = opened.begin - 1
@@ -232,9 +232,11 @@ class Holder:
         self._known = {at: values for at, values in self._known.items() if at < wait.progress}
         self._changes.clear()
         self._is_back = False
-        if not wait.reason:
-            # The server takes declarations all along: without a pause each block would wait.
-            self._ask_again_s = time.monotonic() + _timing.FEEDBACK_PATIENCE_S
+        # The server that misses losses takes declarations all along: without a pause each block
+        # would wait. It grows, since a reporter may find a server that is back later than rank 0.
+        longer_s = max(2.0 * self._pause_s, _timing.LEADER_PATIENCE_S)
+        self._pause_s = 0.0 if wait.reason else min(longer_s, _timing.FEEDBACK_PATIENCE_S)
+        self._ask_again_s = time.monotonic() + self._pause_s
         if self._is_alone:
             return
         self._is_alone = True
@@ -270,6 +272,7 @@ class Holder:
         if self._is_alone:
             self._generation += 1
             self._is_alone = self._is_back = False
+            self._pause_s = 0.0
             logger.warning(
                 "run %s: the server at %s is back after %.0f s: it has recorded what was used "
                 "without it",
