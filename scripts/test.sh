@@ -5,5 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 bash scripts/lint.sh
+echo "== the client on the oldest versions that it runs on"
+python scripts/check_versions.py --floors
 echo "== pytest"
 exec python -m pytest -n 2 --dist loadgroup "$@"
