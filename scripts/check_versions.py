@@ -156,7 +156,7 @@ def _environment(row: Row) -> str:
     _run([str(python), "-m", "pip", "install", "--quiet", "--force-reinstall", "--no-deps", "."])
     wanted = [*TOOLS]
     if row.interpreter == sys.executable:
-        wanted += ["-c", "constraints.txt", "torch", "numpy"]
+        wanted += ["-c", "constraints.txt", "torch"]
     _run([str(python), "-m", "pip", "install", "--quiet", *wanted])
     return str(python)
 

@@ -220,24 +220,3 @@ print("parent done")
     assert (done.returncode, done.stdout) == (0, "parent done\n"), done.stderr
     assert "NOT delivered" not in done.stderr
     assert trainer.losses == {0: 1.0, 1: 2.0}
-
-
-def test_workers_of_a_data_loader(trainer: FakeTrainer) -> None:
-    done = program(
-        trainer,
-        """
-import torch
-from torch.utils.data import DataLoader, TensorDataset
-data = TensorDataset(torch.arange(64.0))
-at = 0
-for epoch in range(3):
-    for (batch,) in DataLoader(data, batch_size=8, num_workers=2):
-        pilot.values(at)
-        pilot.report(at, batch.mean())
-        at += 1
-pilot.close()
-print("trained", at)
-""",
-    )
-    assert (done.returncode, done.stdout) == (0, "trained 24\n"), done.stderr
-    assert set(trainer.losses) == set(range(24))
