@@ -43,6 +43,7 @@ ADAPTERS = {
 
 TOOLS = (
     "hypothesis>=6.100",
+    "numpy",
     "pytest>=9",
     "pytest-asyncio>=1.0",
     "pytest-timeout>=2.3",
