@@ -217,7 +217,6 @@ class TestHead:
         refused(store, Append("a", rows(3, 4, "late-")))
         assert store.head("a") == (3, "digest-3")
 
-
     def test_many_at_once(self, store: Store) -> None:
         names = [f"run-{number:04d}" for number in range(1200)]
         store.append([Append(name, rows(1, 2, name), create=True) for name in names])

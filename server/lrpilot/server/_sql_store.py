@@ -391,7 +391,6 @@ def _append(connection: sa.Connection, batch: Sequence[Append]) -> list[AppendRe
             for row in append.rows
         )
     if values:
-        values.sort(key=lambda value: (value["run_id"], value["seq"]))
         connection.execute(sa.insert(events), values)
     return results
 
