@@ -413,7 +413,6 @@ def test_missing_losses_do_not_hold_it_for_longer_than_a_patience(
     trainer.move(28)
     leader.until(lambda: 26 in leader.holder._known)
     monkeypatch.setattr(_timing, "FEEDBACK_PATIENCE_S", 0.3)
-    monkeypatch.setattr(_timing, "LEADER_PATIENCE_S", 0.3)
     leader.to(60)
     assert leader.is_fixed(27)
     assert not any(leader.is_fixed(at) for at in range(28, 61))
