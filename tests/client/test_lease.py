@@ -384,10 +384,10 @@ def test_an_unforeseen_error_of_the_background_is_raised(
     lease = pilot._session._lease
     assert isinstance(lease, _lease.Lease)
 
-    def broken(in_use: int, stride: int) -> int:
+    def broken(known: object, in_use: int, stride: int) -> int:
         raise ZeroDivisionError("seven")
 
-    monkeypatch.setattr(lease, "_ahead", broken)
+    monkeypatch.setattr(_lease, "steps_ahead", broken)
     wake_renewal(pilot)
     lease._wake.set()
     link_failed(pilot)

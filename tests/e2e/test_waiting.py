@@ -13,6 +13,7 @@ import pytest
 
 import lrpilot.client as lrpilot
 from lrpilot.client import _timing
+from lrpilot.client._values import steps_ahead
 from tests.e2e.harness import Expected, Runs, make_spec, wait_until
 from tests.e2e.training import Optimizer, loss_at
 from tests.rules.reference import Hex
@@ -44,7 +45,7 @@ class Trainer:
     def ahead(self) -> int:
         """How many steps beyond this one it has the values of."""
         lease: Any = self.pilot._session._lease
-        return int(lease._ahead(self.scheduler.progress, 1))
+        return steps_ahead(lease._known, self.scheduler.progress, 1)
 
     def step(self, increment: int = 1, *, reports: bool = True) -> None:
         """Use the values of this step and go on to the next."""

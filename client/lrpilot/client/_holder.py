@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TypeVar
 
 from lrpilot.client import _timing
@@ -30,7 +29,7 @@ from lrpilot.client._lease import warn_of_short
 from lrpilot.client._offers import Offered, Offers
 from lrpilot.client._reporter import Reporter
 from lrpilot.client._used import Used
-from lrpilot.client._values import Values, hold, read_block
+from lrpilot.client._values import Values, forget_passed, hold, read_block, steps_ahead
 from lrpilot.v1 import trainer_pb2 as pb
 
 logger = logging.getLogger("lrpilot.client")
@@ -360,7 +359,7 @@ class Holder:
         stride, in_use = self._stride, self._in_use
         if self._is_waiting or self._enough_for(in_use, stride) > 0:
             return False
-        wanted = in_use + (self._ahead(in_use, stride) + 1) * stride
+        wanted = in_use + (steps_ahead(self._known, in_use, stride) + 1) * stride
         if wanted > _timing.MAX_PROGRESS:
             return False
         generation, asked_s = self._generation, time.monotonic()
@@ -383,15 +382,8 @@ class Holder:
             # Nothing is fixed ahead; what is offered is looked at now and then.
             return _timing.ALONE_STEPS
         least = window - window // _timing.RENEW_SHARE
-        ahead = self._ahead(in_use, stride)
+        ahead = steps_ahead(self._known, in_use, stride)
         return min(max(ahead - least + 1, 0), _timing.ALONE_STEPS)
-
-    def _ahead(self, in_use: int, stride: int) -> int:
-        """Return how many steps ahead of the one in use are known."""
-        steps = 0
-        while steps < _timing.MAX_AHEAD and in_use + (steps + 1) * stride in self._known:
-            steps += 1
-        return steps
 
     def _offer(self) -> bool:
         """Ask once for values offered ahead; return whether it did."""
@@ -459,19 +451,11 @@ class Holder:
                 self._changes.extend(map(read_change, answer.changes))
                 if self._offers.compare(answer.plan):
                     self._work_at = -math.inf
-                self._forget()
+                forget_passed(self._known, self._in_use)
         except LrpilotError as error:
             self._link.fail(error)
             raise
         return True
-
-    def _forget(self) -> None:
-        keep = _timing.KEPT_PAST + _timing.MAX_AHEAD + _timing.MAX_STEPS
-        surplus = len(self._known) - keep
-        if surplus > 0:
-            passed = (at for at in self._known if at < self._in_use)
-            for progress in list(islice(passed, surplus)):
-                del self._known[progress]
 
     def _declare(self) -> None:
         """Declare all that was used alone. Raises Unanswered, AttemptSuperseded, …."""

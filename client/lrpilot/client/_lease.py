@@ -9,7 +9,6 @@ import random
 import threading
 import time
 from collections.abc import Collection
-from itertools import islice
 
 from lrpilot.client import _timing
 from lrpilot.client._call import Backoff, Link, Unanswered
@@ -31,7 +30,7 @@ from lrpilot.client._errors import (
 )
 from lrpilot.client._node import Node
 from lrpilot.client._reporter import Reporter
-from lrpilot.client._values import Values, hold, read_block
+from lrpilot.client._values import Values, forget_passed, hold, read_block, steps_ahead
 from lrpilot.v1 import trainer_pb2 as pb
 
 logger = logging.getLogger("lrpilot.client")
@@ -329,7 +328,7 @@ class Lease:
                 # asks for itself and wakes this one afterwards.
                 return
             self._see_pace(in_use, stride)
-            ahead = self._ahead(in_use, stride)
+            ahead = steps_ahead(self._known, in_use, stride)
             known = in_use + ahead * stride
             left, pause = renewal_point(window, self._draw(known))
             if ahead > left and not (more and ahead < _timing.MAX_AHEAD):
@@ -396,13 +395,6 @@ class Lease:
             self._step_s = (now_s - seen_s) * stride / (in_use - before)
             self._pace = (in_use, now_s)
 
-    def _ahead(self, in_use: int, stride: int) -> int:
-        """Return how many steps ahead of the one in use are known."""
-        steps = 0
-        while steps < _timing.MAX_AHEAD and in_use + (steps + 1) * stride in self._known:
-            steps += 1
-        return steps
-
     # On both.
 
     def _ask(self, request: pb.GetValuesRequest, timeout_s: float) -> pb.GetValuesResponse:
@@ -422,19 +414,11 @@ class Lease:
                 self._directives.add(map(read_directive, answer.directives))
                 self._changes.add(map(read_change, answer.changes))
                 hold(self._link, self._attempt, self._known, got)
-                self._forget()
+                forget_passed(self._known, self._in_use)
         except (ServerError, ValuesDiffer) as error:
             self._link.fail(error)
             raise
         return len(got)
-
-    def _forget(self) -> None:
-        keep = _timing.KEPT_PAST + _timing.MAX_AHEAD + _timing.MAX_STEPS
-        surplus = len(self._known) - keep
-        if surplus > 0:
-            passed = (at for at in self._known if at < self._in_use)
-            for progress in list(islice(passed, surplus)):
-                del self._known[progress]
 
 
 def warn_of_short(link: Link, delay: int, step: int) -> None:

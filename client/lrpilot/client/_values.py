@@ -1,9 +1,11 @@
 """Learning rates and weight decays as they come: read from a block, held by progress."""
 
 import struct
-from itertools import repeat
+from collections.abc import Mapping
+from itertools import islice, repeat
 from typing import TypeAlias
 
+from lrpilot.client import _timing
 from lrpilot.client._call import Link
 from lrpilot.client._errors import ServerError, ValuesDiffer
 from lrpilot.v1 import trainer_pb2 as pb
@@ -51,3 +53,20 @@ def _bits(values: Values) -> bytes:
     return b"".join(
         struct.pack("<d", number) for pair in values for number in pair if number is not None
     )
+
+
+def steps_ahead(known: Mapping[int, Values], in_use: int, stride: int) -> int:
+    """Return how many steps ahead of the one in use are known, one after the other."""
+    steps = 0
+    while steps < _timing.MAX_AHEAD and in_use + (steps + 1) * stride in known:
+        steps += 1
+    return steps
+
+
+def forget_passed(known: dict[int, Values], in_use: int) -> None:
+    """Drop the oldest values behind the one in use, beyond those that are kept."""
+    surplus = len(known) - (_timing.KEPT_PAST + _timing.MAX_AHEAD + _timing.MAX_STEPS)
+    if surplus > 0:
+        passed = (at for at in known if at < in_use)
+        for progress in list(islice(passed, surplus)):
+            del known[progress]
