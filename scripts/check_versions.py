@@ -41,9 +41,6 @@ ADAPTERS = {
     "torch": "torch",
 }
 
-OLD_WARNINGS = ("-W", "ignore:Type google._upb:DeprecationWarning")
-"""What protobuf 4.21 meets on Python 3.12, which is newer than it."""
-
 TOOLS = (
     "hypothesis>=6.100",
     "numpy",
@@ -138,7 +135,7 @@ def _check(row: Row) -> tuple[dict[str, str], bool, str]:
     if rest:
         print(f"    left out, for what this environment has not: {', '.join(rest)}")
     said = subprocess.run(
-        [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", *OLD_WARNINGS, *tests],
+        [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", *tests],
         cwd=ROOT,
         capture_output=True,
         text=True,
