@@ -4,7 +4,8 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import grpc
@@ -12,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from lrpilot.client import _timing
 from lrpilot.client._errors import (
+    ClientFailed,
     LrpilotError,
     PilotClosed,
     ServerError,
@@ -193,6 +195,23 @@ class Link:
         with self._lock:
             if self.failure is None:
                 self.failure = error
+
+    @contextmanager
+    def guard(self, doing: str) -> Iterator[None]:
+        """Keep for the training thread whatever ends the work of a background thread inside.
+
+        `doing` completes the sentence "… failed" where that is nothing which the client names. A
+        pilot that closes ends the work too, and is no failure.
+        """
+        try:
+            yield
+        except PilotClosed:
+            return
+        except LrpilotError as error:
+            self.fail(error)
+        except Exception as error:
+            logger.exception("run %s: %s failed", self.run, doing)
+            self.fail(ClientFailed(f"{doing} failed: {error!r}"))
 
     def check(self) -> None:
         """Raise what a background thread met, or PilotClosed."""

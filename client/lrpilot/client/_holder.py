@@ -20,9 +20,7 @@ from lrpilot.client._changes import Change, read_change
 from lrpilot.client._directives import Directive, read_directive
 from lrpilot.client._errors import (
     BeyondHorizon,
-    ClientFailed,
     LrpilotError,
-    PilotClosed,
     ValuesPending,
 )
 from lrpilot.client._lease import warn_of_short
@@ -315,18 +313,11 @@ class Holder:
     # On the background thread.
 
     def _run(self) -> None:
-        try:
+        with self._link.guard("holding the values"):
             while not self._link.closing.is_set():
                 self._wake.wait()
                 self._wake.clear()
                 self._work()
-        except PilotClosed:
-            return
-        except LrpilotError as error:
-            self._link.fail(error)
-        except Exception as error:
-            logger.exception("run %s: holding the values failed", self._link.run)
-            self._link.fail(ClientFailed(f"holding the values failed: {error!r}"))
 
     def _work(self) -> None:
         """Declare, or renew what is fixed, and renew what is offered, until there is enough."""

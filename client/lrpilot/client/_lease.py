@@ -19,9 +19,6 @@ from lrpilot.client._errors import (
     AttemptSuperseded,
     BeforeAttempt,
     BeyondHorizon,
-    ClientFailed,
-    LrpilotError,
-    PilotClosed,
     RunFinished,
     RunNotFound,
     ServerError,
@@ -292,18 +289,11 @@ class Lease:
     # On the background thread.
 
     def _run(self) -> None:
-        try:
+        with self._link.guard("renewing values"):
             while not self._link.closing.is_set():
                 self._wake.wait()
                 self._wake.clear()
                 self._renew()
-        except PilotClosed:
-            return
-        except LrpilotError as error:
-            self._link.fail(error)
-        except Exception as error:
-            logger.exception("run %s: renewing values failed", self._link.run)
-            self._link.fail(ClientFailed(f"renewing values failed: {error!r}"))
 
     def _renew(self) -> None:
         """Ask ahead until enough is held, then say from which progress on to be woken."""

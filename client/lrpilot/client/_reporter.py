@@ -13,11 +13,8 @@ from lrpilot.client._device import POLL_S, PendingLoss
 from lrpilot.client._errors import (
     BacklogFull,
     BelowResumePoint,
-    ClientFailed,
     LossConflict,
     LossUnreadable,
-    LrpilotError,
-    PilotClosed,
     invalid_argument,
 )
 from lrpilot.client._loss import Number, same_bits
@@ -223,7 +220,7 @@ class Reporter:
     # On the background thread.
 
     def _run(self) -> None:
-        try:
+        with self._link.guard("reporting losses"):
             while not self._link.closing.is_set():
                 with self._changed:
                     self._changed.wait_for(lambda: self._queue or self._link.closing.is_set())
@@ -237,16 +234,7 @@ class Reporter:
                     for _ in range(taken):
                         self._queue.popleft()
                     self._changed.notify_all()
-        except PilotClosed:
-            return
-        except LrpilotError as error:
-            self._fail(error)
-        except Exception as error:
-            logger.exception("run %s: reporting losses failed", self._link.run)
-            self._fail(ClientFailed(f"reporting losses failed: {error!r}"))
-
-    def _fail(self, error: LrpilotError) -> None:
-        self._link.fail(error)
+        # Whoever flushes need not wait for what nobody delivers any more.
         with self._changed:
             self._changed.notify_all()
 
