@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, Union
 
+from lrpilot.client import _timing
 from lrpilot.client._errors import invalid_argument
 
 Spec: TypeAlias = Union[str, "os.PathLike[str]", Mapping[str, Any], None]
@@ -25,6 +26,11 @@ def integer(name: str, got: Any, least: int, most: int, hint: str = "") -> int:
     if isinstance(got, bool) or number is None or not least <= number <= most:
         raise invalid_argument(name, got, f"an integer from {least} to {most}{hint}")
     return number
+
+
+def increment_argument(got: Any) -> int:
+    """Return the increment that an adapter was given, in the run's unit. Raises InvalidArgument."""
+    return integer("increment", got, 1, _timing.MAX_PROGRESS)
 
 
 def positive(name: str, got: Any) -> float:

@@ -415,6 +415,13 @@ class Pilot:
             logger.error("run %s: %s: %s", link.run, type(link.failure).__name__, link.failure)
 
 
+def pilot_argument(got: Any) -> Pilot:
+    """Return the pilot that an adapter was given. Raises InvalidArgument."""
+    if not isinstance(got, Pilot):
+        raise invalid_argument("pilot", got, "what lrpilot.client.connect() returned")
+    return got
+
+
 _open: list[Pilot] = []
 """Pilots that nobody has closed; in a forked child, those of its parent."""
 

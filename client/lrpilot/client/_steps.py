@@ -8,8 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lrpilot.client import _timing
-from lrpilot.client._arguments import integer
 from lrpilot.client._capture import before_each_step
 from lrpilot.client._loss import Loss
 from lrpilot.client._metrics import Said
@@ -152,8 +150,3 @@ class FusedStep:
 
     def _before_step(self, optimizer: Any, *_: Any) -> None:
         self._found = getattr(optimizer, "found_inf", None)
-
-
-def increment_argument(value: Any) -> int:
-    """Return the argument `increment` of an adapter. Raises InvalidArgument."""
-    return integer("increment", value, 1, _timing.MAX_PROGRESS)

@@ -7,12 +7,11 @@ from typing import Any
 import deepspeed
 from deepspeed import comm
 
-from lrpilot.client._arguments import integer
+from lrpilot.client._arguments import increment_argument
 from lrpilot.client._errors import invalid_argument
 from lrpilot.client._loss import Loss
-from lrpilot.client._pilot import Pilot
+from lrpilot.client._pilot import Pilot, pilot_argument
 from lrpilot.client._scheduler import Scheduler
-from lrpilot.client._timing import MAX_PROGRESS
 from lrpilot.client.torch import Marks
 
 __all__ = ["DeepSpeedScheduler"]
@@ -51,8 +50,7 @@ class DeepSpeedScheduler:
     """
 
     def __init__(self, pilot: Pilot, engine: Any, *, increment: int = 1) -> None:
-        if not isinstance(pilot, Pilot):
-            raise invalid_argument("pilot", pilot, "what lrpilot.client.connect() returned")
+        self._pilot = pilot_argument(pilot)
         if not isinstance(engine, deepspeed.DeepSpeedEngine):
             raise invalid_argument("engine", engine, "what deepspeed.initialize returned first")
         if not hasattr(engine.optimizer, "param_groups"):
@@ -64,16 +62,14 @@ class DeepSpeedScheduler:
                 "offload_optimizer with ratio 1: with a lower one DeepSpeed steps a part of the "
                 "parameters by a second optimizer, whose LR no scheduler reaches",
             )
-        self._pilot: Pilot = pilot
         former = engine.lr_scheduler
         if isinstance(former, DeepSpeedScheduler) and former._pilot is pilot:
             raise invalid_argument(
                 "engine", engine, "an engine that has no scheduler of this pilot"
             )
-        self._pilot = pilot
         self._run = pilot.run
         self._engine = engine
-        self._increment = integer("increment", increment, 1, MAX_PROGRESS)
+        self._increment = increment_argument(increment)
         self._scheduler = _Scheduler(pilot._session, engine.optimizer, state=None, defer=True)
         self._is_written = False
         """Whether the optimizer holds what it should; not after a load of its state."""
@@ -141,7 +137,7 @@ class DeepSpeedScheduler:
         if given or named:
             raise invalid_argument("lr_kwargs", named or given, "nothing, or increment")
         if increment is not None:
-            increment = integer("increment", increment, 1, MAX_PROGRESS)
+            increment = increment_argument(increment)
         self._step_increment = increment
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,10 +7,11 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from lrpilot.client._arguments import increment_argument
 from lrpilot.client._errors import AttemptNotOpen, InvalidState, invalid_argument
-from lrpilot.client._pilot import Pilot
+from lrpilot.client._pilot import Pilot, pilot_argument
 from lrpilot.client._rollback import MEMORY, RollbackHandler
-from lrpilot.client._steps import FusedStep, Steps, increment_argument
+from lrpilot.client._steps import FusedStep, Steps
 
 __all__ = ["LrpilotCallback", "RollbackCallback"]
 
@@ -50,8 +51,7 @@ class LrpilotCallback(TrainerCallback):
     """
 
     def __init__(self, pilot: Pilot, trainer: Any, *, increment: int = 1) -> None:
-        if not isinstance(pilot, Pilot):
-            raise invalid_argument("pilot", pilot, "what lrpilot.client.connect() returned")
+        pilot_argument(pilot)
         if not hasattr(trainer, "create_scheduler") or not hasattr(trainer, "training_step"):
             raise invalid_argument("trainer", trainer, "a Trainer of transformers")
         if isinstance(getattr(trainer.create_scheduler, "__self__", None), LrpilotCallback):

@@ -10,11 +10,11 @@ except ImportError:
     # The same code under its other name. Trainer of either takes callbacks of either.
     from pytorch_lightning import Callback
 
-from lrpilot.client._arguments import Spec
+from lrpilot.client._arguments import Spec, increment_argument
 from lrpilot.client._errors import AttemptNotOpen, InvalidState, LrpilotError, invalid_argument
 from lrpilot.client._metrics import metric_name
 from lrpilot.client._pilot import Pilot, connect
-from lrpilot.client._steps import FusedStep, Steps, increment_argument
+from lrpilot.client._steps import FusedStep, Steps
 
 __all__ = ["LrpilotCallback"]
 

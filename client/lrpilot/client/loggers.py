@@ -13,7 +13,7 @@ from lrpilot.client import _timing
 from lrpilot.client._arguments import integer
 from lrpilot.client._changes import Change
 from lrpilot.client._errors import invalid_argument
-from lrpilot.client._pilot import Pilot
+from lrpilot.client._pilot import Pilot, pilot_argument
 from lrpilot.client._scheduler import Scheduler
 
 __all__ = ["MlflowLogger", "TensorBoardLogger", "WandbLogger"]
@@ -35,8 +35,7 @@ class _Logger(ABC):
     """What the target must have."""
 
     def __init__(self, pilot: Pilot, target: Any, every: int = 1) -> None:
-        if not isinstance(pilot, Pilot):
-            raise invalid_argument("pilot", pilot, "what lrpilot.client.connect() returned")
+        pilot_argument(pilot)
         if not all(hasattr(target, name) for name in self._methods):
             allowed = f"an object that has {' and '.join(self._methods)}"
             raise invalid_argument(self._argument, target, allowed)

@@ -10,7 +10,7 @@ import torch
 from lrpilot.client._capture import InGraph, before_each_step
 from lrpilot.client._errors import invalid_argument
 from lrpilot.client._loss import Loss
-from lrpilot.client._pilot import Pilot
+from lrpilot.client._pilot import Pilot, pilot_argument
 from lrpilot.client._scheduler import Scheduler
 
 __all__ = ["LRScheduler"]
@@ -57,8 +57,7 @@ class LRScheduler(Scheduler, torch.optim.lr_scheduler.LRScheduler):
         defer: bool = False,
         wd_in_graph: InGraph = "refuse",
     ) -> None:
-        if not isinstance(pilot, Pilot):
-            raise invalid_argument("pilot", pilot, "what lrpilot.client.connect() returned")
+        pilot_argument(pilot)
         self._held = Marks([])
         """LR and weight decay of each param group as they were left here."""
         self._has_warned = False

@@ -13,11 +13,10 @@ from torchtitan.components.optimizer import LRSchedulersContainer
 from torchtitan.distributed.utils import dist_sum_tensor
 from torchtitan.trainer import Trainer
 
-from lrpilot.client._arguments import integer
+from lrpilot.client._arguments import increment_argument
 from lrpilot.client._errors import invalid_argument
 from lrpilot.client._loss import Loss
 from lrpilot.client._pilot import connect
-from lrpilot.client._timing import MAX_PROGRESS
 
 __all__ = ["PilotSchedulers", "PilotTrainer"]
 
@@ -68,7 +67,7 @@ class PilotSchedulers(LRSchedulersContainer):
             return PilotSchedulers(self, optimizers)
 
     def __init__(self, config: Config, optimizers: Any) -> None:
-        self._increment = integer("increment", config.increment, 1, MAX_PROGRESS)
+        self._increment = increment_argument(config.increment)
         self._pilot = connect(
             config.address,
             run=config.run,
