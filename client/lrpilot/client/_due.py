@@ -4,6 +4,9 @@ import threading
 from collections.abc import Callable, Collection, Iterable
 from typing import Generic, Protocol, TypeVar
 
+from lrpilot.client._changes import Change
+from lrpilot.client._directives import Directive
+
 
 class _Item(Protocol):
     @property
@@ -56,3 +59,23 @@ class Due(Generic[Item]):
         """Return whether one that was not met yet is wanted."""
         with self._lock:
             return any(wanted(item) for item in self._items.values())
+
+
+class WithValues:
+    """What comes with the values of an attempt: directives, and the changes that they follow."""
+
+    def __init__(self, carried_out: Collection[str]) -> None:
+        self._directives: Due[Directive] = Due(carried_out)
+        self._changes: Due[Change] = Due()
+
+    def next_due(self, progress: int) -> Directive | None:
+        """Return the first directive that is due at a progress in use; it is met now."""
+        return self._directives.next(progress)
+
+    def next_change(self, progress: int) -> Change | None:
+        """Return the first change that shows at a progress in use, once."""
+        return self._changes.next(progress)
+
+    def awaits_rollback(self) -> bool:
+        """Return whether a rollback was asked for and not met yet."""
+        return self._directives.has(lambda item: item.kind == "rollback")

@@ -9,9 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from lrpilot.client._call import Link
-from lrpilot.client._changes import Change
-from lrpilot.client._directives import Directive
-from lrpilot.client._due import Due
+from lrpilot.client._due import WithValues
 from lrpilot.client._errors import (
     AttemptSuperseded,
     ClientFailed,
@@ -40,7 +38,7 @@ class _Refused:
     """Whether asking again is of no use."""
 
 
-class Leader:
+class Leader(WithValues):
     """The values of one attempt in leader mode, on one of its ranks."""
 
     def __init__(
@@ -72,8 +70,7 @@ class Leader:
         self._reporter = reporter
         self._explain = explain
         self._passed = Passed(-1, {}, (), (), is_alone=False)
-        self._directives: Due[Directive] = Due(carried_out)
-        self._changes: Due[Change] = Due()
+        super().__init__(carried_out)
         self._has_refused = False
         """Whether every rank has raised an error after which asking again is of no use."""
 
@@ -104,18 +101,6 @@ class Leader:
         if holder is not None:
             holder.use(progress)
         return found
-
-    def next_due(self, progress: int) -> Directive | None:
-        """Return the first directive that is due at a progress in use; it is met now."""
-        return self._directives.next(progress)
-
-    def next_change(self, progress: int) -> Change | None:
-        """Return the first change that shows at a progress in use, once."""
-        return self._changes.next(progress)
-
-    def awaits_rollback(self) -> bool:
-        """Return whether a rollback was asked for and not met yet."""
-        return self._directives.has(lambda item: item.kind == "rollback")
 
     def check(self) -> None:
         """Raise what every rank has raised, or PilotClosed.

@@ -12,9 +12,9 @@ from collections.abc import Collection
 
 from lrpilot.client import _timing
 from lrpilot.client._call import Backoff, Link, Unanswered
-from lrpilot.client._changes import Change, read_change
-from lrpilot.client._directives import Directive, read_directive
-from lrpilot.client._due import Due
+from lrpilot.client._changes import read_change
+from lrpilot.client._directives import read_directive
+from lrpilot.client._due import WithValues
 from lrpilot.client._errors import (
     AttemptSuperseded,
     BeforeAttempt,
@@ -56,7 +56,7 @@ def renewal_point(window: int, drawn: float) -> tuple[int, float]:
     return window - 1 - int(whole), pause
 
 
-class Lease:
+class Lease(WithValues):
     """The values of one attempt."""
 
     def __init__(
@@ -84,8 +84,7 @@ class Lease:
         self.explain = explain
         self._node = node
         self._known: dict[int, Values] = {}
-        self._directives: Due[Directive] = Due(carried_out)
-        self._changes: Due[Change] = Due()
+        super().__init__(carried_out)
         self._lock = threading.Lock()
         self._in_use = opened.begin
         # The increment is known once a second value was asked for; that of iterations at once.
@@ -129,18 +128,6 @@ class Lease:
             self._renew_at = math.inf
             self._wake.set()
         return found
-
-    def next_due(self, progress: int) -> Directive | None:
-        """Return the first directive that is due at a progress in use; it is met now."""
-        return self._directives.next(progress)
-
-    def next_change(self, progress: int) -> Change | None:
-        """Return the first change that shows at a progress in use, once."""
-        return self._changes.next(progress)
-
-    def awaits_rollback(self) -> bool:
-        """Return whether a rollback was asked for and not met yet."""
-        return self._directives.has(lambda item: item.kind == "rollback")
 
     def close(self) -> None:
         """Let the background thread end; its call was ended with the link."""
