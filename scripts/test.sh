@@ -4,8 +4,17 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-bash scripts/lint.sh
-echo "== the client on the oldest versions that it runs on"
-python scripts/check_versions.py --floors
-echo "== pytest"
-exec python -m pytest -n 2 --dist loadgroup "$@"
+times=()
+timed() {
+    local name=$1 begin=$SECONDS
+    shift
+    echo "== $name"
+    "$@"
+    times+=("$(printf '%6d s  %s' $((SECONDS - begin)) "$name")")
+}
+
+timed "linters and type checker" bash scripts/lint.sh
+timed "the client on the oldest versions that it runs on" python scripts/check_versions.py --floors
+timed "pytest" python -m pytest -n 2 --dist loadgroup "$@"
+printf '== wall time\n'
+printf '%s\n' "${times[@]}"

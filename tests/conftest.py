@@ -1,7 +1,12 @@
-"""What holds for every test: programs that no Python package brings are asked for by a marker."""
+"""What holds for every test.
+
+Programs that no Python package brings are asked for by a marker; the time of each suite is shown at
+the end.
+"""
 
 import os
 import shutil
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -68,7 +73,8 @@ def pytest_testnodedown(node: object) -> None:
 def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, config: pytest.Config
 ) -> None:
-    """Say plainly what was not run, and what to install."""
+    """Show the time of each suite; say plainly what was not run, and what to install."""
+    _show_times(terminalreporter)
     left_out = config.stash.get(_LEFT_OUT, [])
     if not left_out:
         return
@@ -77,6 +83,23 @@ def pytest_terminal_summary(
     for nodeid, name in left_out:
         terminalreporter.write_line(f"{nodeid} needs the program {name}")
     terminalreporter.write_line(f"To run all of it: apt-get install {' '.join(packages)}")
+
+
+def _show_times(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what each suite took, added up over its tests: workers run several at a time."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    tests: Counter[str] = Counter()
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if isinstance(report, pytest.TestReport):
+                suite = report.nodeid.partition("::")[0].rpartition("/")[0] or "."
+                seconds[suite] += report.duration
+                tests[suite] += report.when == "call"
+    terminalreporter.section("time per suite", sep="=")
+    for suite in sorted(seconds, key=lambda suite: -seconds[suite]):
+        terminalreporter.write_line(f"{seconds[suite]:8.1f} s  {tests[suite]:5d} tests  {suite}")
+    total = sum(seconds.values())
+    terminalreporter.write_line(f"{total:8.1f} s  {sum(tests.values()):5d} tests  in all")
 
 
 @pytest.fixture(scope="session")

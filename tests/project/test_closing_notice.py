@@ -1,6 +1,10 @@
-"""A test whose program is missing is named at the end, and an error where all are asked for."""
+"""What stands at the end of a run of the tests: the time of each suite, and what was not run.
+
+A test whose program is missing is named there, and an error where all are asked for.
+"""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,3 +56,22 @@ def test_where_all_are_asked_for_it_is_an_error(
     assert code != 0
     assert "1 passed, 1 error" in output
     assert "the program no-such-program is missing" in output
+
+
+@pytest.mark.parametrize("arguments", [(), ("-n", "2")], ids=["alone", "workers"])
+def test_the_time_of_each_suite_is_shown(
+    root: Path, tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "rules").mkdir()
+    (tmp_path / "rules" / "test_slow.py").write_text(
+        "import time\n\ndef test_a():\n    time.sleep(0.3)\n\ndef test_b():\n    pass\n"
+    )
+    _, output = _run(root, tmp_path, *arguments)
+    rows = {
+        suite: (float(seconds), int(tests))
+        for seconds, tests, suite in re.findall(r"^ *([0-9.]+) s +(\d+) tests  (.+)$", output, re.M)
+    }
+    assert rows["rules"][0] >= 0.3
+    assert rows["rules"][1] == 2
+    assert rows["."][1] == 1
+    assert rows["in all"][1] == 3
