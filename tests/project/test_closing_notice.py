@@ -69,7 +69,9 @@ def test_the_time_of_each_suite_is_shown(
     _, output = _run(root, tmp_path, *arguments)
     rows = {
         suite: (float(seconds), int(tests))
-        for seconds, tests, suite in re.findall(r"^ *([0-9.]+) s +(\d+) tests  (.+)$", output, re.M)
+        for seconds, tests, suite in re.findall(
+            r"^ *([0-9.]+) s +(\d+) tests  (.+)$", output, re.MULTILINE
+        )
     }
     assert rows["rules"][0] >= 0.3
     assert rows["rules"][1] == 2
