@@ -23,7 +23,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
-from lrpilot.server import _sql_store
+from lrpilot.server import _migrate, _sqlite
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._schema import metadata
 from lrpilot.server._sql_store import SqlStore, open_store
@@ -174,7 +174,7 @@ class TestFailures:
     def test_another_program_holds_the_database(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(_sql_store, "BUSY_TIMEOUT_S", 0.01)
+        monkeypatch.setattr(_sqlite, "BUSY_TIMEOUT_S", 0.01)
         store = opened(tmp_path)
         put(store, "a", 1, create=True)
         with closing(sqlite3.connect(tmp_path / "lrpilot.db", isolation_level=None)) as other:
@@ -229,7 +229,7 @@ class TestTwoWriters:
     @pytest.fixture
     def stores(self, tmp_path: Path) -> Iterator[list[SqlStore]]:
         path = tmp_path / "shared.db"
-        stores = [SqlStore(_sql_store._sqlite_engine(path)) for _ in range(2)]
+        stores = [SqlStore(_sqlite.sqlite_engine(path)) for _ in range(2)]
         yield stores
         for store in stores:
             store.close()
@@ -390,7 +390,7 @@ class TestAddress:
 
 
 def revisions() -> list[str]:
-    scripts = ScriptDirectory(str(Path(_sql_store.__file__).parent / "migrations"))
+    scripts = ScriptDirectory(str(Path(_migrate.__file__).parent / "migrations"))
     return sorted(step.revision for step in scripts.walk_revisions())
 
 
@@ -456,10 +456,8 @@ def upgrade() -> None:
     def migrations(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """The migrations of a release to come, which may be changed."""
         folder = tmp_path / "100% of them"  # A sign that alembic's configuration would expand.
-        shutil.copytree(
-            _sql_store._MIGRATIONS, folder, ignore=shutil.ignore_patterns("__pycache__")
-        )
-        monkeypatch.setattr(_sql_store, "_MIGRATIONS", folder)
+        shutil.copytree(_migrate._MIGRATIONS, folder, ignore=shutil.ignore_patterns("__pycache__"))
+        monkeypatch.setattr(_migrate, "_MIGRATIONS", folder)
         return folder
 
     def test_a_step_of_an_upgrade_is_told(

@@ -1,14 +1,11 @@
-"""The store on a SQL database, SQLite or PostgreSQL, and the lock on SQLite's folder.
+"""The store on a SQL database, SQLite or PostgreSQL.
 
-What is peculiar to SQLite stands in `_sqlite_engine`, what is peculiar to PostgreSQL in
+What is peculiar to SQLite stands in `_sqlite`, what is peculiar to PostgreSQL in
 `_postgres`; the rest is SQL that any database takes.
 Rows are unique by (run, seq) and belong to a run by a foreign key, and the database itself
 keeps to both: that makes two writers on one database safe, whatever they believe.
 """
 
-import fcntl
-import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,12 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import sqlalchemy as sa
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 
 from lrpilot.server._memory_store import MemoryStore, check_limit
+from lrpilot.server._migrate import is_newest, migrate
 from lrpilot.server._postgres import Postgres, is_conflict
 from lrpilot.server._schema import events, runs
+from lrpilot.server._sqlite import BEGIN, DATABASE_NAME, FolderLock, sqlite_engine
 from lrpilot.server._store import (
     MAX_SEQ,
     Append,
@@ -30,27 +29,13 @@ from lrpilot.server._store import (
     Heard,
     LogRow,
     News,
-    SchemaTooNew,
     SeqTaken,
     Store,
-    StoreLocked,
     StoreUnavailable,
 )
 
 T = TypeVar("T")
 
-logger = logging.getLogger("lrpilot.server")
-
-DATABASE_NAME = "lrpilot.db"
-"""The database in a data folder."""
-
-LOCK_NAME = "lock"
-"""The file in a data folder that a running server holds locked; its content is the server's pid."""
-
-BUSY_TIMEOUT_S = 10
-"""How long SQLite waits for another connection, such as a backup's, before it gives up."""
-
-_MIGRATIONS = Path(__file__).parent / "migrations"
 _NAMES_PER_QUERY = 500
 _ROWS_PER_QUERY = 10_000
 """Rows that a statement returns at most: then the time that one takes is bounded."""
@@ -99,45 +84,6 @@ def _masked(address: str) -> str:
     return re.sub(r"\?.*", "?***", re.sub(r"//.*@", "//***@", address))
 
 
-class FolderLock:
-    """The right to use a data folder, held until `release` or the end of the process.
-
-    The kernel keeps the lock, so that no crash leaves it behind; the file stays, for to remove
-    it would let two servers hold locks on two files of one name.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Take the lock. Raises StoreLocked, or StoreUnavailable where the folder is unusable."""
-        path = folder / LOCK_NAME
-        try:
-            # The log holds the tokens of attempts: others have no business in it.
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        except OSError as error:
-            raise StoreUnavailable(f"data folder {folder}: {error}") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
-            os.close(descriptor)
-            raise StoreLocked(
-                f"data folder {folder} is used by another server, process {holder}; "
-                "stop that one or choose another folder"
-            ) from None
-        except OSError as error:
-            os.close(descriptor)
-            raise StoreUnavailable(f"data folder {folder} cannot be locked: {error}") from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
-        self._descriptor: int | None = descriptor
-
-    def release(self) -> None:
-        """Give the folder free. A second call does nothing."""
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
-
-
 class SqlStore:
     """A Store on a SQL database. See the protocol for what each method does."""
 
@@ -153,7 +99,7 @@ class SqlStore:
         SchemaTooNew and StoreUnavailable; then all is ended already.
         """
         self._engine = engine
-        self._writer = engine.execution_options(**{_BEGIN: "BEGIN IMMEDIATE"})
+        self._writer = engine.execution_options(**{BEGIN: "BEGIN IMMEDIATE"})
         self._reader = engine
         if postgres is not None:
             self._reader = engine.execution_options(isolation_level="REPEATABLE READ")
@@ -162,7 +108,7 @@ class SqlStore:
         self._closed = False
         self._name = postgres.name if postgres else engine.url.render_as_string(hide_password=True)
         try:
-            if postgres is None or not self._transact(self._reader, _is_newest):
+            if postgres is None or not self._transact(self._reader, is_newest):
                 self._transact(self._writer, self._migrate)
         except BaseException:
             self.close()
@@ -171,7 +117,7 @@ class SqlStore:
     def _migrate(self, connection: sa.Connection) -> None:
         if self._postgres is not None:
             self._postgres.begin_migration(connection)
-        _migrate(connection, self._name)
+        migrate(connection, self._name)
 
     @classmethod
     def in_folder(cls, folder: Path, database: str) -> "SqlStore":
@@ -180,7 +126,7 @@ class SqlStore:
         Raises as `open_store` does.
         """
         lock = FolderLock(folder)
-        return cls(_sqlite_engine(folder / database), lock)
+        return cls(sqlite_engine(folder / database), lock)
 
     @classmethod
     def on_postgres(cls, postgres: Postgres) -> "SqlStore":
@@ -418,103 +364,3 @@ def _heads(connection: sa.Connection, names: list[str]) -> dict[str, _Head]:
         for name, run_id, last_seq, digest in connection.execute(statement):
             heads[name] = _Head(run_id, last_seq, digest)
     return heads
-
-
-_BEGIN = "lrpilot_begin"
-
-
-def _sqlite_engine(path: Path) -> sa.Engine:
-    """Return an engine whose every commit is on disk when it returns."""
-    engine = sa.create_engine(
-        URL.create("sqlite", database=str(path)),
-        connect_args={"timeout": BUSY_TIMEOUT_S},
-        pool_size=8,
-        max_overflow=-1,
-    )
-
-    @sa.event.listens_for(engine, "connect")
-    def connect(connection: Any, _record: object) -> None:
-        # Transactions begin as `begin` says below, and not where the driver sees fit.
-        connection.isolation_level = None
-        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
-        if mode != "wal":
-            raise StoreUnavailable(f"{path}: no write-ahead log possible here, only {mode!r}")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-
-    @sa.event.listens_for(engine, "begin")
-    def begin(connection: sa.Connection) -> None:
-        # A writer takes its lock at once: one that has read first could not get it afterwards
-        # if another wrote in between.
-        connection.exec_driver_sql(connection.get_execution_options().get(_BEGIN, "BEGIN"))
-
-    return engine
-
-
-def _is_newest(connection: sa.Connection) -> bool:
-    """Return whether the tables are those of this release."""
-    with _quiet("alembic"):
-        return _revisions(connection).is_newest
-
-
-@dataclass(frozen=True, slots=True)
-class _Revisions:
-    config: Any
-    """Alembic's, with the connection."""
-    known: frozenset[str]
-    newest: str | None
-    found: str | None
-    """The revision of the database; None: it is empty."""
-
-    @property
-    def is_newest(self) -> bool:
-        return self.found == self.newest
-
-
-def _revisions(connection: sa.Connection) -> _Revisions:
-    # Imported here, because it logs its plugins at import.
-    from alembic.config import Config  # noqa: PLC0415
-    from alembic.migration import MigrationContext  # noqa: PLC0415
-    from alembic.script import ScriptDirectory  # noqa: PLC0415
-
-    config = Config()
-    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
-    config.attributes["connection"] = connection
-    scripts = ScriptDirectory.from_config(config)
-    return _Revisions(
-        config,
-        known=frozenset(step.revision for step in scripts.walk_revisions()),
-        newest=scripts.get_current_head(),
-        found=MigrationContext.configure(connection).get_current_revision(),
-    )
-
-
-def _migrate(connection: sa.Connection, name: str) -> None:
-    """Bring the tables of the database `name` up to date. Raises SchemaTooNew."""
-    with _quiet("alembic"):
-        from alembic.command import upgrade  # noqa: PLC0415
-
-        revisions = _revisions(connection)
-        if revisions.is_newest:
-            return
-        if revisions.found is not None and revisions.found not in revisions.known:
-            raise SchemaTooNew(
-                f"{name} is at revision {revisions.found}, written by a newer release of lrpilot; "
-                f"this one knows revisions up to {revisions.newest}. Start the newer release, or "
-                "restore a backup made before the upgrade"
-            )
-        upgrade(revisions.config, "head")
-    if revisions.found is not None:
-        logger.info("database upgraded from revision %s to %s", revisions.found, revisions.newest)
-
-
-@contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Hold a library's progress reports back."""
-    noisy = logging.getLogger(name)
-    level = noisy.level
-    noisy.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        noisy.setLevel(level)

@@ -1,0 +1,91 @@
+"""What is peculiar to SQLite: engines whose commits are on disk, and the lock on a data folder."""
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import URL
+
+from lrpilot.server._store import StoreLocked, StoreUnavailable
+
+DATABASE_NAME = "lrpilot.db"
+"""The database in a data folder."""
+
+LOCK_NAME = "lock"
+"""The file in a data folder that a running server holds locked; its content is the server's pid."""
+
+BUSY_TIMEOUT_S = 10
+"""How long SQLite waits for another connection, such as a backup's, before it gives up."""
+
+
+class FolderLock:
+    """The right to use a data folder, held until `release` or the end of the process.
+
+    The kernel keeps the lock, so that no crash leaves it behind; the file stays, for to remove
+    it would let two servers hold locks on two files of one name.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Take the lock. Raises StoreLocked, or StoreUnavailable where the folder is unusable."""
+        path = folder / LOCK_NAME
+        try:
+            # The log holds the tokens of attempts: others have no business in it.
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise StoreUnavailable(f"data folder {folder}: {error}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(descriptor)
+            raise StoreLocked(
+                f"data folder {folder} is used by another server, process {holder}; "
+                "stop that one or choose another folder"
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise StoreUnavailable(f"data folder {folder} cannot be locked: {error}") from error
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+        self._descriptor: int | None = descriptor
+
+    def release(self) -> None:
+        """Give the folder free. A second call does nothing."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+BEGIN = "lrpilot_begin"
+"""The option of a connection that says how its transactions begin."""
+
+
+def sqlite_engine(path: Path) -> sa.Engine:
+    """Return an engine whose every commit is on disk when it returns."""
+    engine = sa.create_engine(
+        URL.create("sqlite", database=str(path)),
+        connect_args={"timeout": BUSY_TIMEOUT_S},
+        pool_size=8,
+        max_overflow=-1,
+    )
+
+    @sa.event.listens_for(engine, "connect")
+    def connect(connection: Any, _record: object) -> None:
+        # Transactions begin as `begin` says below, and not where the driver sees fit.
+        connection.isolation_level = None
+        (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        if mode != "wal":
+            raise StoreUnavailable(f"{path}: no write-ahead log possible here, only {mode!r}")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        # A writer takes its lock at once: one that has read first could not get it afterwards
+        # if another wrote in between.
+        connection.exec_driver_sql(connection.get_execution_options().get(BEGIN, "BEGIN"))
+
+    return engine
