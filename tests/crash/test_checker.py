@@ -540,7 +540,7 @@ class TestSecondOpinions:
         assert {number: set(values) for number, values in said.items()} == {
             number: set(attempt.values) for number, attempt in story.attempts.items()
         }
-        assert len(said[1]) == 15
+        assert len(said[1]) == 12
         assert len(said[2]) == 4
 
     def test_a_decision_that_comes_a_step_early(self, monkeypatch: pytest.MonkeyPatch) -> None:
