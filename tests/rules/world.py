@@ -18,7 +18,15 @@ from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._run_service import RunService
-from lrpilot.server._store import Append, AppendResult, Heard, LogRow, Store, StoreUnavailable
+from lrpilot.server._store import (
+    Append,
+    AppendResult,
+    Heard,
+    LogRow,
+    Snapshot,
+    Store,
+    StoreUnavailable,
+)
 from lrpilot.server._trainer_service import MAX_DIRECTIVES, TrainerService
 from lrpilot.v1 import runs_pb2, trainer_pb2
 from tests.rules.reference import Decided, Hex, Link, Name, Permit, Reference, Version
@@ -98,6 +106,23 @@ class FaultyStore:
 
     def delete(self, run: str) -> bool:
         return self._store.delete(run)
+
+    def recent(self, since_ns: int) -> list[str]:
+        return self._store.recent(since_ns)
+
+    def save_snapshot(self, run: str, snapshot: Snapshot) -> bool:
+        return self._store.save_snapshot(run, snapshot)
+
+    def snapshot(
+        self, run: str, floor: int | None = None, before_seq: int | None = None
+    ) -> Snapshot | None:
+        return self._store.snapshot(run, floor, before_seq)
+
+    def compact(self, run: str, through_seq: int) -> int:
+        return self._store.compact(run, through_seq)
+
+    def size(self) -> int:
+        return self._store.size()
 
     def check(self) -> None:
         self._store.check()

@@ -1,5 +1,6 @@
 """What every store promises, asked of each in turn."""
 
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -10,9 +11,18 @@ from typing import Any
 
 import pytest
 
+from lrpilot.server import _memory_store, _packing
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._sql_store import open_store
-from lrpilot.server._store import MAX_SEQ, Append, LogRow, SeqTaken, Store, StoreUnavailable
+from lrpilot.server._store import (
+    MAX_SEQ,
+    Append,
+    LogRow,
+    SeqTaken,
+    Snapshot,
+    Store,
+    StoreUnavailable,
+)
 
 POSTGRES = pytest.param("postgresql", marks=pytest.mark.needs_program("postgres"))
 
@@ -285,6 +295,204 @@ class TestDelete:
         assert not store.delete("a")
 
 
+class TestRecent:
+    def test_the_last_row_of_a_run_counts(self, store: Store) -> None:
+        def recorded(*times_ns: int) -> tuple[LogRow, ...]:
+            return tuple(LogRow(seq, b"", "", ns) for seq, ns in enumerate(times_ns, 1))
+
+        assert store.recent(0) == []
+        store.append([Append("b", recorded(5, 3), create=True)])
+        store.append([Append("é", recorded(4), create=True)])
+        store.append([Append("Z", recorded(1, 9), create=True)])
+        assert store.recent(0) == store.recent(3) == ["Z", "b", "é"]
+        assert store.recent(4) == ["Z", "é"]
+        assert store.recent(5) == store.recent(9) == ["Z"]
+        assert store.recent(10) == []
+        store.append([Append("b", (LogRow(3, b"", "", 10),))])
+        assert store.recent(10) == ["b"]
+        store.delete("b")
+        assert store.recent(10) == []
+
+
+def snap(seq: int, floor: int = 0, mark: str = "") -> Snapshot:
+    return Snapshot(seq, f"digest-{mark}{seq}", floor, f"fold-{mark}{seq}".encode())
+
+
+class TestSnapshots:
+    def test_what_goes_in_comes_out(self, store: Store) -> None:
+        given = LogRow(1, b"", "d" * 64, 0)
+        store.append([Append("a", (given,), create=True)])
+        assert store.snapshot("a") is None
+        saved = Snapshot(1, "d" * 64, MAX_SEQ, bytes(range(256)) * 1000)
+        assert store.save_snapshot("a", saved)
+        got = store.snapshot("a")
+        assert got == saved
+        assert got is not None
+        assert type(got.data) is bytes
+
+    def test_only_one_of_the_log_that_is_there(self, store: Store) -> None:
+        assert not store.save_snapshot("a", snap(4))
+        put(store, "a", 4, 6, create=True)
+        assert not store.save_snapshot("a", snap(3))
+        assert not store.save_snapshot("a", snap(7))
+        assert not store.save_snapshot("a", snap(5, mark="other-"))
+        assert store.snapshot("a") is None
+        assert store.save_snapshot("a", snap(4))
+        assert store.save_snapshot("a", snap(6))
+        assert store.snapshot("a") == snap(6)
+
+    def test_it_goes_with_its_run(self, store: Store) -> None:
+        put(store, "a", 1, 3, create=True)
+        put(store, "b", 1, 3, create=True)
+        for run in "ab":
+            assert store.save_snapshot(run, snap(2))
+        assert store.delete("a")
+        assert store.snapshot("a") is None
+        put(store, "a", 1, 3, create=True)
+        assert store.snapshot("a") is None
+        assert store.snapshot("b") == snap(2)
+
+    def test_one_in_the_place_of_another(self, store: Store) -> None:
+        put(store, "a", 1, 3, create=True)
+        assert store.save_snapshot("a", snap(2))
+        assert store.save_snapshot("a", snap(2, floor=7))
+        assert store.snapshot("a") == snap(2, floor=7)
+
+    @pytest.fixture
+    def milestones(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let milestones lie 10 rows apart."""
+        monkeypatch.setattr(_memory_store, "MILESTONE_ROWS", 10)
+
+    @pytest.mark.usefixtures("milestones")
+    def test_the_newest_and_milestones_are_kept(self, store: Store) -> None:
+        put(store, "a", 1, 50, create=True)
+        for seq in range(3, 48, 4):
+            assert store.save_snapshot("a", snap(seq))
+            found = []
+            before: int | None = None
+            while (one := store.snapshot("a", before_seq=before)) is not None:
+                found.append(one.seq)
+                before = one.seq
+            assert found == sorted({seq, *range(3, seq, 12)}, reverse=True)
+        # One that came late, and is none of those to keep.
+        assert store.save_snapshot("a", snap(20))
+        assert store.snapshot("a", before_seq=21) == snap(15)
+
+    @pytest.mark.usefixtures("milestones")
+    def test_the_newest_that_is_asked_for(self, store: Store) -> None:
+        put(store, "a", 1, 50, create=True)
+        kept = [snap(10, floor=0), snap(20, floor=5), snap(30, floor=5), snap(40, floor=9)]
+        for one in kept:
+            assert store.save_snapshot("a", one)
+        for floor in [None, 0, 4, 5, 8, 9, MAX_SEQ + 1]:
+            for before_seq in [None, 0, 10, 11, 30, 31, 41, MAX_SEQ, MAX_SEQ + 1]:
+                fit = [
+                    one
+                    for one in kept
+                    if (floor is None or one.floor <= floor)
+                    and (before_seq is None or one.seq < before_seq)
+                ]
+                expected = fit[-1] if fit else None
+                assert store.snapshot("a", floor, before_seq) == expected
+        assert store.snapshot("a", floor=-1) is None
+        assert store.snapshot("nobody") is None
+
+    @pytest.mark.parametrize(
+        ("seq", "floor", "text"),
+        [
+            (0, 0, "seq must be 1 to 9223372036854775807, got 0"),
+            (MAX_SEQ + 1, 0, "seq must be 1 to"),
+            (1, -1, "floor must be 0 to 9223372036854775807, got -1"),
+            (1, MAX_SEQ + 1, "floor must be 0 to"),
+        ],
+    )
+    def test_one_of_no_log(self, seq: int, floor: int, text: str) -> None:
+        with pytest.raises(ValueError, match=text):
+            Snapshot(seq, "", floor, b"")
+
+
+class TestCompact:
+    """Rows in memory are not packed, and nobody must notice."""
+
+    @pytest.fixture(autouse=True)
+    def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make segments short, and let but one be kept unpacked."""
+        monkeypatch.setattr(_packing, "SEGMENT_ROWS", 5)
+        monkeypatch.setattr(_packing, "CACHED_SEGMENTS", 1)
+
+    @pytest.mark.parametrize("first", [1, 3])
+    def test_no_read_shows_a_difference(self, store: Store, first: int) -> None:
+        put(store, "a", first, 23, create=True)
+        put(store, "b", 1, 23, create=True)
+        is_packed = store.compact("a", 17) > 0
+        assert is_packed == (not isinstance(store, MemoryStore))
+        assert store.compact("a", 17) == 0
+        assert store.head("a") == (23, "digest-23")
+        assert store.recent(0) == ["a", "b"]
+        for after_seq in [-5, *range(25), MAX_SEQ, MAX_SEQ + 1]:
+            after = [given for given in rows(first, 23) if given.seq > after_seq]
+            for limit in [None, 0, 1, 4, 5, 6, 11, 100]:
+                assert store.read("a", after_seq, limit) == after[:limit]
+        assert store.read("b") == list(rows(1, 23))
+
+    def test_whole_segments_and_never_the_last_row(self, store: Store) -> None:
+        packs = not isinstance(store, MemoryStore)
+        put(store, "a", 1, 10, create=True)
+        assert store.compact("nobody", MAX_SEQ) == 0
+        assert store.compact("a", 4) == 0
+        assert store.compact("a", 5) == 5 * packs
+        assert store.compact("a", MAX_SEQ + 1) == 0
+        put(store, "a", 11, 11)
+        assert store.compact("a", MAX_SEQ + 1) == 5 * packs
+        assert store.read("a") == list(rows(1, 11))
+
+    def test_a_log_goes_on(self, store: Store) -> None:
+        put(store, "a", 1, 12, create=True)
+        store.compact("a", 12)
+        assert refused(store, Append("a", rows(3, 5, "late-"))).last_seq == 12
+        assert refused(store, Append("a", rows(1, 1, "late-"), create=True)).last_seq == 12
+        assert store.append([Append("a", rows(13, 14), after="digest-12")]) == [None]
+        store.compact("a", 14)
+        assert store.read("a") == list(rows(1, 14))
+
+    def test_heavy_rows_make_a_segment_earlier(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_packing, "SEGMENT_BYTES", 1000)
+        heavy = [LogRow(seq, bytes([seq]) * 500, "", 0) for seq in range(1, 6)]
+        store.append([Append("a", tuple(heavy), create=True)])
+        assert store.compact("a", 5) == (0 if isinstance(store, MemoryStore) else 4)
+        assert store.read("a") == heavy
+        assert store.read("a", 3, 1) == heavy[3:4]
+
+    def test_a_snapshot_in_the_middle_of_a_segment(self, store: Store) -> None:
+        put(store, "a", 1, 12, create=True)
+        store.compact("a", 12)
+        assert not store.save_snapshot("a", snap(3, mark="other-"))
+        assert store.save_snapshot("a", snap(3))
+        assert store.snapshot("a") == snap(3)
+
+    def test_a_deleted_run_leaves_nothing(self, store: Store) -> None:
+        put(store, "a", 1, 12, create=True)
+        store.compact("a", 12)
+        assert store.delete("a")
+        assert store.read("a") == []
+        put(store, "a", 1, 3, create=True)
+        assert store.read("a") == list(rows(1, 3))
+        put(store, "a", 4, 12)
+        store.compact("a", 12)
+        assert store.read("a") == list(rows(1, 12))
+
+
+class TestSize:
+    def test_what_is_on_disk(self, store: Store) -> None:
+        empty = store.size()
+        given = LogRow(1, random.Random(1).randbytes(1 << 20), "", 0)
+        store.append([Append("a", (given,), create=True)])
+        grown = store.size() - empty
+        assert grown == 0 if isinstance(store, MemoryStore) else 1 << 20 <= grown < 3 << 20
+
+
 class TestCopies:
     def test_a_list_given_is_not_kept(self, store: Store) -> None:
         batch = [Append("a", rows(1, 2), create=True)]
@@ -317,8 +525,16 @@ class TestClose:
             lambda store: store.runs(),
             lambda store: store.delete("a"),
             lambda store: store.check(),
+            lambda store: store.recent(0),
+            lambda store: store.save_snapshot("a", snap(1)),
+            lambda store: store.snapshot("a"),
+            lambda store: store.compact("a", 1),
+            lambda store: store.size(),
         ],
-        ids=["append", "read", "head", "heads", "runs", "delete", "check"],
+        ids=[
+            *["append", "read", "head", "heads", "runs", "delete", "check"],
+            *["recent", "save_snapshot", "snapshot", "compact", "size"],
+        ],
     )
     def test_nothing_works_afterwards(self, store: Store, use: Callable[[Store], Any]) -> None:
         store.close()
@@ -412,3 +628,32 @@ class TestThreads:
                     return
 
         together([write, read, read])
+
+    def test_a_log_is_packed_by_many_while_it_grows_and_is_read(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_packing, "SEGMENT_ROWS", 5)
+        put(store, "a", 1, 1, create=True)
+        written = threading.Event()
+
+        def write() -> None:
+            for seq in range(2, 100):
+                put(store, "a", seq, seq)
+            written.set()
+
+        def pack() -> int:
+            count = 0
+            while not written.is_set():
+                count += store.compact("a", MAX_SEQ)
+            return count + store.compact("a", MAX_SEQ)
+
+        def read() -> None:
+            while not written.is_set():
+                got = store.read("a")
+                assert got == list(rows(1, len(got)))
+                middle = len(got) // 2
+                assert store.read("a", middle, 1) == list(rows(middle + 1, middle + 1))
+
+        _, *counts, _, _ = together([write, pack, pack, pack, read, read])
+        assert sum(counts) == (0 if isinstance(store, MemoryStore) else 95)
+        assert store.read("a") == list(rows(1, 99))

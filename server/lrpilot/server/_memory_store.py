@@ -1,9 +1,18 @@
 """The store for tests and simulations: nothing outlives the process."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from lrpilot.server._store import Append, AppendResult, Heard, LogRow, SeqTaken, StoreUnavailable
+from lrpilot.server._store import (
+    MILESTONE_ROWS,
+    Append,
+    AppendResult,
+    Heard,
+    LogRow,
+    SeqTaken,
+    Snapshot,
+    StoreUnavailable,
+)
 
 
 class MemoryStore:
@@ -15,6 +24,7 @@ class MemoryStore:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._logs: dict[str, list[LogRow]] = {}
+        self._snapshots: dict[str, dict[int, Snapshot]] = {}
         self._closed = False
 
     def append(self, batch: Sequence[Append]) -> list[AppendResult]:
@@ -75,7 +85,55 @@ class MemoryStore:
         """Remove a run with its whole log, for good; return whether there was one."""
         with self._lock:
             self._check_open()
+            self._snapshots.pop(run, None)
             return self._logs.pop(run, None) is not None
+
+    def recent(self, since_ns: int) -> list[str]:
+        """Return the names of the runs whose last row was recorded at or after `since_ns`."""
+        with self._lock:
+            self._check_open()
+            logs = self._logs.items()
+            return sorted(run for run, log in logs if log[-1].recorded_at_ns >= since_ns)
+
+    def save_snapshot(self, run: str, snapshot: Snapshot) -> bool:
+        """Keep a snapshot of a run; return whether it is one of the log that is there."""
+        with self._lock:
+            self._check_open()
+            log = self._logs.get(run, [])
+            index = snapshot.seq - log[0].seq if log else 0
+            if not 0 <= index < len(log) or log[index].digest != snapshot.digest:
+                return False
+            saved = self._snapshots.setdefault(run, {})
+            saved[snapshot.seq] = snapshot
+            for seq in needless(saved):
+                del saved[seq]
+            return True
+
+    def snapshot(
+        self, run: str, floor: int | None = None, before_seq: int | None = None
+    ) -> Snapshot | None:
+        """Return the newest snapshot of a run that is asked for; None: there is none."""
+        with self._lock:
+            self._check_open()
+            fit = [
+                one
+                for one in self._snapshots.get(run, {}).values()
+                if (floor is None or one.floor <= floor)
+                and (before_seq is None or one.seq < before_seq)
+            ]
+            return max(fit, key=lambda one: one.seq, default=None)
+
+    def compact(self, run: str, through_seq: int) -> int:  # noqa: ARG002
+        """Return 0: rows in memory are not packed."""
+        with self._lock:
+            self._check_open()
+            return 0
+
+    def size(self) -> int:
+        """Return 0: nothing is on disk."""
+        with self._lock:
+            self._check_open()
+            return 0
 
     def check(self) -> None:
         """Return when the store can be read; otherwise raise StoreUnavailable."""
@@ -91,6 +149,7 @@ class MemoryStore:
         with self._lock:
             self._closed = True
             self._logs.clear()
+            self._snapshots.clear()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -101,3 +160,16 @@ def check_limit(limit: int | None) -> None:
     """Raise ValueError where `limit` is negative."""
     if limit is not None and limit < 0:
         raise ValueError(f"limit must be at least 0, got {limit}")
+
+
+def needless(seqs: Iterable[int]) -> list[int]:
+    """Return which snapshots of a run, each named by its `seq`, are to be dropped."""
+    *older, _ = sorted(seqs)
+    dropped = []
+    next_milestone = 0
+    for seq in older:
+        if seq < next_milestone:
+            dropped.append(seq)
+        else:
+            next_milestone = seq + MILESTONE_ROWS
+    return dropped

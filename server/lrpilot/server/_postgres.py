@@ -18,6 +18,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import URL
 
+from lrpilot.server._schema import REVISION, metadata
 from lrpilot.server._store import Heard, News, StoreUnavailable
 
 logger = logging.getLogger("lrpilot.server")
@@ -60,6 +61,10 @@ _LOCK = 0x6C72_7069_6C6F_74
 
 _CONFLICTS = {"40001", "40P01"}
 """SQLSTATE of a serialization failure and of a deadlock: the transaction left nothing behind."""
+
+_NAME = "lrpilot/"
+"""How connections of servers are named in pg_stat_activity, the revision of their tables behind
+it."""
 
 _ANSWER = "lrpilot_answer_s"
 
@@ -215,6 +220,29 @@ class Postgres:
         notes = [f"{one.seq or 0} {one.run}" for one in news]
         connection.execute(statement, {"channel": CHANNEL, "notes": notes})
 
+    def has_older_server(self, connection: sa.Connection) -> bool:
+        """Return whether a server is connected whose release cannot read packed rows.
+
+        Release 0.2.0 does not say what it is. It calls itself "lrpilot", unless its address says
+        otherwise; then it is known by its listener, whose statement those may see who connect
+        with the same role.
+        """
+        statement = sa.text(
+            "SELECT EXISTS (SELECT FROM pg_stat_activity WHERE datname = current_database()"
+            " AND application_name NOT LIKE :named"
+            " AND (application_name = 'lrpilot' OR query = :listens))"
+        )
+        values = {"named": f"{_NAME}%", "listens": f"LISTEN {CHANNEL}"}
+        return bool(connection.execute(statement, values).scalar_one())
+
+    def table_bytes(self, connection: sa.Connection) -> int:
+        """Return the bytes of the tables and their indexes."""
+        statement = sa.text(
+            "SELECT sum(pg_total_relation_size(CAST(name AS regclass)))"
+            " FROM unnest(CAST(:names AS text[])) AS name"
+        )
+        return int(connection.execute(statement, {"names": list(metadata.tables)}).scalar_one())
+
     def follow(self, heard: Heard) -> None:
         """Call `heard` with what servers write, this one included, until `close`."""
         thread = threading.Thread(
@@ -301,8 +329,9 @@ def _arguments(url: URL) -> dict[str, Any]:
         f"-c idle_in_transaction_session_timeout={IDLE_S * 1000:.0f}",
         *([given] if isinstance(given, str) else given),
     ]
+    named = url.query.get("application_name", ())
+    name = named if isinstance(named, str) else "".join(named[-1:])
     defaults = {
-        "application_name": "lrpilot",
         "connect_timeout": CONNECT_S,
         # After a failover the old primary may be back as a standby.
         "target_session_attrs": "read-write",
@@ -312,7 +341,9 @@ def _arguments(url: URL) -> dict[str, Any]:
         "keepalives_count": 3,
     }
     chosen = {name: value for name, value in defaults.items() if name not in url.query}
-    return {**chosen, "options": " ".join(options)}
+    # What the address says stands last, for the database keeps 63 bytes of it.
+    who = f"{_NAME}{REVISION} {name}".rstrip()
+    return {**chosen, "application_name": who, "options": " ".join(options)}
 
 
 def _engine(url: URL, arguments: dict[str, Any]) -> sa.Engine:

@@ -15,6 +15,9 @@ from sqlalchemy import (
     Text,
 )
 
+REVISION = "0002"
+"""The revision of the tables below; servers on PostgreSQL tell each other theirs."""
+
 metadata = MetaData(
     naming_convention={
         "pk": "pk_%(table_name)s",
@@ -23,11 +26,13 @@ metadata = MetaData(
     }
 )
 
+# SQLite numbers rows by itself only where the type is exactly INTEGER.
+_RUN_ID = BigInteger().with_variant(Integer, "sqlite")
+
 runs = Table(
     "runs",
     metadata,
-    # SQLite numbers rows by itself only where the type is exactly INTEGER.
-    Column("id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True),
+    Column("id", _RUN_ID, primary_key=True),
     # Names are ordered by code point; SQLite does so unasked.
     Column(
         "name",
@@ -41,14 +46,31 @@ runs = Table(
 events = Table(
     "events",
     metadata,
-    Column(
-        "run_id",
-        BigInteger().with_variant(Integer, "sqlite"),
-        ForeignKey(runs.c.id),
-        primary_key=True,
-    ),
+    Column("run_id", _RUN_ID, ForeignKey(runs.c.id), primary_key=True),
     Column("seq", BigInteger, primary_key=True, autoincrement=False),
     Column("payload", LargeBinary, nullable=False),
     Column("digest", Text, nullable=False),
     Column("recorded_at_ns", BigInteger, nullable=False),
+)
+
+segments = Table(
+    "segments",
+    metadata,
+    Column("run_id", _RUN_ID, ForeignKey(runs.c.id, ondelete="CASCADE"), primary_key=True),
+    Column("last_seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("first_seq", BigInteger, nullable=False),
+    # Names the content, so that one who has unpacked it need not read it again.
+    Column("checksum", Text, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+)
+"""Old rows of a log, packed; the rest of it is in `events`, its last row always."""
+
+snapshots = Table(
+    "snapshots",
+    metadata,
+    Column("run_id", _RUN_ID, ForeignKey(runs.c.id, ondelete="CASCADE"), primary_key=True),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("digest", Text, nullable=False),
+    Column("floor", BigInteger, nullable=False),
+    Column("data", LargeBinary, nullable=False),
 )

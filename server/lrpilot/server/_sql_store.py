@@ -6,8 +6,9 @@ Rows are unique by (run, seq) and belong to a run by a foreign key, and the data
 keeps to both: that makes two writers on one database safe, whatever they believe.
 """
 
+import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,13 @@ import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
 
-from lrpilot.server._memory_store import MemoryStore, check_limit
+from lrpilot.server._memory_store import MemoryStore, check_limit, needless
 from lrpilot.server._migrate import is_newest, migrate
+from lrpilot.server._packing import Part, Unpacked, next_segment, packed, replace
 from lrpilot.server._postgres import Postgres, is_conflict
-from lrpilot.server._schema import events, runs
-from lrpilot.server._sqlite import BEGIN, DATABASE_NAME, FolderLock, sqlite_engine
+from lrpilot.server._schema import events, runs, snapshots
+from lrpilot.server._segments import pack
+from lrpilot.server._sqlite import BEGIN, DATABASE_NAME, FolderLock, database_bytes, sqlite_engine
 from lrpilot.server._store import (
     MAX_SEQ,
     Append,
@@ -30,6 +33,7 @@ from lrpilot.server._store import (
     LogRow,
     News,
     SeqTaken,
+    Snapshot,
     Store,
     StoreUnavailable,
 )
@@ -105,6 +109,7 @@ class SqlStore:
             self._reader = engine.execution_options(isolation_level="REPEATABLE READ")
         self._lock = lock
         self._postgres = postgres
+        self._unpacked = Unpacked()
         self._closed = False
         self._name = postgres.name if postgres else engine.url.render_as_string(hide_password=True)
         try:
@@ -151,24 +156,26 @@ class SqlStore:
     def read(self, run: str, after_seq: int = 0, limit: int | None = None) -> list[LogRow]:
         """Return the rows of a run with `seq > after_seq` in order, the first `limit` of them."""
         check_limit(limit)
-        wanted = (
-            sa.select(events.c.seq, events.c.payload, events.c.digest, events.c.recorded_at_ns)
-            .where(events.c.run_id == _id_of(run))
-            .order_by(events.c.seq)
-        )
+        limit = MAX_SEQ if limit is None else limit
+        after_seq = min(after_seq, MAX_SEQ)
+        parts = self._transact(self._reader, lambda one: self._read(one, run, after_seq, limit))
+        # Unpacked when the database is free again.
+        return self._unpacked.rows(run, parts, after_seq, limit)
 
-        def work(connection: sa.Connection) -> list[LogRow]:
-            rows: list[LogRow] = []
-            last, left = min(after_seq, MAX_SEQ), MAX_SEQ if limit is None else limit
-            while True:
-                size = min(left - len(rows), _ROWS_PER_QUERY)
-                page = connection.execute(wanted.where(events.c.seq > last).limit(size)).all()
-                rows.extend(LogRow(*row) for row in page)
-                if not size or len(page) < size:
-                    return rows
-                last = rows[-1].seq
-
-        return self._transact(self._reader, work)
+    def _read(self, connection: sa.Connection, run: str, after_seq: int, limit: int) -> list[Part]:
+        rows: list[LogRow] = []
+        last = after_seq
+        while True:
+            size = min(limit - len(rows), _ROWS_PER_QUERY)
+            page = connection.execute(_ROWS_AFTER, {"name": run, "seq": last, "size": size}).all()
+            rows.extend(LogRow(*row) for row in page)
+            if not size or len(page) < size:
+                break
+            last = rows[-1].seq
+        # The last row of a log is plain: where none is, none is packed either.
+        if not rows or rows[0].seq == after_seq + 1:
+            return [rows]
+        return [*packed(connection, run, after_seq, limit, self._unpacked), rows]
 
     def head(self, run: str) -> tuple[int, str] | None:
         """Return `seq` and digest of a run's last row; None: no run has that name."""
@@ -200,6 +207,94 @@ class SqlStore:
             return existed
 
         return self._transact(self._writer, work)
+
+    def recent(self, since_ns: int) -> list[str]:
+        """Return the names of the runs whose last row was recorded at or after `since_ns`."""
+        statement = (
+            sa.select(runs.c.name)
+            .join(events)
+            .where(events.c.seq == _LAST_SEQ, events.c.recorded_at_ns >= since_ns)
+            .order_by(runs.c.name)
+        )
+        return self._transact(self._reader, lambda one: list(one.scalars(statement)))
+
+    def save_snapshot(self, run: str, snapshot: Snapshot) -> bool:
+        """Keep a snapshot of a run; return whether it is one of the log that is there."""
+        # Unpacks now what has to be: others need not wait for that.
+        self.read(run, snapshot.seq - 1, 1)
+        return self._transact(self._writer, lambda one: self._save_snapshot(one, run, snapshot))
+
+    def _save_snapshot(self, connection: sa.Connection, run: str, snapshot: Snapshot) -> bool:
+        run_id = _hold(connection, run)
+        before = snapshot.seq - 1
+        at = self._unpacked.rows(run, self._read(connection, run, before, 1), before, 1)
+        if (
+            run_id is None
+            or not at
+            or (at[0].seq, at[0].digest)
+            != (
+                snapshot.seq,
+                snapshot.digest,
+            )
+        ):
+            return False
+        of_run = snapshots.c.run_id == run_id
+        found = connection.scalars(sa.select(snapshots.c.seq).where(of_run)).all()
+        dropped = needless({*found, snapshot.seq})
+        replaced = [*dropped, snapshot.seq]
+        connection.execute(sa.delete(snapshots).where(of_run, snapshots.c.seq.in_(replaced)))
+        if snapshot.seq not in dropped:
+            values = {"run_id": run_id, **dataclasses.asdict(snapshot)}
+            connection.execute(sa.insert(snapshots).values(values))
+        return True
+
+    def snapshot(
+        self, run: str, floor: int | None = None, before_seq: int | None = None
+    ) -> Snapshot | None:
+        """Return the newest snapshot of a run that is asked for; None: there is none."""
+        statement = (
+            sa.select(snapshots.c.seq, snapshots.c.digest, snapshots.c.floor, snapshots.c.data)
+            .join(runs)
+            .where(runs.c.name == run)
+            .order_by(snapshots.c.seq.desc())
+            .limit(1)
+        )
+        if floor is not None:
+            statement = statement.where(snapshots.c.floor <= min(floor, MAX_SEQ))
+        if before_seq is not None and before_seq <= MAX_SEQ:
+            statement = statement.where(snapshots.c.seq < before_seq)
+        found = self._transact(self._reader, lambda one: one.execute(statement).first())
+        return None if found is None else Snapshot(*found)
+
+    def compact(self, run: str, through_seq: int) -> int:
+        """Pack old rows of a run's log so that they take less space; return how many."""
+        through_seq = min(through_seq, MAX_SEQ)
+        count = 0
+        while rows := self._transact(
+            self._reader,
+            lambda one: [] if self._is_old(one) else next_segment(one, run, through_seq),
+        ):
+            block = pack(rows)
+
+            def work(
+                connection: sa.Connection, rows: list[LogRow] = rows, block: bytes = block
+            ) -> int:
+                run_id = _hold(connection, run)
+                if run_id is None or self._is_old(connection):
+                    return 0
+                return replace(connection, run_id, rows, block)
+
+            count += self._transact(self._writer, work)
+        return count
+
+    def _is_old(self, connection: sa.Connection) -> bool:
+        """Return whether a server is connected that cannot read packed rows."""
+        return self._postgres is not None and self._postgres.has_older_server(connection)
+
+    def size(self) -> int:
+        """Return the bytes that the store takes on disk, with what is free there for more rows."""
+        measure = database_bytes if self._postgres is None else self._postgres.table_bytes
+        return self._transact(self._reader, measure)
 
     def check(self) -> None:
         """Return when the store can be read; otherwise raise StoreUnavailable."""
@@ -299,7 +394,21 @@ _LAST_SEQ = (
 )
 
 
+_ROWS_AFTER = (
+    sa.select(events.c.seq, events.c.payload, events.c.digest, events.c.recorded_at_ns)
+    # Found first: then the index has a log in its order, and nothing is sorted.
+    .where(
+        events.c.run_id
+        == sa.select(runs.c.id).where(runs.c.name == sa.bindparam("name")).scalar_subquery(),
+        events.c.seq > sa.bindparam("seq"),
+    )
+    .order_by(events.c.seq)
+    .limit(sa.bindparam("size"))
+)
+
+
 def _append(connection: sa.Connection, batch: Sequence[Append]) -> list[AppendResult]:
+    _share(connection, {append.run for append in batch})
     heads = _heads(connection, list({append.run for append in batch}))
     results: list[AppendResult] = [None] * len(batch)
     values: list[dict[str, Any]] = []
@@ -341,14 +450,32 @@ def _append(connection: sa.Connection, batch: Sequence[Append]) -> list[AppendRe
     return results
 
 
-def _id_of(name: str) -> sa.ScalarSelect[int]:
-    # Found first: then the index has a log in its order, and nothing is sorted.
-    return sa.select(runs.c.id).where(runs.c.name == name).scalar_subquery()
-
-
 def _delete(connection: sa.Connection, name: str) -> bool:
-    connection.execute(sa.delete(events).where(events.c.run_id == _id_of(name)))
-    return connection.execute(sa.delete(runs).where(runs.c.name == name)).rowcount > 0
+    run_id = _hold(connection, name)
+    if run_id is None:
+        return False
+    connection.execute(sa.delete(events).where(events.c.run_id == run_id))
+    # What else belongs to the run goes with it, by its foreign keys.
+    connection.execute(sa.delete(runs).where(runs.c.id == run_id))
+    return True
+
+
+def _hold(connection: sa.Connection, name: str) -> int | None:
+    """Return the id of a run, which nobody else appends to, packs or deletes until the commit."""
+    return connection.scalar(sa.select(runs.c.id).where(runs.c.name == name).with_for_update())
+
+
+def _share(connection: sa.Connection, names: Iterable[str]) -> None:
+    """Let nobody pack or delete these runs until the commit; others may append to them.
+
+    For the unique key says that a `seq` is taken only while its row is plain: where the head was
+    read, another server appended, and a third packed its row, the `seq` would look free. SQLite
+    lets one write at a time anyway.
+    """
+    if connection.dialect.name != "postgresql":
+        return
+    held = sa.select(runs.c.id).where(runs.c.name.in_(names)).order_by(runs.c.name)
+    connection.execute(held.with_for_update(read=True, key_share=True))
 
 
 def _heads(connection: sa.Connection, names: list[str]) -> dict[str, _Head]:

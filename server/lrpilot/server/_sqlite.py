@@ -89,3 +89,11 @@ def sqlite_engine(path: Path) -> sa.Engine:
         connection.exec_driver_sql(connection.get_execution_options().get(BEGIN, "BEGIN"))
 
     return engine
+
+
+def database_bytes(connection: sa.Connection) -> int:
+    """Return the bytes of the database's file and of its write-ahead log."""
+    pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+    page_bytes = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
+    log = Path(f"{connection.engine.url.database}-wal")
+    return int(pages * page_bytes) + (log.stat().st_size if log.exists() else 0)

@@ -1,8 +1,9 @@
 """What a log store promises, whichever database is behind it.
 
 A store keeps one log per run: rows with a dense `seq`, each an opaque payload and the digest
-of the hash chain there. It knows nothing of what an event means. Replicas that share a store
-need no leader, because of one rule alone: a `seq` is given out once.
+of the hash chain there; and snapshots of it, so that a long log need not be read from its begin.
+It knows nothing of what an event means. Replicas that share a store need no leader, because of
+one rule alone: a `seq` is given out once.
 """
 
 from collections.abc import Callable, Sequence
@@ -54,6 +55,30 @@ class Append:
                 raise ValueError(f"run {self.run!r}: expected seq {expected}, got {row.seq}")
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A shortcut to the fold of a run's log up to one row; the store does not look inside."""
+
+    seq: int
+    """The row up to which the log is folded."""
+    digest: str
+    """Digest of the hash chain there."""
+    floor: int
+    """The least progress that the snapshot still knows of; from 0 on."""
+    data: bytes
+    """The fold."""
+
+    def __post_init__(self) -> None:
+        """Refuse what belongs to no log. Raises ValueError."""
+        for name, value, least in (("seq", self.seq, 1), ("floor", self.floor, 0)):
+            if not least <= value <= MAX_SEQ:
+                raise ValueError(f"{name} must be {least} to {MAX_SEQ}, got {value}")
+
+
+MILESTONE_ROWS = 32_768
+"""Snapshots that are kept beside the newest are at least so many rows apart."""
+
+
 class StoreError(Exception):
     """Base of what a store raises on purpose; the text is meant for people."""
 
@@ -83,6 +108,21 @@ class StoreUnavailable(StoreError):
     After an append or a delete failed so, nobody knows whether it was carried out. The caller
     may simply try again: if it was, the `seq` is taken and the log says by whom.
     """
+
+
+class CorruptSegment(StoreError):
+    """Packed rows of a run cannot be read: they are damaged, or a newer release packed them."""
+
+    def __init__(self, run: str, first_seq: int, last_seq: int, why: str) -> None:
+        super().__init__(
+            f"run {run!r}: packed rows {first_seq} to {last_seq} cannot be read: {why}"
+        )
+        self.run = run
+        """Name of the run."""
+        self.first_seq = first_seq
+        """The first row that cannot be read."""
+        self.last_seq = last_seq
+        """The last one; those outside can."""
 
 
 class StoreLocked(StoreError):
@@ -144,7 +184,7 @@ class Store(Protocol):
         """Return the rows of a run with `seq > after_seq` in order, the first `limit` of them.
 
         The list is empty when there are none or no run has that name. Raises ValueError where
-        `limit` is negative.
+        `limit` is negative, and CorruptSegment where rows are asked for that cannot be unpacked.
         """
         ...
 
@@ -172,6 +212,51 @@ class Store(Protocol):
 
         The name is free afterwards, and a run made under it has nothing of the old one.
         """
+        ...
+
+    def recent(self, since_ns: int) -> list[str]:
+        """Return the names of the runs whose last row was recorded at or after `since_ns`.
+
+        They are ordered as `runs` orders them. One query, whose cost does not grow with the
+        length of the logs.
+        """
+        ...
+
+    def save_snapshot(self, run: str, snapshot: Snapshot) -> bool:
+        """Keep a snapshot of a run; return whether it is one of the log that is there.
+
+        It is not (False, and nothing is kept) where the log has not that digest at that `seq`:
+        the run was deleted, and perhaps made again. Of all snapshots of a run, the newest is kept
+        and, from the oldest on, each that is at least MILESTONE_ROWS rows after the one kept
+        before it; the others are dropped. One with the `seq` of another replaces it.
+        """
+        ...
+
+    def snapshot(
+        self, run: str, floor: int | None = None, before_seq: int | None = None
+    ) -> Snapshot | None:
+        """Return the newest snapshot of a run that is asked for; None: there is none.
+
+        Only those whose own floor is at most `floor` and whose `seq` is less than `before_seq`
+        count; None: any.
+        """
+        ...
+
+    def compact(self, run: str, through_seq: int) -> int:
+        """Pack old rows of a run's log so that they take less space; return how many.
+
+        Only rows with `seq <= through_seq` are packed, never the last row of a log, and only
+        whole segments: fewer rows than one has are left as they are, so that 0 says that there is
+        nothing to do, or no such run. No method but `size` shows a difference. Any number of
+        callers may do so at once, and others may write meanwhile: they wait for the packing of a
+        segment to be written down, and not for the packing.
+
+        Does nothing (0) while a server of a release that cannot read packed rows is connected.
+        """
+        ...
+
+    def size(self) -> int:
+        """Return the bytes that the store takes on disk, with what is free there for more rows."""
         ...
 
     def check(self) -> None:

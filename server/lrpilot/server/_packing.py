@@ -1,0 +1,184 @@
+"""Packed rows in a SQL database: which rows are packed when, and reading them again.
+
+A log is its segments and then its plain rows, without a gap; its last row is always plain. What
+a segment looks like inside stands in `_segments`.
+"""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from lrpilot.server._schema import events, runs, segments
+from lrpilot.server._segments import Corrupt, checksum, unpack
+from lrpilot.server._store import CorruptSegment, LogRow
+
+SEGMENT_ROWS = 4096
+"""Rows of a segment."""
+
+SEGMENT_BYTES = 4 * 1024 * 1024
+"""Payloads of so many bytes are enough for a segment, however few rows they are."""
+
+CACHED_SEGMENTS = 4
+"""Segments that are kept unpacked, so that a log read page by page is unpacked once."""
+
+_BLOCKS_PER_QUERY = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One segment of a log."""
+
+    run_id: int
+    last_seq: int
+    first_seq: int
+    checksum: str
+
+
+Part = list[LogRow] | tuple[Segment, bytes]
+"""A piece of a log as it was read: rows, or a segment that is still packed."""
+
+
+class Unpacked:
+    """The segments that were read last, unpacked. Any thread may use it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rows: OrderedDict[Segment, list[LogRow]] = OrderedDict()
+
+    def get(self, segment: Segment) -> list[LogRow] | None:
+        """Return the rows of a segment, if they are still here."""
+        with self._lock:
+            rows = self._rows.get(segment)
+            if rows is not None:
+                self._rows.move_to_end(segment)
+            return rows
+
+    def rows(self, run: str, parts: Sequence[Part], after_seq: int, limit: int) -> list[LogRow]:
+        """Return the first `limit` rows of parts with `seq > after_seq`. Raises CorruptSegment."""
+        found: list[LogRow] = []
+        for part in parts:
+            rows = self._unpack(run, *part) if isinstance(part, tuple) else part
+            begin = max(0, after_seq + 1 - rows[0].seq) if rows else 0
+            found += rows[begin : begin + limit - len(found)]
+        return found
+
+    def _unpack(self, run: str, segment: Segment, block: bytes) -> list[LogRow]:
+        """Return the rows of a segment of `run`, and keep them. Raises CorruptSegment."""
+        try:
+            rows = unpack(block)
+        except Corrupt as error:
+            raise CorruptSegment(run, segment.first_seq, segment.last_seq, str(error)) from error
+        if (rows[0].seq, rows[-1].seq, checksum(block)) != (
+            segment.first_seq,
+            segment.last_seq,
+            segment.checksum,
+        ):
+            why = f"another block, with rows {rows[0].seq} to {rows[-1].seq}, is in their place"
+            raise CorruptSegment(run, segment.first_seq, segment.last_seq, why)
+        with self._lock:
+            self._rows[segment] = rows
+            while len(self._rows) > CACHED_SEGMENTS:
+                self._rows.popitem(last=False)
+        return rows
+
+
+def packed(
+    connection: sa.Connection, run: str, after_seq: int, limit: int, unpacked: Unpacked
+) -> list[Part]:
+    """Return the segments that hold the first `limit` rows with `seq > after_seq`, if packed.
+
+    Segments that were unpacked before come as their rows.
+    """
+    statement = (
+        sa.select(segments.c.run_id, segments.c.last_seq, segments.c.first_seq, segments.c.checksum)
+        .join(runs)
+        .where(runs.c.name == run, segments.c.last_seq > after_seq)
+        .order_by(segments.c.last_seq)
+        .limit(limit)  # Each holds a row.
+    )
+    found: list[Segment] = []
+    count = 0
+    for row in connection.execute(statement):
+        if count >= limit:
+            break
+        segment = Segment(*row)
+        count += segment.last_seq - max(segment.first_seq - 1, after_seq)
+        found.append(segment)
+    parts: dict[Segment, Part] = {}
+    missing = []
+    for segment in found:
+        rows = unpacked.get(segment)
+        if rows is None:
+            missing.append(segment)
+        else:
+            parts[segment] = rows
+    for begin in range(0, len(missing), _BLOCKS_PER_QUERY):
+        some = {one.last_seq: one for one in missing[begin : begin + _BLOCKS_PER_QUERY]}
+        blocks = sa.select(segments.c.last_seq, segments.c.data).where(
+            segments.c.run_id == found[0].run_id, segments.c.last_seq.in_(some)
+        )
+        for last_seq, block in connection.execute(blocks):
+            parts[some[last_seq]] = (some[last_seq], block)
+    return [parts[segment] for segment in found]
+
+
+def next_segment(connection: sa.Connection, run: str, through_seq: int) -> list[LogRow]:
+    """Return the plain rows that make the next segment of a log; empty: they are too few."""
+    last = sa.select(sa.func.max(events.c.seq)).join(runs).where(runs.c.name == run)
+    sizes = (
+        sa.select(events.c.run_id, events.c.seq, sa.func.length(events.c.payload))
+        .join(runs)
+        .where(
+            runs.c.name == run,
+            events.c.seq <= through_seq,
+            events.c.seq < last.scalar_subquery(),
+        )
+        .order_by(events.c.seq)
+        .limit(SEGMENT_ROWS)
+    )
+    found = connection.execute(sizes).all()
+    total = 0
+    for count, (run_id, seq, size) in enumerate(found, 1):
+        total += size
+        if total >= SEGMENT_BYTES or count == SEGMENT_ROWS:
+            return _plain(connection, run_id, found[0].seq, seq)
+    return []
+
+
+def _plain(connection: sa.Connection, run_id: int, first_seq: int, last_seq: int) -> list[LogRow]:
+    """Return those rows of a log from `first_seq` to `last_seq` that are not packed."""
+    wanted = (
+        sa.select(events.c.seq, events.c.payload, events.c.digest, events.c.recorded_at_ns)
+        .where(events.c.run_id == run_id, events.c.seq.between(first_seq, last_seq))
+        .order_by(events.c.seq)
+    )
+    return [LogRow(*row) for row in connection.execute(wanted)]
+
+
+def replace(connection: sa.Connection, run_id: int, rows: list[LogRow], block: bytes) -> int:
+    """Put a segment in the place of the rows that it holds; return how many.
+
+    0: the log does not hold these rows, and one after them, any more.
+
+    The caller holds the run, so that nobody else packs or deletes it meanwhile.
+    """
+    first, last = rows[0].seq, rows[-1].seq
+    # A run that was deleted and made again may have the same id, and other rows.
+    if _plain(connection, run_id, first, last + 1)[:-1] != rows:
+        return 0
+    connection.execute(
+        sa.delete(events).where(events.c.run_id == run_id, events.c.seq.between(first, last))
+    )
+    connection.execute(
+        sa.insert(segments).values(
+            run_id=run_id,
+            last_seq=last,
+            first_seq=first,
+            checksum=checksum(block),
+            data=block,
+        )
+    )
+    return len(rows)
