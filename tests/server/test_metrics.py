@@ -10,9 +10,13 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lrpilot.server._commit import GroupCommitter
+from lrpilot.server._ledger import LiveRun
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._metrics import Metrics
+from lrpilot.server._recent import RecentMaximum
+from lrpilot.server._run_metrics import FAMILIES, RunCollector, full_name
 from lrpilot.server._store import LogRow, StoreUnavailable
+from lrpilot.v1 import trainer_pb2
 
 if TYPE_CHECKING:
     import pytest
@@ -22,28 +26,15 @@ if TYPE_CHECKING:
 LR = 1e-3
 """The LR of `document` where nothing was adjusted."""
 
-RUN_SERIES = {
-    "lrpilot_run_learning_rate",
-    "lrpilot_run_weight_decay",
-    "lrpilot_run_loss",
-    "lrpilot_run_smoothed_loss",
-    "lrpilot_run_progress",
-    "lrpilot_run_total",
-    "lrpilot_run_frontier",
-    "lrpilot_run_horizon",
-    "lrpilot_run_attempt",
-    "lrpilot_run_losses",
-    "lrpilot_run_nonfinite_losses",
-    "lrpilot_run_late_losses",
-    "lrpilot_run_skipped_updates",
-    "lrpilot_run_rollbacks",
-    "lrpilot_run_adjustments_total",
-    "lrpilot_run_waivers_total",
-    "lrpilot_run_declared_steps_total",
-    "lrpilot_run_ranks_waiting",
-    "lrpilot_run_updated_timestamp_seconds",
-}
+SAMPLE_SUFFIXES = {"gauge": "", "counter": "_total", "info": "_info"}
+
+RUN_SERIES = {full_name(name) + SAMPLE_SUFFIXES[family.kind] for name, family in FAMILIES.items()}
+"""Every series that a run can have."""
+
 SERVER_SERIES = {
+    "lrpilot_build_info",
+    "lrpilot_live_runs",
+    "lrpilot_left_out_runs_total",
     "lrpilot_rpc_calls_total",
     "lrpilot_rpc_duration_seconds_bucket",
     "lrpilot_rpc_duration_seconds_count",
@@ -51,6 +42,7 @@ SERVER_SERIES = {
     "lrpilot_commit_duration_seconds_bucket",
     "lrpilot_commit_duration_seconds_count",
     "lrpilot_commit_duration_seconds_sum",
+    "lrpilot_commit_queue_depth",
     "lrpilot_committed_events_total",
     "lrpilot_failed_commits_total",
 }
@@ -92,7 +84,9 @@ async def trained(server: Replica) -> Any:
         **server.feedback(delay=3),
     )
     await job.values(0, in_use=1)
-    await job.report((0, 2.0), (1, 3.0), (2, math.inf), (3, 1.0))
+    norm = trainer_pb2.LossReport(progress=0, loss=2.0, moves_to=1, gradient_norm=0.5)
+    await job.report(reports=[norm])
+    await job.report((1, 3.0), (2, math.inf), (3, 1.0))
     return job
 
 
@@ -106,8 +100,27 @@ async def test_every_series_of_a_run(server: Replica) -> None:
     assert seen.value("lrpilot_run_learning_rate", run="small", group="b") == 2e-3
     assert seen.value("lrpilot_run_weight_decay", run="small", group="a") == 0.1
     assert seen.value("lrpilot_run_weight_decay", run="small", group="b") == 0
-    source = "policies.0 (plateau)"
-    assert seen.value("lrpilot_run_adjustments_total", run="small", source=source) == 1
+    for name, value in {
+        "learning_rate_multiplier": 0.5,
+        "horizon_learning_rate": LR / 2,
+    }.items():
+        assert seen.value(f"lrpilot_run_{name}", run="small", group="a") == value
+    plateau = {"run": "small", "source": "policies.0 (plateau)"}
+    operator = {"run": "small", "source": "operator", "kind": "operator"}
+    assert seen.value("lrpilot_run_adjustments_total", **plateau, kind="plateau") == 1
+    assert seen.value("lrpilot_run_adjustments_total", **operator) == 0
+    assert seen.value("lrpilot_run_policy_bad_reports", **plateau) == 0
+    assert seen.value("lrpilot_run_policy_cooldown_reports", **plateau) == 0
+    detector = {"run": "small", "source": "detector (divergence)", "kind": "divergence"}
+    assert seen.value("lrpilot_run_advice_total", **detector) == 0
+    info = {"unit": "iterations", "mode": "independent", "feedback": "on"}
+    assert seen.value("lrpilot_run_info", run="small", **info) == 1
+    assert seen.value("lrpilot_run_stage_info", run="small", stage="", phase="constant") == 1
+    assert (seen.run("gradient_norm"), seen.run("delay"), seen.run("held")) == (0.5, 3, 0)
+    assert (seen.run("slowest_rank_lag"), seen.run("blocked_seconds")) == (0, 0)
+    assert (seen.run("pending_advice"), seen.run("planned_adjustments")) == (0, 0)
+    assert seen.run("superseded_calls_total") == 0
+    assert seen.run("last_report_timestamp_seconds") == seen.run("updated_timestamp_seconds")
     assert (seen.run("loss"), seen.run("smoothed_loss")) == (1.0, shown.smoothed_loss)
     assert (seen.run("progress"), seen.run("total")) == (4, 1000)
     assert (seen.run("frontier"), seen.run("horizon"), seen.run("attempt")) == (4, 7, 1)
@@ -129,19 +142,20 @@ async def test_every_series_of_the_server(server: Replica) -> None:
         ("AttachRun", "OK"): 1,
         ("OpenAttempt", "OK"): 1,
         ("GetValues", "OK"): 1,
-        ("ReportLosses", "OK"): 1,
+        ("ReportLosses", "OK"): 2,
         ("ReportLosses", "ALREADY_EXISTS"): 1,
         ("GetRun", "NOT_FOUND"): 1,
     }
     for (method, code), count in calls.items():
         assert seen.value("lrpilot_rpc_calls_total", method=method, code=code) == count
-    assert seen.value("lrpilot_rpc_duration_seconds_count", method="ReportLosses") == 2
+    assert seen.value("lrpilot_rpc_duration_seconds_count", method="ReportLosses") == 3
     waited_s = seen.value("lrpilot_rpc_duration_seconds_sum", method="GetValues")
     assert waited_s is not None
     assert waited_s > 0
-    # Created, opened, recorded, reported.
-    assert seen.value("lrpilot_committed_events_total") == 4
-    assert seen.value("lrpilot_commit_duration_seconds_count") == 4
+    # Created, opened, recorded, reported twice.
+    assert seen.value("lrpilot_committed_events_total") == 5
+    assert seen.value("lrpilot_commit_duration_seconds_count") == 5
+    assert seen.value("lrpilot_commit_queue_depth") == 0
     assert seen.value("lrpilot_failed_commits_total") == 0
     assert seen.value("process_resident_memory_bytes")
 
@@ -152,7 +166,9 @@ async def test_nothing_is_labelled_by_rank(server: Replica) -> None:
         await server.open(key="k", rank=rank)
     seen = await scrape(server)
     labels = {label for _, pairs in seen.samples for label, _ in pairs}
-    assert labels <= {"run", "group", "source", "method", "code", "le"}
+    of_runs = {label for family in FAMILIES.values() for label in family.labels}
+    assert labels <= of_runs | {"run", "method", "code", "le", "version", "python", "grpc"}
+    assert not any("rank" in label for label in labels)
 
 
 async def test_every_family_says_what_it_is(server: Replica) -> None:
@@ -180,7 +196,15 @@ async def test_a_loss_that_is_no_number(server: Replica) -> None:
 async def test_what_is_not_known_has_no_sample(server: Replica) -> None:
     await server.start_job(weight_decay=None)
     seen = await scrape(server)
-    missing = {"weight_decay", "loss", "smoothed_loss", "adjustments_total"}
+    missing = {
+        "weight_decay",
+        "loss",
+        "smoothed_loss",
+        "gradient_norm",
+        "slowest_rank_lag",
+        "last_report_timestamp_seconds",
+        "policy_cooldown_reports",
+    }
     assert seen.series_of("small") == RUN_SERIES - {f"lrpilot_run_{name}" for name in missing}
     assert seen.value("lrpilot_run_learning_rate", run="small", group="") == LR
 
@@ -214,10 +238,156 @@ async def test_a_rank_that_waits_makes_its_run_visible(server: Replica, until: U
 async def test_what_an_attempt_forgot_stays_counted(server: Replica) -> None:
     job = await server.start_job(**server.feedback())
     await job.report((0, 1.0), (1, 1.0))
-    labels = {"run": "small", "source": "policies.0 (plateau)"}
+    labels = {"run": "small", "source": "policies.0 (plateau)", "kind": "plateau"}
     assert (await scrape(server)).value("lrpilot_run_adjustments_total", **labels) == 1
     await server.open(progress=0)
     assert (await scrape(server)).value("lrpilot_run_adjustments_total", **labels) == 1
+
+
+async def test_how_far_the_slowest_rank_is_behind(server: Replica) -> None:
+    job = await server.start_job(**server.feedback(delay=8))
+    await job.report(*((at, 1.0) for at in range(5)))
+    await job.values(5, in_use=5)
+    assert (await scrape(server)).run("slowest_rank_lag") == 0
+    await job.values(3, in_use=2)
+    await job.values(5, in_use=5)
+    assert (await scrape(server)).run("slowest_rank_lag") == 3
+    # The ranks of a new attempt begin together.
+    await server.open(progress=5)
+    assert (await scrape(server)).run("slowest_rank_lag") is None
+
+
+def test_what_was_greatest_lately() -> None:
+    lag = RecentMaximum(60)
+    assert lag.greatest(1000) is None
+    lag.add(7, 1000)
+    lag.add(3, 1059)
+    assert lag.greatest(1059) == 7
+    lag.add(2, 1061)
+    assert lag.greatest(1100) == 7
+    assert lag.greatest(1121) == 2
+    assert lag.greatest(1300) is None
+    lag.add(1, 1301)
+    assert lag.greatest(1301) == 1
+
+
+async def test_how_long_ranks_are_blocked(server: Replica, until: Until) -> None:
+    job = await server.start_job(**server.feedback(delay=1))
+    task = asyncio.create_task(job.values(1, blocked=True, wait_ms=30_000))
+    await until(lambda: server.live().ranks_waiting == 1)
+
+    async def blocked() -> bool:
+        return ((await scrape(server)).run("blocked_seconds") or 0) > 0.1
+
+    await until(blocked)
+    await job.report((0, 1.0))
+    await task
+    # It stands still now: nobody is blocked.
+    assert (await scrape(server)).run("blocked_seconds") == server.live().blocked_s()
+
+
+async def test_calls_of_an_older_attempt_are_counted(server: Replica) -> None:
+    old = await server.start_job(**server.feedback())
+    new = await server.open()
+    assert (await old.refused_values(0)).reason == "AttemptSuperseded"
+    assert (await old.refused_report((0, 1.0))).reason == "AttemptSuperseded"
+    await new.report((0, 1.0))
+    assert (await scrape(server)).run("superseded_calls_total") == 2
+
+
+async def test_advice_is_counted_until_it_is_approved(server: Replica) -> None:
+    job = await server.start_job(**server.feedback(mode="advise"))
+    await job.report((0, 1.0), (1, 1.0))
+    seen = await scrape(server)
+    policy = {"run": "small", "source": "policies.0 (plateau)", "kind": "plateau"}
+    assert seen.value("lrpilot_run_advice_total", **policy) == 1
+    assert seen.run("pending_advice") == 1
+    [advice] = [item for item in (await job.shown()).adjustments if item.mode == "advise"]
+    await server.call(
+        "ApproveAdvice",
+        run="small",
+        advice=advice.id,
+        reason="agreed",
+        author="someone",
+        request_id="approve",
+    )
+    seen = await scrape(server)
+    approved = {"run": "small", "source": "operator", "kind": "plateau"}
+    assert seen.value("lrpilot_run_adjustments_total", **approved) == 1
+    assert seen.run("pending_advice") == 0
+
+
+async def test_what_comes_next_is_shown(server: Replica) -> None:
+    job = await server.start_job(**server.feedback(delay=3))
+    await job.report((0, 2.0), (1, 3.0))
+    seen = await scrape(server)
+    assert (seen.run("progress"), seen.run("planned_adjustments")) == (2, 1)
+    assert seen.value("lrpilot_run_learning_rate", run="small", group="") == LR
+    assert seen.value("lrpilot_run_horizon_learning_rate", run="small", group="") == LR / 2
+
+
+async def test_a_policy_shows_how_near_it_is_to_a_decision(server: Replica) -> None:
+    job = await server.start_job(**server.feedback(delay=1, patience=1, cooldown=2))
+    source = {"run": "small", "source": "policies.0 (plateau)"}
+
+    async def standing() -> tuple[float | None, float | None]:
+        seen = await scrape(server)
+        return (
+            seen.value("lrpilot_run_policy_bad_reports", **source),
+            seen.value("lrpilot_run_policy_cooldown_reports", **source),
+        )
+
+    await job.report((0, 1.0), (1, 1.0))
+    assert await standing() == (1, 0)
+    await job.report((2, 1.0))
+    assert await standing() == (0, 2)
+    await job.report((3, 1.0))
+    assert await standing() == (0, 1)
+
+
+async def test_the_newest_runs_are_shown_and_the_others_counted(
+    server: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrpilot.server._run_metrics.MAX_RUNS", 2)
+    for name in ("first", "second", "third"):
+        await server.start_job(name)
+    for scrapes in (1, 2):
+        seen = await scrape(server)
+        assert seen.series_of("first") == set()
+        assert seen.series_of("second")
+        assert seen.series_of("third")
+        assert seen.value("lrpilot_live_runs") == 3
+        assert seen.value("lrpilot_left_out_runs_total") == scrapes
+
+
+async def test_others_have_their_turn_while_many_runs_are_read(
+    server: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lrpilot.server._run_metrics.SLICE_S", 0.0)
+    for number in range(20):
+        await server.attach(f"run-{number}")
+    turns = 0
+
+    async def count_turns() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += read.is_set()
+
+    read = asyncio.Event()
+    counting = asyncio.create_task(count_turns())
+    live = server.ledger.live
+
+    def begin() -> list[LiveRun]:
+        read.set()
+        return live()
+
+    monkeypatch.setattr(server.ledger, "live", begin)
+    collector = RunCollector(server.ledger, asyncio.get_running_loop())
+    count, runs = await collector._read()
+    counting.cancel()
+    assert (count, len(runs)) == (20, 20)
+    assert turns >= 19
 
 
 async def test_runs_end_with_their_series(server: Replica) -> None:

@@ -110,7 +110,7 @@ async def test_it_answers_what_people_ask(
     await until(scraped)
     assert await prometheus.query("up") == {(): 1}
     smoothed = (await job.shown()).smoothed_loss
-    source = (("run", "watched"), ("source", "policies.0 (plateau)"))
+    source = (("kind", "plateau"), ("run", "watched"), ("source", "policies.0 (plateau)"))
     expected: dict[str, dict[tuple[tuple[str, str], ...], float]] = {
         "lrpilot_run_learning_rate": {a: 5e-4, b: 2e-3},
         "lrpilot_run_weight_decay": {a: 0.1, b: 0.1},
@@ -120,7 +120,8 @@ async def test_it_answers_what_people_ask(
         "lrpilot_run_horizon": {run: 7},
         "lrpilot_run_horizon - lrpilot_run_frontier": {run: 3},
         "lrpilot_run_nonfinite_losses / lrpilot_run_losses": {run: 0.25},
-        "lrpilot_run_adjustments_total": {source: 1},
+        'lrpilot_run_adjustments_total{kind="plateau"}': {source: 1},
+        "lrpilot_run_learning_rate_multiplier": {a: 0.5, b: 0.5},
         "lrpilot_run_progress / lrpilot_run_total": {run: 0.004},
         'lrpilot_rpc_calls_total{method="ReportLosses", code="OK"}': {
             (("code", "OK"), ("method", "ReportLosses")): 1

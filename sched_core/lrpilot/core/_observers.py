@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from lrpilot.core._changes import Change, Direct, EndOwn, NextStage, Note, Undo
 from lrpilot.core._plan import (
@@ -55,6 +55,22 @@ class Watch:
         if isinstance(self.spec, StageSpec):
             return frozenset({"hold", "dip", "stage change", "warmup"})
         return self.spec.quiet
+
+
+class Standing(NamedTuple):
+    """How near a policy, or the end of a stage, is to a decision. For people."""
+
+    source: str
+    """Its name, as adjustments carry it."""
+    kind: str
+    """Kind of the policy, or `stage`."""
+    mode: str
+    """`act`, `advise` or `off`."""
+    bad: int | None
+    """What speaks for a decision, in a row: reports without improvement, means that are too high,
+    outliers, non-finite losses. None: it counts no such thing."""
+    cooldown: int | None
+    """Reports that it will pass over still, after a cut; None: it knows no cooldown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +135,17 @@ class Observers:
             waits = any(not isinstance(item.change, Note) for item in made)
             watches.append(Watch(watch.spec, watch.stage, state, view.at if waits else 0))
         return self._after(observation, tuple(watches)), decided
+
+    def standings(self, plan: Plan, progress: int) -> list[Standing]:
+        """Return where each one stands that watches at `progress`, in order."""
+        spec = plan.observing(progress)
+        found = []
+        for (_, source), watch in self._watching(spec, plan.observed_stage(progress).name):
+            policy = _policy(watch.spec, spec.group_names)
+            bad = getattr(watch.state, policy.counts_bad) if policy.counts_bad else None
+            cooldown = getattr(watch.state, "cooldown", None)
+            found.append(Standing(source, policy.kind, watch.mode, bad, cooldown))
+        return found
 
     def to_mapping(self) -> dict[str, Any]:
         """Return the state as plain data."""

@@ -35,6 +35,7 @@ class StageEnd(Stateful[StageEndState]):
 
     kind: ClassVar[str] = "stage"
     state_type = StageEndState
+    counts_bad: ClassVar[str] = "bad"
 
     def __init__(self, name: str, when: Condition, earliest: int | None) -> None:
         self._name = name

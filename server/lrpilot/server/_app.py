@@ -128,7 +128,7 @@ class Server:
         reflection.enable_server_reflection(
             (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc
         )
-        metrics.watch(self.ledger)
+        metrics.watch(self.ledger, committer)
 
     def bind(self, address: str) -> str:
         """Return the address with the port that was bound. Raises StartupError."""

@@ -63,6 +63,11 @@ class GroupCommitter:
         self._thread = threading.Thread(target=self._write, name="lrpilot-commit", daemon=True)
         self._thread.start()
 
+    @property
+    def waiting(self) -> int:
+        """Number of appends and deletes that wait for the next commit. Any thread may ask."""
+        return self._queue.qsize()
+
     async def append(
         self, run: str, rows: Sequence[LogRow], create: bool = False, after: str | None = None
     ) -> None:

@@ -20,6 +20,7 @@ from typing import TypeVar
 
 from lrpilot import core
 from lrpilot.server._commit import GroupCommitter
+from lrpilot.server._recent import RecentMaximum
 from lrpilot.server._store import LogRow, News, SeqTaken, Store, StoreUnavailable
 from lrpilot.v1.trainer_pb2 import SaveStateResponse
 
@@ -32,6 +33,9 @@ logger = logging.getLogger("lrpilot.server")
 
 ABANDONED_S = 6 * 3600.0
 """A run from whose ranks nothing came for so long is no longer shown among the live ones."""
+
+LAG_S = 60.0
+"""How long the lag of a rank that asked is remembered, at least."""
 
 WARM_NS = 24 * 3600 * 10**9
 """A run with an event within this time is read when the server starts."""
@@ -68,6 +72,14 @@ class LiveRun:
         """The answer with the state saved last, by digest of the log and progress."""
         self.late: set[tuple[int, int]] = set()
         """(seq, progress) of each loss that came after its step was final."""
+        self.reported_ns: int | None = None
+        """When the last report was recorded, Unix nanoseconds; None: there is none."""
+        self.gradient_norm: float | None = None
+        """The last one that was reported; None: there is none."""
+        self.lag = RecentMaximum(LAG_S)
+        """How far the ranks that asked lately were behind the one that is farthest."""
+        self.superseded_calls = 0
+        """Calls of an older attempt that this server refused."""
         self._blocked = 0
         self._blocked_since_s = 0.0
         self._blocked_before_s = 0.0
@@ -136,6 +148,7 @@ class LiveRun:
         attempt = self.state.attempt
         self.reset()
         self.state, self.late = other.state, other.late
+        self.reported_ns, self.gradient_norm = other.reported_ns, other.gradient_norm
         self.created_ns, self.updated_ns = other.created_ns, other.updated_ns
         self._moved(attempt)
 
@@ -143,6 +156,7 @@ class LiveRun:
         """Act on a state that changed; `attempt` was the current one before."""
         if self.state.attempt != attempt:
             self.blocks.clear()
+            self.lag = RecentMaximum(LAG_S)
         if self.state.horizon != self._horizon or self.state.attempt != attempt:
             self._horizon = self.state.horizon
             self.excuse()
@@ -156,6 +170,10 @@ class LiveRun:
             # New ones stand at the end.
             new = islice(reversed(self.state.late), len(self.state.late) - late)
             self.late.update((row.seq, progress) for progress, _ in new)
+            self.reported_ns = row.recorded_at_ns
+            for report in event.reports:
+                if report.gradient_norm is not None:
+                    self.gradient_norm = report.gradient_norm
         elif isinstance(event, core.Declared):
             # It undoes what was recorded behind it.
             self.blocks.clear()
@@ -171,6 +189,7 @@ class LiveRun:
         """Forget everything that came from the log."""
         self.state = core.RunState(self.state.name)
         self.created_ns = self.updated_ns = 0
+        self.reported_ns = self.gradient_norm = None
         self.blocks.clear()
         self.late.clear()
 
@@ -354,7 +373,11 @@ class Ledger:
         except core.LrpilotError:
             # Also when nothing is read: the state may have moved on while this one waited.
             await self.refresh(run)
-            return evaluate(run.state)
+            try:
+                return evaluate(run.state)
+            except core.AttemptSuperseded:
+                run.superseded_calls += 1
+                raise
 
     async def delete(self, run: LiveRun, check: Callable[[core.RunState], None]) -> None:
         """Remove a run and its log for good, unless `check` raises."""
@@ -379,10 +402,11 @@ class Ledger:
             while True:
                 try:
                     events, answer = evaluate(run.state)
-                except core.LrpilotError:
+                except core.LrpilotError as error:
                     # See `look`.
                     if await self._read(run):
                         continue
+                    run.superseded_calls += isinstance(error, core.AttemptSuperseded)
                     raise
                 if not events:
                     # So does that nothing is to be done.

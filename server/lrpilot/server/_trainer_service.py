@@ -195,6 +195,7 @@ class TrainerService:
         block = await self._block(run, asker, wanted)
         # Also before a wait, which may be long: its ranks are there.
         _seen(run)
+        run.lag.add(max(0, run.state.progress - request.in_use), time.monotonic())
         if block is None and request.blocked:
             async with run.blocked():
                 block = await self._wait(run, asker, wanted, end_s, blocked=True)

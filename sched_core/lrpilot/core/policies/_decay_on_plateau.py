@@ -84,6 +84,7 @@ class DecayOnPlateau(Stateful[DecayOnPlateauState]):
 
     kind: ClassVar[str] = "decay-on-plateau"
     state_type = DecayOnPlateauState
+    counts_bad: ClassVar[str] = "bad"
 
     def __init__(self, spec: DecayOnPlateauSpec, groups: int) -> None:
         del groups  # All of them anneal together.

@@ -116,6 +116,7 @@ class Divergence(Stateful[DivergenceState]):
 
     kind: ClassVar[str] = "divergence"
     state_type = DivergenceState
+    counts_bad: ClassVar[str] = "high"
 
     def __init__(self, spec: DivergenceSpec, groups: int) -> None:
         del groups

@@ -130,6 +130,7 @@ class Greedy(Stateful[GreedyState]):
 
     kind: ClassVar[str] = "greedy"
     state_type = GreedyState
+    counts_bad: ClassVar[str] = "bad"
 
     def __init__(self, spec: GreedySpec, groups: int) -> None:
         self._spec = spec

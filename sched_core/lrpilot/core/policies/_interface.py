@@ -168,6 +168,9 @@ class Policy(Protocol[StateT]):
     kind: ClassVar[str]
     reads_skipped: ClassVar[bool]
     """Whether it also gets observations of skipped updates."""
+    counts_bad: ClassVar[str]
+    """Field of the state that counts what speaks for acting, in a row, such as reports without
+    improvement or means that are too high; empty: none does."""
 
     def initial(self) -> StateT:
         """Return the state before the first loss, of the run or of a stage."""

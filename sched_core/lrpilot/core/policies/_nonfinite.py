@@ -76,6 +76,7 @@ class Nonfinite(Stateful[NonfiniteState]):
     kind: ClassVar[str] = "nonfinite"
     reads_skipped: ClassVar[bool] = True
     state_type = NonfiniteState
+    counts_bad: ClassVar[str] = "seen"
 
     def __init__(self, spec: NonfiniteSpec, groups: int) -> None:
         del groups

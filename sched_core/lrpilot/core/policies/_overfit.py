@@ -100,6 +100,7 @@ class Overfit(Stateful[OverfitState]):
 
     kind: ClassVar[str] = "overfit"
     state_type = OverfitState
+    counts_bad: ClassVar[str] = "above"
 
     def __init__(self, spec: OverfitSpec, groups: int) -> None:
         del groups  # The view holds their WDs.

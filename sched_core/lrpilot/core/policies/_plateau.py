@@ -101,6 +101,7 @@ class Plateau(Stateful[PlateauState]):
 
     kind: ClassVar[str] = "plateau"
     state_type = PlateauState
+    counts_bad: ClassVar[str] = "bad"
 
     def __init__(self, spec: PlateauSpec, groups: int) -> None:
         self._spec = spec

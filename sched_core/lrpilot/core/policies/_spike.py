@@ -136,6 +136,7 @@ class Spike(Stateful[SpikeState]):
 
     kind: ClassVar[str] = "spike"
     state_type = SpikeState
+    counts_bad: ClassVar[str] = "run"
 
     def __init__(self, spec: SpikeSpec, groups: int) -> None:
         del groups

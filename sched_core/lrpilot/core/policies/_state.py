@@ -19,6 +19,7 @@ class Stateful(Generic[StateT]):
 
     kind: ClassVar[str]
     reads_skipped: ClassVar[bool] = False
+    counts_bad: ClassVar[str] = ""
     state_type: ClassVar[type[Any]]
 
     def encode(self, state: StateT) -> dict[str, Any]:

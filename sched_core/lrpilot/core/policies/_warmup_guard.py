@@ -95,6 +95,7 @@ class WarmupGuard(Stateful[WarmupGuardState]):
 
     kind: ClassVar[str] = "warmup-guard"
     state_type = WarmupGuardState
+    counts_bad: ClassVar[str] = "high"
 
     def __init__(self, spec: WarmupGuardSpec, groups: int) -> None:
         del groups
