@@ -13,7 +13,7 @@ EXPORTED = """
     RevisionRefused RunExists RunFinished RunLive RunNotFound RunSpec RunState SavedState ScaleDecay
     ScaleLearningRate SetLearningRate SetTotal SimulatedStep SpecChanged StageSchedule StateMismatch
     TakeBack ValuesConflict ValuesRequest Violation Waived acknowledge_directive adjust_run
-    approve_advice attach_run base_schedule base_values change_from_mapping change_to_mapping
+    approve_advice attach_run base_schedule base_values chain change_from_mapping change_to_mapping
     check_attempt check_holder create_run declare_values decode encode finish_run fold get_values
     learning_rate_schedule made_next offer_values offered open_attempt parse_spec planned read_state
     report_losses restore_snapshot revise_run rows run_not_found save_state simulate spec_difference

@@ -12,6 +12,7 @@ if _find_spec("pydantic") is None:
         "pip install 'lrpilot[server]'"
     )
 
+from lrpilot.core._canonical import chain
 from lrpilot.core._changes import (
     Change,
     Direct,
@@ -215,6 +216,7 @@ __all__ = [
     "attach_run",
     "base_schedule",
     "base_values",
+    "chain",
     "change_from_mapping",
     "change_to_mapping",
     "check_attempt",
