@@ -21,7 +21,7 @@ from pathlib import Path
 
 from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._sql_store import open_store
-from lrpilot.server._store import LogRow
+from lrpilot.server._store import LogRow, Reason
 
 DIGEST = "0" * 64
 
@@ -40,7 +40,13 @@ class CommitCounter:
 
     commits: int = 0
 
-    def commit_finished(self, seconds: float, appends: int, rows: int, ok: bool) -> None:  # noqa: ARG002
+    def commit_finished(
+        self,
+        seconds: float,  # noqa: ARG002
+        appends: int,  # noqa: ARG002
+        rows: int,  # noqa: ARG002
+        failure: Reason | None,  # noqa: ARG002
+    ) -> None:
         """Count one."""
         self.commits += 1
 

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lrpilot import core
@@ -124,8 +125,15 @@ class FaultyStore:
     def size(self) -> int:
         return self._store.size()
 
+    @property
+    def folder(self) -> Path | None:
+        return self._store.folder
+
     def check(self) -> None:
         self._store.check()
+
+    def probe(self) -> None:
+        self._store.probe()
 
     def follow(self, heard: Heard) -> bool:
         return self._store.follow(heard)

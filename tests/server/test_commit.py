@@ -12,7 +12,14 @@ import pytest
 from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._sql_store import open_store
-from lrpilot.server._store import Append, AppendResult, LogRow, SeqTaken, StoreUnavailable
+from lrpilot.server._store import (
+    Append,
+    AppendResult,
+    LogRow,
+    Reason,
+    SeqTaken,
+    StoreUnavailable,
+)
 
 
 def row(seq: int, mark: str = "") -> LogRow:
@@ -56,12 +63,14 @@ class Observed:
     """Remembers what it is told."""
 
     def __init__(self) -> None:
-        self.commits: list[tuple[int, int, bool]] = []
+        self.commits: list[tuple[int, int, Reason | None]] = []
         self.seconds: list[float] = []
 
-    def commit_finished(self, seconds: float, appends: int, rows: int, ok: bool) -> None:
+    def commit_finished(
+        self, seconds: float, appends: int, rows: int, failure: Reason | None
+    ) -> None:
         self.seconds.append(seconds)
-        self.commits.append((appends, rows, ok))
+        self.commits.append((appends, rows, failure))
 
 
 async def held(store: GatedStore, committer: GroupCommitter) -> asyncio.Task[None]:
@@ -105,7 +114,7 @@ async def test_what_gathers_during_a_commit_goes_into_the_next() -> None:
     await asyncio.gather(first, *others)
     await committer.close()
     assert store.sizes() == [1, 25]
-    assert observed.commits == [(1, 1, True), (25, 50, True)]
+    assert observed.commits == [(1, 1, None), (25, 50, None)]
     assert all(seconds > 0 for seconds in observed.seconds)
 
 
@@ -179,7 +188,7 @@ async def test_a_failing_store_fails_those_appends_and_no_later_ones(
     await committer.append("run-0", [row(1)], create=True)
     await committer.close()
     assert store.runs() == ["first-0", "run-0"]
-    assert observed.commits == [(1, 1, True), (3, 6, False), (1, 1, True)]
+    assert observed.commits == [(1, 1, None), (3, 6, "other"), (1, 1, None)]
 
 
 async def test_close_flushes() -> None:
@@ -267,7 +276,9 @@ async def test_rows_that_no_log_takes_reach_no_store() -> None:
 
 async def test_an_observer_that_fails_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     class Broken:
-        def commit_finished(self, seconds: float, appends: int, rows: int, ok: bool) -> None:
+        def commit_finished(
+            self, seconds: float, appends: int, rows: int, failure: Reason | None
+        ) -> None:
             raise ZeroDivisionError
 
     committer = GroupCommitter(MemoryStore(), Broken())

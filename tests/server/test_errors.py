@@ -150,8 +150,9 @@ class TestTranslation:
 
     async def test_a_store_that_fails(self, outcome: Any, caplog: pytest.LogCaptureFixture) -> None:
         call, observed = outcome
-        code, text, detailed = await call(StoreUnavailable("disk full"))
-        assert (code, detailed) == ("UNAVAILABLE", False)
+        caplog.set_level(logging.DEBUG, "lrpilot.server")
+        code, text, detailed = await call(StoreUnavailable("disk full", "disk_full"))
+        assert (code, detailed) == ("UNAVAILABLE", True)
         assert "disk full" in text
         assert observed == [("GetRun", "UNAVAILABLE")]
         assert "GetRun: disk full" in caplog.text

@@ -279,7 +279,7 @@ class TestStoreFailures:
             before = (await job.shown()).SerializeToString(deterministic=True)
             store.fail_before = 1
             refusal = await a.refused(method, **fields)
-            assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "")
+            assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "StoreUnavailable")
             assert "no space left on device" in refusal.text
             assert (await job.shown()).SerializeToString(deterministic=True) == before
             await a.call(method, **fields)
@@ -340,7 +340,7 @@ class TestStoreFailures:
         await a.restart()
         store.fail_reads = True
         refusal = await a.call_refused("GetValues", **job.values_fields(0))
-        assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "")
+        assert (refusal.code, refusal.reason) == ("UNAVAILABLE", "StoreUnavailable")
         store.fail_reads = False
         assert await job.rates(0)
 

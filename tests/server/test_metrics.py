@@ -167,7 +167,16 @@ async def test_nothing_is_labelled_by_rank(server: Replica) -> None:
     seen = await scrape(server)
     labels = {label for _, pairs in seen.samples for label, _ in pairs}
     of_runs = {label for family in FAMILIES.values() for label in family.labels}
-    assert labels <= of_runs | {"run", "method", "code", "le", "version", "python", "grpc"}
+    assert labels <= of_runs | {
+        "run",
+        "method",
+        "code",
+        "le",
+        "version",
+        "python",
+        "grpc",
+        "reason",
+    }
     assert not any("rank" in label for label in labels)
 
 

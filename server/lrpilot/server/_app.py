@@ -37,7 +37,7 @@ DRAIN_S = 10.0
 """How long calls under way may take once the server is told to end."""
 
 CHECK_S = 1.0
-"""Time between two looks at whether the store can be read."""
+"""Time between two looks at whether the store can be read or, after a failure, written."""
 
 LIVENESS = "live"
 """The name under which the health service says that the process lives, store or not."""
@@ -109,6 +109,8 @@ class Server:
         self.ledger = Ledger(store, committer)
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
         self._store = store
+        self._committer = committer
+        self._metrics = metrics
         self._tasks: list[asyncio.Task[None]] = []
         self._trainer_service = TrainerService(self.ledger)
         services: dict[ServiceDescriptor, Service] = {
@@ -117,8 +119,9 @@ class Server:
         }
         self._names = [descriptor.full_name for descriptor in services]
         self._health = _Health(("", *self._names))
-        self.is_ready = False
-        """Whether it takes calls, and the store can be read."""
+        self.not_ready: str | None = "starting"
+        """Why no calls are wanted here, for people; None: it takes calls, and the store reads
+        and writes."""
         self.grpc.add_generic_rpc_handlers(
             tuple(
                 handlers(descriptor, service, metrics) for descriptor, service in services.items()
@@ -129,6 +132,13 @@ class Server:
             (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc
         )
         metrics.watch(self.ledger, committer)
+        if store.folder is not None:
+            metrics.watch_folder(store.folder)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes calls, and the store reads and writes."""
+        return self.not_ready is None
 
     def bind(self, address: str) -> str:
         """Return the address with the port that was bound. Raises StartupError."""
@@ -147,37 +157,59 @@ class Server:
         """Take calls, and say so."""
         await self.grpc.start()
         await self._health.live()
-        await self._say_ready(True)
+        await self._say_ready(None)
         self._tasks = [
             asyncio.create_task(self.ledger.follow()),
             asyncio.create_task(self._check_store()),
         ]
 
     async def _check_store(self) -> None:
-        """Say who may send calls here: those that need the store find another replica."""
-        while True:
-            await asyncio.sleep(CHECK_S)
-            try:
-                await asyncio.to_thread(self._store.check)
-            except StoreUnavailable as error:
-                if self.is_ready:
-                    logger.error("not ready: %s", error)  # noqa: TRY400 - the text says all.
-                await self._say_ready(False)
-            else:
-                if not self.is_ready:
-                    logger.info("ready again")
-                await self._say_ready(True)
+        """Say who may send calls here: those that need the store find another replica.
 
-    async def _say_ready(self, is_ready: bool) -> None:
-        self.is_ready = is_ready
-        await self._health.ready(is_ready)
+        A write that fails is enough to say no. To say yes again takes one that succeeds: a store
+        that can be read says nothing of whether it can be written.
+        """
+        said = None
+        while True:
+            failure = await self._failure()
+            if failure is None and said is not None:
+                logger.info("ready again")
+                self.ledger.resume()
+            elif failure is not None:
+                self.ledger.suspend()
+                if said != failure.reason:
+                    logger.error("not ready: %s", failure)
+            said = None if failure is None else failure.reason
+            self._metrics.store_writable(failure is None)
+            await self._say_ready(None if failure is None else str(failure))
+
+    async def _failure(self) -> StoreUnavailable | None:
+        """Return why the store fails, at once where a write does, or None after a moment."""
+        try:
+            if self.is_ready:
+                await self._committer.wait_for_failure(CHECK_S)
+                if self._committer.failure is not None:
+                    # It is counted already.
+                    return self._committer.failure
+                await asyncio.to_thread(self._store.check)
+            else:
+                await asyncio.sleep(CHECK_S)
+                await self._committer.probe()
+        except StoreUnavailable as error:
+            self._metrics.store_failed(error.reason)
+            return error
+        return None
+
+    async def _say_ready(self, not_ready: str | None) -> None:
+        self.not_ready = not_ready
+        await self._health.ready(not_ready is None)
 
     async def drain(self) -> None:
         """Take no more calls; return once those under way are done, or their time is up."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self.is_ready = False
+        self.not_ready = "draining"
         await self._health.enter_graceful_shutdown()
         self._health.end_watches()
         self._trainer_service.drain()
@@ -244,7 +276,7 @@ async def _serve(
 ) -> None:
     server = Server(store, committer, metrics)
     grpc_address = server.bind(config.listen)
-    with _http(config.http, metrics, lambda: server.is_ready) as http_address:
+    with _http(config.http, metrics, lambda: server.not_ready) as http_address:
         await server.start()
         print(f"lrpilot ready grpc={grpc_address} http={http_address}", flush=True)  # noqa: T201
         warming = asyncio.create_task(server.ledger.warm_up())
@@ -261,6 +293,11 @@ def _opened_store(config: ServerConfig) -> Iterator[Store]:
     except (StoreError, ValueError) as error:
         raise StartupError(str(error)) from error
     try:
+        try:
+            # Otherwise a server on a full disk would say that it is ready, until asked to write.
+            store.probe()
+        except StoreError as error:
+            raise StartupError(str(error)) from error
         yield store
     finally:
         store.close()
@@ -286,7 +323,9 @@ def _signals(stop: asyncio.Event) -> Iterator[None]:
 
 
 @contextmanager
-def _http(address: str | None, metrics: Metrics, is_ready: Callable[[], bool]) -> Iterator[str]:
+def _http(
+    address: str | None, metrics: Metrics, not_ready: Callable[[], str | None]
+) -> Iterator[str]:
     """Serve metrics, `/live` and `/ready` on a thread of its own; yield where."""
     if address is None:
         yield "off"
@@ -302,7 +341,7 @@ def _http(address: str | None, metrics: Metrics, is_ready: Callable[[], bool]) -
             "stop what listens there or choose another address with --http"
         ) from error
     wsgi: Any = server
-    wsgi.set_app(_routed(wsgi.get_app(), is_ready))
+    wsgi.set_app(_routed(wsgi.get_app(), not_ready))
     try:
         yield f"{host}:{server.server_port}"
     finally:
@@ -312,15 +351,17 @@ def _http(address: str | None, metrics: Metrics, is_ready: Callable[[], bool]) -
         thread.join(DRAIN_S)
 
 
-def _routed(metrics: Any, is_ready: Callable[[], bool]) -> Any:
+def _routed(metrics: Any, not_ready: Callable[[], str | None]) -> Any:
     """Return a WSGI application that answers probes, and all else with metrics."""
 
     def probe(path: str) -> tuple[str, bytes] | None:
         if path == "/live":
             return "200 OK", b"live\n"
         if path == "/ready":
-            ready = "200 OK", b"ready\n"
-            return ready if is_ready() else ("503 Service Unavailable", b"not ready\n")
+            why = not_ready()
+            if why is None:
+                return "200 OK", b"ready\n"
+            return "503 Service Unavailable", f"not ready: {why}\n".encode()
         return None
 
     def serve(environment: dict[str, Any], start: Callable[..., Any]) -> Any:

@@ -5,6 +5,7 @@ while it commits, appends gather in its queue, and the next commit takes them al
 """
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import queue
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from lrpilot.server._store import Append, LogRow, Store, StoreUnavailable
+from lrpilot.server._store import Append, LogRow, Reason, Store, StoreUnavailable
 
 logger = logging.getLogger("lrpilot.server")
 
@@ -22,11 +23,13 @@ logger = logging.getLogger("lrpilot.server")
 class CommitObserver(Protocol):
     """Who is told of each commit. Called on the writer's thread: it must be quick."""
 
-    def commit_finished(self, seconds: float, appends: int, rows: int, ok: bool) -> None:
+    def commit_finished(
+        self, seconds: float, appends: int, rows: int, failure: Reason | None
+    ) -> None:
         """Count one commit of `appends` appends with `rows` rows in all.
 
-        `ok` is False where the store failed; an append that met a conflict is counted as any
-        other.
+        `failure` says why the store failed; None: it did not. An append that met a conflict is
+        counted as any other.
         """
 
 
@@ -36,8 +39,16 @@ class _Delete:
 
 
 @dataclass(frozen=True, slots=True)
+class _Probe:
+    """A write that only shows whether writes succeed."""
+
+
+_Work = Append | _Delete | _Probe
+
+
+@dataclass(frozen=True, slots=True)
 class _Task:
-    work: Append | _Delete
+    work: _Work
     done: asyncio.Future[bool]
 
 
@@ -59,6 +70,9 @@ class GroupCommitter:
         self._observer = observer
         self._queue: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._closed = False
+        self.failure: StoreUnavailable | None = None
+        """Why the last write failed; None: it did not."""
+        self._failed = asyncio.Event()
         # A daemon, so that a server that failed before `close` can still end.
         self._thread = threading.Thread(target=self._write, name="lrpilot-commit", daemon=True)
         self._thread.start()
@@ -86,6 +100,15 @@ class GroupCommitter:
         """
         return await self._submit(_Delete(run))
 
+    async def probe(self) -> None:
+        """Return once a write has shown that writes succeed. Raises as `delete` does."""
+        await self._submit(_Probe())
+
+    async def wait_for_failure(self, timeout_s: float) -> None:
+        """Return once a write has failed and none has succeeded since, or after `timeout_s`."""
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._failed.wait(), timeout_s)
+
     async def close(self) -> None:
         """Take nothing more, and return once everything handed over is carried out."""
         if not self._closed:
@@ -93,7 +116,7 @@ class GroupCommitter:
             self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    def _submit(self, work: Append | _Delete) -> asyncio.Future[bool]:
+    def _submit(self, work: _Work) -> asyncio.Future[bool]:
         if self._closed:
             raise StoreUnavailable("the server is shutting down")
         done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
@@ -109,7 +132,7 @@ class GroupCommitter:
                     self._commit(list(group))
                 else:
                     for task in group:
-                        self._resolve([_Outcome(task.done, self._delete(task.work.run))])
+                        self._resolve([_Outcome(task.done, self._carry_out(task.work))])
 
     def _drain(self) -> tuple[list[_Task], bool]:
         """Wait for a task, then return all there are, and whether more may come."""
@@ -143,23 +166,48 @@ class GroupCommitter:
         if self._observer is not None:
             try:
                 rows = sum(len(append.rows) for append in batch)
-                self._observer.commit_finished(seconds, len(batch), rows, failure is None)
+                reason = None if failure is None else _unavailable(failure).reason
+                self._observer.commit_finished(seconds, len(batch), rows, reason)
             except Exception:
                 logger.exception("a commit could not be counted")
 
-    def _delete(self, run: str) -> bool | Exception:
+    def _carry_out(self, work: _Work) -> bool | Exception:
         try:
-            return self._store.delete(run)
+            if isinstance(work, _Delete):
+                return self._store.delete(work.run)
+            self._store.probe()
         except Exception as error:
             return _unavailable(error)
+        return True
 
     def _resolve(self, outcomes: list[_Outcome]) -> None:
         """Wake everyone of a batch with one message to the event loop."""
         try:
-            outcomes[0].done.get_loop().call_soon_threadsafe(_set, outcomes)
+            outcomes[0].done.get_loop().call_soon_threadsafe(self._set, outcomes)
         except RuntimeError:
             # The loop is closed: nobody waits any more, and what was written stays written.
             logger.warning("the event loop ended before %d writes did", len(outcomes))
+
+    def _set(self, outcomes: list[_Outcome]) -> None:
+        # Before anybody hears of it: who asks then whether writes succeed must not hear otherwise.
+        self._learn([outcome.result for outcome in outcomes])
+        for outcome in outcomes:
+            if outcome.done.done():
+                continue  # The caller was cancelled.
+            if isinstance(outcome.result, Exception):
+                outcome.done.set_exception(outcome.result)
+            else:
+                outcome.done.set_result(outcome.result)
+
+    def _learn(self, results: list[bool | Exception]) -> None:
+        failures = [result for result in results if isinstance(result, StoreUnavailable)]
+        if failures:
+            self.failure = failures[0]
+            self._failed.set()
+        elif True in results:
+            # One that met nothing but conflicts wrote nothing, and shows nothing.
+            self.failure = None
+            self._failed.clear()
 
 
 def _unavailable(failure: Exception) -> StoreUnavailable:
@@ -167,16 +215,6 @@ def _unavailable(failure: Exception) -> StoreUnavailable:
     text = str(failure)
     if not isinstance(failure, StoreUnavailable):
         text = f"{type(failure).__name__}: {text}"
-    error = StoreUnavailable(text)
+    error = StoreUnavailable(text, getattr(failure, "reason", "other"))
     error.__cause__ = failure
     return error
-
-
-def _set(outcomes: list[_Outcome]) -> None:
-    for outcome in outcomes:
-        if outcome.done.done():
-            continue  # The caller was cancelled.
-        if isinstance(outcome.result, Exception):
-            outcome.done.set_exception(outcome.result)
-        else:
-            outcome.done.set_result(outcome.result)

@@ -9,6 +9,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 
 from lrpilot import core
+from lrpilot.server._store import StoreUnavailable
 from lrpilot.v1 import errors_pb2
 
 DETAILS_KEY = "grpc-status-details-bin"
@@ -75,6 +76,17 @@ def details(error: core.LrpilotError) -> tuple[grpc.StatusCode, str, bytes]:
             _pack(_bad_request(error, MAX_DETAILS - status.ByteSize()), "BadRequest")
         )
     return code, _cut(str(error), MAX_TEXT, _percent_encoded), status.SerializeToString()
+
+
+def unavailable(error: StoreUnavailable) -> tuple[grpc.StatusCode, str, bytes]:
+    """Return what `details` does of a store that fails: the call may be repeated as it is."""
+    code = grpc.StatusCode.UNAVAILABLE
+    text = f"the store is unavailable: {error}"
+    info = errors_pb2.ErrorInfo(reason=StoreUnavailable.__name__, domain="lrpilot")
+    info.metadata["reason"] = error.reason
+    status = errors_pb2.Status(code=code.value[0], message=_cut(text, 400))
+    status.details.append(_pack(info, "ErrorInfo"))
+    return code, _cut(text, MAX_TEXT, _percent_encoded), status.SerializeToString()
 
 
 def _bad_request(error: core.InvalidFields, room: int) -> errors_pb2.BadRequest:

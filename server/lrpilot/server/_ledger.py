@@ -209,6 +209,26 @@ class Ledger:
         self._tasks: set[asyncio.Task[object]] = set()
         self._told: dict[str, float] = {}
         """Run to the last `seq` that another replica may have written and nobody read yet."""
+        self._is_suspended = False
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether the store fails: then no waiver is due, for no loss could have arrived."""
+        return self._is_suspended
+
+    def suspend(self) -> None:
+        """Let blocked time count for no waiver until `resume`: the store fails."""
+        self._is_suspended = True
+        self._excuse()
+
+    def resume(self) -> None:
+        """Count blocked time again, from now on."""
+        self._is_suspended = False
+        self._excuse()
+
+    def _excuse(self) -> None:
+        for run in self._runs.values():
+            run.excuse()
 
     def live(self) -> list[LiveRun]:
         """Return the unfinished runs whose ranks asked this server for something lately."""

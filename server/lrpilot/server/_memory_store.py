@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from lrpilot.server._store import (
     MILESTONE_ROWS,
@@ -135,10 +136,19 @@ class MemoryStore:
             self._check_open()
             return 0
 
+    @property
+    def folder(self) -> Path | None:
+        """None: it is on no disk."""
+        return None
+
     def check(self) -> None:
         """Return when the store can be read; otherwise raise StoreUnavailable."""
         with self._lock:
             self._check_open()
+
+    def probe(self) -> None:
+        """Return when the store can be written; otherwise raise StoreUnavailable."""
+        self.check()
 
     def follow(self, heard: Heard) -> bool:  # noqa: ARG002
         """Return that nobody but this process writes to the store."""

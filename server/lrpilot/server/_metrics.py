@@ -2,13 +2,17 @@
 
 import asyncio
 import importlib.metadata
+import math
 import platform
+import shutil
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector
 
 from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._run_metrics import RunCollector
+from lrpilot.server._store import REASONS, Reason
 
 _SECONDS = (
     0.0005,
@@ -69,6 +73,26 @@ class Metrics:
         self._failed_commits = Counter(
             "lrpilot_failed_commits", "Commits that the store failed.", registry=self.registry
         )
+        self._writable = Gauge(
+            "lrpilot_store_writable",
+            "1 while writes to the store succeed, 0 from one that failed to one that succeeds.",
+            registry=self.registry,
+        )
+        self._writable.set(1)
+        self._failures = Counter(
+            "lrpilot_store_failures",
+            "Commits, probes and checks that the store failed, by reason.",
+            ("reason",),
+            registry=self.registry,
+        )
+        for reason in REASONS:
+            self._failures.labels(reason)
+        self._free_bytes = Gauge(
+            "lrpilot_store_free_bytes",
+            "Bytes left on the disk of the data folder; absent where the store has none.",
+            ("folder",),
+            registry=self.registry,
+        )
 
         self._queue_depth = Gauge(
             "lrpilot_commit_queue_depth",
@@ -81,16 +105,38 @@ class Metrics:
         self._queue_depth.set_function(lambda: committer.waiting)
         self.registry.register(RunCollector(ledger, asyncio.get_running_loop()))
 
+    def watch_folder(self, folder: Path) -> None:
+        """Show how much room there is for a store."""
+        self._free_bytes.labels(str(folder)).set_function(lambda: _free_bytes(folder))
+
+    def store_writable(self, is_writable: bool) -> None:
+        """Show whether writes to the store succeed."""
+        self._writable.set(is_writable)
+
+    def store_failed(self, reason: Reason) -> None:
+        """Count one failure of the store."""
+        self._failures.labels(reason).inc()
+
     def call_finished(self, method: str, code: str, seconds: float) -> None:
         """Count one finished call."""
         self._calls.labels(method, code).inc()
         self._call_seconds.labels(method).observe(seconds)
 
-    def commit_finished(self, seconds: float, appends: int, rows: int, ok: bool) -> None:
+    def commit_finished(
+        self, seconds: float, appends: int, rows: int, failure: Reason | None
+    ) -> None:
         """Count one commit."""
         del appends  # The rows say how much was written, the histogram how often.
         self._commit_seconds.observe(seconds)
-        if ok:
+        if failure is None:
             self._committed_rows.inc(rows)
         else:
             self._failed_commits.inc()
+            self.store_failed(failure)
+
+
+def _free_bytes(folder: Path) -> float:
+    try:
+        return shutil.disk_usage(folder).free
+    except OSError:
+        return math.nan

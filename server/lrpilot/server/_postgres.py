@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import URL
 
 from lrpilot.server._schema import REVISION, metadata
-from lrpilot.server._store import Heard, News, StoreUnavailable
+from lrpilot.server._store import Heard, News, Reason, StoreUnavailable
 
 logger = logging.getLogger("lrpilot.server")
 
@@ -80,6 +80,32 @@ def shown(url: URL) -> str:
 def is_conflict(error: BaseException) -> bool:
     """Return whether the database ended a transaction because of another one."""
     return getattr(error, "sqlstate", None) in _CONFLICTS
+
+
+_REASONS: dict[str, Reason] = {
+    "53100": "disk_full",
+    "53300": "too_many",
+    "25006": "read_only",
+    "58030": "io_error",
+    "55P03": "locked",
+    "57014": "locked",
+}
+"""SQLSTATE to reason."""
+
+
+def postgres_reason(error: BaseException) -> Reason | None:
+    """Return why the database refused; None: an error of psycopg it is not."""
+    if not type(error).__module__.startswith("psycopg"):
+        return None
+    state = getattr(error, "sqlstate", None)
+    if state in _REASONS:
+        return _REASONS[state]
+    text = str(error)
+    if "session is read-only" in text or "server is in hot standby mode" in text:
+        return "read_only"
+    # Class 08: lost connections; 57P: the database shuts down, starts or ended the session.
+    is_lost = state is None or state[:2] == "08" or state[:3] == "57P"
+    return "unreachable" if is_lost else "other"
 
 
 class Watchdog:
@@ -160,7 +186,7 @@ class Postgres:
     def refuse_if_silent(self) -> None:
         """Raise StoreUnavailable right after the database has been silent for too long."""
         if time.monotonic() < self._refuse_until_s:
-            raise StoreUnavailable(self._silent)
+            raise StoreUnavailable(self._silent, "no_answer")
 
     def was_silent(self, error: BaseException) -> None:
         """Refuse calls for a moment where an error shows that the database does not answer."""
@@ -178,7 +204,7 @@ class Postgres:
             if not self._watchdog.forget(raw):
                 raise
             self._refuse(f"it did not answer within {ANSWER_S:g} s")
-            raise StoreUnavailable(self._silent) from error
+            raise StoreUnavailable(self._silent, "no_answer") from error
         finally:
             self._watchdog.forget(raw)
 
@@ -206,6 +232,11 @@ class Postgres:
         connection.execution_options(**{_ANSWER: MIGRATION_S})
         connection.exec_driver_sql(f"SET LOCAL statement_timeout = '{MIGRATION_S:.0f}s'")
 
+    def refuse_read_only(self, connection: sa.Connection) -> None:
+        """Raise StoreUnavailable where the database says that it takes no writes."""
+        if connection.exec_driver_sql("SHOW transaction_read_only").scalar_one() == "on":
+            raise StoreUnavailable(f"read-only: {self.name} takes no writes", "read_only")
+
     def announce(self, connection: sa.Connection, news: Sequence[News]) -> None:
         """Tell every server what this transaction wrote, once it is committed.
 
@@ -213,9 +244,11 @@ class Postgres:
         memory. One that is set to more than its own disk, as to a standby's, is left so.
         """
         statement = sa.text(
-            "SELECT pg_notify(:channel, note), CASE WHEN current_setting('synchronous_commit')"
-            " IN ('off', 'local', 'remote_write') THEN set_config('synchronous_commit', 'on', true)"
-            " END FROM unnest(CAST(:notes AS text[])) AS note"
+            "SELECT CASE WHEN current_setting('synchronous_commit') IN ('off', 'local',"
+            " 'remote_write') THEN set_config('synchronous_commit', 'on', true) END"
+            " UNION ALL"
+            " SELECT CAST(pg_notify(:channel, note) AS text)"
+            " FROM unnest(CAST(:notes AS text[])) AS note"
         )
         notes = [f"{one.seq or 0} {one.run}" for one in news]
         connection.execute(statement, {"channel": CHANNEL, "notes": notes})

@@ -12,7 +12,7 @@ from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import Message
 
 from lrpilot import core
-from lrpilot.server._errors import DETAILS_KEY, REFUSALS, details
+from lrpilot.server._errors import DETAILS_KEY, REFUSALS, details, unavailable
 from lrpilot.server._store import StoreUnavailable
 
 logger = logging.getLogger("lrpilot.server")
@@ -82,8 +82,10 @@ def _served(name: str, behaviour: Behaviour, observer: CallObserver) -> Callable
             code, text, packed = details(error)
             metadata = ((DETAILS_KEY, packed),)
         except StoreUnavailable as error:
-            logger.error("%s: %s", name, error)  # noqa: TRY400 - the text says all.
-            code, text = grpc.StatusCode.UNAVAILABLE, f"the store is unavailable: {error}"
+            # Readiness says it in the log, once for all the calls that meet it.
+            logger.debug("%s: %s", name, error)
+            code, text, packed = unavailable(error)
+            metadata = ((DETAILS_KEY, packed),)
         except asyncio.CancelledError:
             code = grpc.StatusCode.CANCELLED
             raise

@@ -8,8 +8,9 @@ keeps to both: that makes two writers on one database safe, whatever they believ
 
 import dataclasses
 import re
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,14 +18,23 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from lrpilot.server._memory_store import MemoryStore, check_limit, needless
 from lrpilot.server._migrate import is_newest, migrate
 from lrpilot.server._packing import Part, Unpacked, next_segment, packed, replace
-from lrpilot.server._postgres import Postgres, is_conflict
+from lrpilot.server._postgres import Postgres, is_conflict, postgres_reason
 from lrpilot.server._schema import events, runs, snapshots
 from lrpilot.server._segments import pack
-from lrpilot.server._sqlite import BEGIN, DATABASE_NAME, FolderLock, database_bytes, sqlite_engine
+from lrpilot.server._sqlite import (
+    BEGIN,
+    DATABASE_NAME,
+    WAL_BYTES,
+    FolderLock,
+    database_bytes,
+    sqlite_engine,
+    sqlite_reason,
+)
 from lrpilot.server._store import (
     MAX_SEQ,
     Append,
@@ -32,6 +42,7 @@ from lrpilot.server._store import (
     Heard,
     LogRow,
     News,
+    Reason,
     SeqTaken,
     Snapshot,
     Store,
@@ -112,9 +123,12 @@ class SqlStore:
         self._unpacked = Unpacked()
         self._closed = False
         self._name = postgres.name if postgres else engine.url.render_as_string(hide_password=True)
+        self._path = None if postgres else Path(engine.url.database or "")
         try:
             if postgres is None or not self._transact(self._reader, is_newest):
                 self._transact(self._writer, self._migrate)
+            if postgres is None:
+                self._settle()
         except BaseException:
             self.close()
             raise
@@ -296,9 +310,66 @@ class SqlStore:
         measure = database_bytes if self._postgres is None else self._postgres.table_bytes
         return self._transact(self._reader, measure)
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder that grows as the logs do; None: it is not on this machine."""
+        return None if self._path is None else self._path.parent
+
     def check(self) -> None:
         """Return when the store can be read; otherwise raise StoreUnavailable."""
-        self._transact(self._reader, lambda one: one.execute(sa.select(runs.c.id).limit(1)).all())
+
+        def work(connection: sa.Connection) -> None:
+            connection.execute(sa.select(runs.c.id).limit(1)).all()
+            if self._postgres is not None:
+                self._postgres.refuse_read_only(connection)
+
+        self._transact(self._reader, work)
+        self._shorten()
+
+    def probe(self) -> None:
+        """Return once a small write is on stable storage, as an append is; it leaves nothing."""
+
+        def work(connection: sa.Connection) -> None:
+            # The row that goes again was written all the same. No run can have this name.
+            run = f" probe {secrets.token_hex(8)}"
+            _append(connection, [Append(run, (LogRow(1, b"", "", 0),), create=True)])
+            _delete(connection, run)
+            if self._postgres is not None:
+                self._postgres.announce(connection, [])
+
+        self._transact(self._writer, work)
+
+    def _settle(self) -> None:
+        """Bring what a crashed server left in SQLite's write-ahead log to the disk.
+
+        A commit whose fsync failed was refused, and its rows are seen by nobody: the next commit
+        writes over them. But they stand in the kernel's memory, and a server that is killed then
+        leaves them to the next one, which reads them as committed; the kernel takes pages that
+        it failed to write for clean, and never writes them by itself. So they are written once
+        more, into the database, before anyone is told of them. For the same reason a pool is not
+        made anew after such a failure: connections that stay know where the log truly ends.
+        """
+        busy, _, _ = self._checkpoint()
+        if busy:
+            raise StoreUnavailable(
+                f"{self._name}: another program reads it; let it end, and start again", "locked"
+            )
+
+    def _shorten(self) -> None:
+        """Keep SQLite's write-ahead log from growing without bound."""
+        if self._path is None or not (wal := Path(f"{self._path}-wal")).exists():
+            return
+        if wal.stat().st_size > WAL_BYTES:
+            # On a disk that is full it fails, which an append says loud enough.
+            with suppress(StoreUnavailable):
+                self._checkpoint()
+
+    def _checkpoint(self) -> tuple[int, int, int]:
+        outside = self._engine.execution_options(**{BEGIN: None})
+        busy, pages, moved = self._transact(
+            outside, lambda one: one.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+        )
+        return busy, pages, moved
 
     def follow(self, heard: Heard) -> bool:
         """Begin to call `heard` with what is written to the store; return whether others write."""
@@ -339,7 +410,9 @@ class SqlStore:
                 if was_lost:
                     raise
                 was_lost = True
-        raise StoreUnavailable(f"{self._name}: other writers were faster {_TRIES} times")
+        raise StoreUnavailable(
+            f"{self._name}: other writers were faster {_TRIES} times", "too_many"
+        )
 
     @contextmanager
     def _transaction(self, engine: sa.Engine) -> Iterator[sa.Connection]:
@@ -368,7 +441,23 @@ class SqlStore:
             text = self._postgres.describe(cause)
         is_lost = isinstance(error, DBAPIError) and error.connection_invalidated
         kind = _ConnectionLost if is_lost and not is_committing else StoreUnavailable
-        return kind(f"{self._name}: {text}")
+        reason = _reason(error, cause)
+        words = f"{_WORDS[reason]}: " if reason in _WORDS else ""
+        return kind(f"{words}{self._name}: {text}", reason)
+
+
+_WORDS: dict[Reason, str] = {
+    "disk_full": "disk full",
+    "read_only": "read-only",
+    "io_error": "I/O error",
+}
+"""What databases say each in their own words."""
+
+
+def _reason(error: SQLAlchemyError, cause: BaseException) -> Reason:
+    if isinstance(error, PoolTimeout):
+        return "too_many"
+    return postgres_reason(cause) or sqlite_reason(cause)
 
 
 class _Conflict(Exception):

@@ -8,7 +8,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy.engine import URL
 
-from lrpilot.server._store import StoreLocked, StoreUnavailable
+from lrpilot.server._store import Reason, StoreLocked, StoreUnavailable
 
 DATABASE_NAME = "lrpilot.db"
 """The database in a data folder."""
@@ -18,6 +18,25 @@ LOCK_NAME = "lock"
 
 BUSY_TIMEOUT_S = 10
 """How long SQLite waits for another connection, such as a backup's, before it gives up."""
+
+WAL_BYTES = 64 << 20
+"""Length of the write-ahead log from which on its content is moved to the database by force.
+SQLite does so by itself at 4 MiB, but not while somebody reads, and there is always somebody where
+many do."""
+
+_REASONS: dict[str, Reason] = {
+    "database or disk is full": "disk_full",
+    "attempt to write a readonly database": "read_only",
+    "disk I/O error": "io_error",
+    "unable to open database file": "io_error",
+    "database is locked": "locked",
+}
+"""Text of SQLite's to reason."""
+
+
+def sqlite_reason(error: BaseException) -> Reason:
+    """Return why SQLite refused."""
+    return _REASONS.get(str(error), "other")
 
 
 class FolderLock:
@@ -48,8 +67,12 @@ class FolderLock:
         except OSError as error:
             os.close(descriptor)
             raise StoreUnavailable(f"data folder {folder} cannot be locked: {error}") from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+        except OSError as error:
+            os.close(descriptor)
+            raise StoreUnavailable(f"data folder {folder} cannot be written: {error}") from error
         self._descriptor: int | None = descriptor
 
     def release(self) -> None:
@@ -60,7 +83,7 @@ class FolderLock:
 
 
 BEGIN = "lrpilot_begin"
-"""The option of a connection that says how its transactions begin."""
+"""The option of a connection that says how its transactions begin; None: not at all."""
 
 
 def sqlite_engine(path: Path) -> sa.Engine:
@@ -86,7 +109,9 @@ def sqlite_engine(path: Path) -> sa.Engine:
     def begin(connection: sa.Connection) -> None:
         # A writer takes its lock at once: one that has read first could not get it afterwards
         # if another wrote in between.
-        connection.exec_driver_sql(connection.get_execution_options().get(BEGIN, "BEGIN"))
+        statement = connection.get_execution_options().get(BEGIN, "BEGIN")
+        if statement is not None:
+            connection.exec_driver_sql(statement)
 
     return engine
 

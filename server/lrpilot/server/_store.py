@@ -8,7 +8,8 @@ one rule alone: a `seq` is given out once.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Literal, Protocol, get_args
 
 MAX_SEQ = 2**63 - 1
 """The greatest `seq`: what a column of 64 bits holds."""
@@ -102,12 +103,37 @@ class SeqTaken(StoreError):
         """Where the log ended; None: no run has that name."""
 
 
+Reason = Literal[
+    "disk_full",
+    "read_only",
+    "io_error",
+    "locked",
+    "unreachable",
+    "no_answer",
+    "too_many",
+    "other",
+]
+"""Why a store is unavailable, in words that are few and stay: metrics and clients tell them apart.
+
+`locked`: another program or transaction holds what is wanted; `unreachable`: no connection to
+the database; `no_answer`: it is connected and silent; `too_many`: more is asked for at once than
+there are connections, or turns.
+"""
+
+REASONS: tuple[Reason, ...] = get_args(Reason)
+
+
 class StoreUnavailable(StoreError):
     """The store cannot be read or written now, or is closed.
 
     After an append or a delete failed so, nobody knows whether it was carried out. The caller
     may simply try again: if it was, the `seq` is taken and the log says by whom.
     """
+
+    def __init__(self, text: str, reason: Reason = "other") -> None:
+        super().__init__(text)
+        self.reason = reason
+        """Why, in one of few words."""
 
 
 class CorruptSegment(StoreError):
@@ -257,10 +283,24 @@ class Store(Protocol):
 
     def size(self) -> int:
         """Return the bytes that the store takes on disk, with what is free there for more rows."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder that grows as the logs do; None: it is not on this machine."""
         ...
 
     def check(self) -> None:
-        """Return when the store can be read; otherwise raise StoreUnavailable."""
+        """Return when the store can be read; otherwise raise StoreUnavailable.
+
+        One that says of itself that it takes no writes is unavailable as well.
+        """
+        ...
+
+    def probe(self) -> None:
+        """Return once a small write is on stable storage, as an append is; it leaves nothing.
+
+        Raises StoreUnavailable: then appends would fail as well.
+        """
         ...
 
     def follow(self, heard: Heard) -> bool:

@@ -445,6 +445,9 @@ class TrainerService:
                 return block
 
     async def _waive(self, run: LiveRun, attempt: pb.Attempt, wanted: core.ValuesRequest) -> None:
+        if self._ledger.is_suspended:
+            run.excuse()
+            return
         # A replica that lags may only believe that nobody reports.
         await self._ledger.refresh(run)
 
