@@ -337,7 +337,11 @@ time.sleep(600)
 
     def test_a_child_does_not_keep_the_lock(self, tmp_path: Path) -> None:
         store = open_store(tmp_path)
-        with python("import time; time.sleep(600)", close_fds=False):
+        program = "import time; print('up', flush=True); time.sleep(600)"
+        with python(program, close_fds=False) as child:
+            # Before that it may still have to close what it does not inherit.
+            assert child.stdout is not None
+            assert child.stdout.readline() == "up\n"
             store.close()
             open_store(tmp_path).close()
 

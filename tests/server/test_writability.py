@@ -23,6 +23,7 @@ from lrpilot import core
 from lrpilot.server import _app, _sql_store
 from lrpilot.server._app import ServerConfig, StartupError, serve
 from lrpilot.server._memory_store import MemoryStore
+from lrpilot.server._metrics import Metrics
 from lrpilot.server._sql_store import SqlStore, open_store
 from lrpilot.server._store import (
     REASONS,
@@ -347,7 +348,7 @@ async def test_a_server_that_cannot_write_does_not_start(
 
 def test_ready_over_http_says_why() -> None:
     why: str | None = "disk full: /data/lrpilot.db"
-    with _app._http("127.0.0.1:0", _app.Metrics(), lambda: why) as address:
+    with _app._http("127.0.0.1:0", Metrics(), lambda: why) as address:
 
         def ready() -> tuple[int, str]:
             try:
@@ -366,7 +367,7 @@ def test_ready_over_http_says_why() -> None:
 
 
 def test_the_room_on_the_disk_is_shown(tmp_path: Path) -> None:
-    metrics = _app.Metrics()
+    metrics = Metrics()
     read: Callable[[], float | None] = lambda: metrics.registry.get_sample_value(  # noqa: E731
         "lrpilot_store_free_bytes", {"folder": str(tmp_path)}
     )
