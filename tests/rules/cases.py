@@ -1144,6 +1144,29 @@ def a_state_of_another_log_is_refused(world: World) -> None:
     promise(got == "StateMismatch", f"a state of a lost branch: {got}")
 
 
+@case()
+def an_import_ends_the_attempts_of_the_log(world: World) -> None:
+    """They may go on where the log came from; a new one goes on here as it would have there."""
+    world.open(0, key="job")
+    stall(world, 0, 6)
+    world.ask_through(0, 10)
+    state = world.save(3)
+    old = world.current
+    world.move()
+    for replica in (0, 1):
+        for call in (
+            lambda: world.ask(3, attempt=old, replica=replica),  # noqa: B023
+            lambda: world.report((6, 1.0, 7), attempt=old, replica=replica),  # noqa: B023
+            lambda: world.open(0, key="job", replica=replica),  # noqa: B023
+        ):
+            got = world.refusal(call)
+            promise(got == "AttemptSuperseded", f"a rank of an attempt from elsewhere: {got}")
+    world.open(state=state)
+    world.ask_through(3, 7)
+    stall(world, 3, 12)
+    world.ask_through(3, 19)
+
+
 # The log.
 
 

@@ -935,6 +935,11 @@ def every_state_is_welcome(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(_requests, "_refuse_mismatch", lambda *_: None)
 
 
+@mutant("an_import_ends_the_attempts_of_the_log")
+def an_import_leaves_the_attempt_open(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RunState, "_import", lambda *_: None)
+
+
 # The log.
 
 

@@ -210,6 +210,11 @@ class Job(RuleBasedStateMachine):
         self.world.lose_the_store(state, replica=replica, attach=attach)
         self.saved = [state]
 
+    @rule(data=st.data(), replica=REPLICAS, fault=FAULTS)
+    def move_elsewhere(self, data: st.DataObject, replica: int, fault: Any) -> None:
+        self.world.move(replica=replica)
+        self.resume_at(data, replica, fault)
+
     @rule(
         peak=st.sampled_from([0.1, 0.2]),
         patience=st.integers(0, 2),

@@ -8,7 +8,7 @@ import asyncio
 import itertools
 import json
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -753,6 +753,25 @@ class World:
             )
             self.call(lambda one: one.trainers.attach_run(request), replica)
         return self.open(state=state, replica=replica)
+
+    def move(self, *, replica: int = 0) -> None:
+        """Export the run, lose everything, and import it."""
+        before = self.store.read(RUN)
+
+        async def exported(one: Replica) -> bytes:
+            request = runs_pb2.ExportRunRequest(run=RUN, force=True)
+            return b"".join([part.data async for part in one.people.export_run(request)])
+
+        file = self.call(exported, replica)
+        self.store.delete(RUN)
+        for index in range(len(self.replicas)):
+            self.restart(index)
+
+        async def parts() -> AsyncIterator[runs_pb2.ImportRunRequest]:
+            yield runs_pb2.ImportRunRequest(data=file, request_id=self.next_id())
+
+        self.call(lambda one: one.people.import_run(parts()), replica)
+        promise(self.store.read(RUN)[:-1] == before, "the log that was imported is another one")
 
     # What must hold at any time.
 

@@ -36,6 +36,8 @@ class _RunStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """Finished; read-only."""
     RUN_STATE_UNREADABLE: _RunState.ValueType  # 4
     """Its log cannot be read; the server's own log says why."""
+    RUN_STATE_IMPORTED: _RunState.ValueType  # 5
+    """Imported; no attempt was opened here since."""
 
 class RunState(_RunState, metaclass=_RunStateEnumTypeWrapper):
     """Where a run stands."""
@@ -50,6 +52,8 @@ RUN_STATE_FINISHED: RunState.ValueType  # 3
 """Finished; read-only."""
 RUN_STATE_UNREADABLE: RunState.ValueType  # 4
 """Its log cannot be read; the server's own log says why."""
+RUN_STATE_IMPORTED: RunState.ValueType  # 5
+"""Imported; no attempt was opened here since."""
 global___RunState = RunState
 
 @typing.final
@@ -236,6 +240,7 @@ class Run(google.protobuf.message.Message):
     PERMITTED_FIELD_NUMBER: builtins.int
     DECLARATION_FIELD_NUMBER: builtins.int
     DECLARED_STEPS_FIELD_NUMBER: builtins.int
+    IMPORTED_FROM_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name."""
     state: global___RunState.ValueType
@@ -296,6 +301,10 @@ class Run(google.protobuf.message.Message):
     """
     declared_steps: builtins.int
     """Steps that the job went on alone in this attempt, over all stretches."""
+    imported_from: builtins.str
+    """Imported, and no attempt was opened here since: release and machine that the run comes
+    from; else empty.
+    """
     @property
     def values(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GroupValues]:
         """Values at `progress`, one per group."""
@@ -360,9 +369,10 @@ class Run(google.protobuf.message.Message):
         permitted: builtins.int = ...,
         declaration: global___Declaration | None = ...,
         declared_steps: builtins.int = ...,
+        imported_from: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "created_at", b"created_at", "declaration", b"declaration", "loss", b"loss", "smoothed_loss", b"smoothed_loss", "updated_at", b"updated_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "adjustments", b"adjustments", "attempt", b"attempt", "begin", b"begin", "created_at", b"created_at", "declaration", b"declaration", "declared_steps", b"declared_steps", "delay", b"delay", "digest", b"digest", "etag", b"etag", "frontier", b"frontier", "held", b"held", "horizon", b"horizon", "late_losses", b"late_losses", "leader", b"leader", "loss", b"loss", "losses", b"losses", "name", b"name", "nonfinite_losses", b"nonfinite_losses", "permitted", b"permitted", "progress", b"progress", "rollbacks", b"rollbacks", "seq", b"seq", "skipped", b"skipped", "smoothed_loss", b"smoothed_loss", "spec_document", b"spec_document", "stage", b"stage", "state", b"state", "total", b"total", "unit", b"unit", "updated_at", b"updated_at", "validation_losses", b"validation_losses", "values", b"values", "waivers", b"waivers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "adjustments", b"adjustments", "attempt", b"attempt", "begin", b"begin", "created_at", b"created_at", "declaration", b"declaration", "declared_steps", b"declared_steps", "delay", b"delay", "digest", b"digest", "etag", b"etag", "frontier", b"frontier", "held", b"held", "horizon", b"horizon", "imported_from", b"imported_from", "late_losses", b"late_losses", "leader", b"leader", "loss", b"loss", "losses", b"losses", "name", b"name", "nonfinite_losses", b"nonfinite_losses", "permitted", b"permitted", "progress", b"progress", "rollbacks", b"rollbacks", "seq", b"seq", "skipped", b"skipped", "smoothed_loss", b"smoothed_loss", "spec_document", b"spec_document", "stage", b"stage", "state", b"state", "total", b"total", "unit", b"unit", "updated_at", b"updated_at", "validation_losses", b"validation_losses", "values", b"values", "waivers", b"waivers"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_loss", b"_loss"]) -> typing.Literal["loss"] | None: ...
     @typing.overload
@@ -976,7 +986,7 @@ class Event(google.protobuf.message.Message):
     """Digest of the log up to and including it, lowercase hexadecimal."""
     kind: builtins.str
     """"created", "attached", "opened", "joined", "reported", "recorded", "waived",
-    "permitted", "declared", "revised", "adjusted", "acknowledged" or "finished".
+    "permitted", "declared", "revised", "adjusted", "acknowledged", "finished" or "imported".
     """
     attempt: builtins.int
     """Attempt it belongs to, 0: none."""
@@ -1225,3 +1235,118 @@ class DeleteRunResponse(google.protobuf.message.Message):
     ) -> None: ...
 
 global___DeleteRunResponse = DeleteRunResponse
+
+@typing.final
+class ExportRunRequest(google.protobuf.message.Message):
+    """Request of ExportRun."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    FORCE_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """Name of the run."""
+    force: builtins.bool
+    """Export it although its ranks are active: what they do from now on is not in the file."""
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        force: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["force", b"force", "run", b"run"]) -> None: ...
+
+global___ExportRunRequest = ExportRunRequest
+
+@typing.final
+class ExportRunResponse(google.protobuf.message.Message):
+    """A part of the answer of ExportRun. The first one has no data yet."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: builtins.int
+    EVENTS_FIELD_NUMBER: builtins.int
+    TOTAL_EVENTS_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    ACTIVE_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    """The next bytes of the file, at most 256 KiB: gzip over JSON lines."""
+    events: builtins.int
+    """Number of events in the data so far."""
+    total_events: builtins.int
+    """Number of events in the whole file."""
+    digest: builtins.str
+    """Digest of the log behind the last of them, lowercase hexadecimal."""
+    active: builtins.bool
+    """True: ranks of the run asked for something lately."""
+    def __init__(
+        self,
+        *,
+        data: builtins.bytes = ...,
+        events: builtins.int = ...,
+        total_events: builtins.int = ...,
+        digest: builtins.str = ...,
+        active: builtins.bool = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["active", b"active", "data", b"data", "digest", b"digest", "events", b"events", "total_events", b"total_events"]) -> None: ...
+
+global___ExportRunResponse = ExportRunResponse
+
+@typing.final
+class ImportRunRequest(google.protobuf.message.Message):
+    """A part of the request of ImportRun."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: builtins.int
+    REQUEST_ID_FIELD_NUMBER: builtins.int
+    AUTHOR_FIELD_NUMBER: builtins.int
+    REASON_FIELD_NUMBER: builtins.int
+    data: builtins.bytes
+    """The next bytes of the file."""
+    request_id: builtins.str
+    """In the first part. Required. Random, one per call; a repeat gets the first answer."""
+    author: builtins.str
+    """In the first part. Who, for people."""
+    reason: builtins.str
+    """In the first part. Why, for people."""
+    def __init__(
+        self,
+        *,
+        data: builtins.bytes = ...,
+        request_id: builtins.str = ...,
+        author: builtins.str = ...,
+        reason: builtins.str = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["author", b"author", "data", b"data", "reason", b"reason", "request_id", b"request_id"]) -> None: ...
+
+global___ImportRunRequest = ImportRunRequest
+
+@typing.final
+class ImportRunResponse(google.protobuf.message.Message):
+    """Answer of ImportRun."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    EVENTS_FIELD_NUMBER: builtins.int
+    UNCHANGED_FIELD_NUMBER: builtins.int
+    events: builtins.int
+    """Number of events in the file."""
+    unchanged: builtins.bool
+    """True when the run was here already with all of the file's events, so that nothing was done."""
+    @property
+    def run(self) -> global___Run:
+        """The run."""
+
+    def __init__(
+        self,
+        *,
+        run: global___Run | None = ...,
+        events: builtins.int = ...,
+        unchanged: builtins.bool = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["run", b"run"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["events", b"events", "run", b"run", "unchanged", b"unchanged"]) -> None: ...
+
+global___ImportRunResponse = ImportRunResponse

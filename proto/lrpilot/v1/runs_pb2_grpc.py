@@ -60,6 +60,16 @@ class RunServiceStub(object):
                 request_serializer=lrpilot_dot_v1_dot_runs__pb2.DeleteRunRequest.SerializeToString,
                 response_deserializer=lrpilot_dot_v1_dot_runs__pb2.DeleteRunResponse.FromString,
                 )
+        self.ExportRun = channel.unary_stream(
+                '/lrpilot.v1.RunService/ExportRun',
+                request_serializer=lrpilot_dot_v1_dot_runs__pb2.ExportRunRequest.SerializeToString,
+                response_deserializer=lrpilot_dot_v1_dot_runs__pb2.ExportRunResponse.FromString,
+                )
+        self.ImportRun = channel.stream_unary(
+                '/lrpilot.v1.RunService/ImportRun',
+                request_serializer=lrpilot_dot_v1_dot_runs__pb2.ImportRunRequest.SerializeToString,
+                response_deserializer=lrpilot_dot_v1_dot_runs__pb2.ImportRunResponse.FromString,
+                )
 
 
 class RunServiceServicer(object):
@@ -133,6 +143,23 @@ class RunServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExportRun(self, request, context):
+        """Sends a run's whole log as one file, up to where it ends when the call begins. Errors:
+        FAILED_PRECONDITION (RunLive), NOT_FOUND (RunNotFound; also where it is deleted meanwhile).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportRun(self, request_iterator, context):
+        """Takes over a run from a file that ExportRun sent: the whole log or nothing. The attempts in
+        it have ended here. Errors: INVALID_ARGUMENT (InvalidRequest, which names the line of the
+        file), ALREADY_EXISTS (RunExists).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RunServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -180,6 +207,16 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.DeleteRun,
                     request_deserializer=lrpilot_dot_v1_dot_runs__pb2.DeleteRunRequest.FromString,
                     response_serializer=lrpilot_dot_v1_dot_runs__pb2.DeleteRunResponse.SerializeToString,
+            ),
+            'ExportRun': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExportRun,
+                    request_deserializer=lrpilot_dot_v1_dot_runs__pb2.ExportRunRequest.FromString,
+                    response_serializer=lrpilot_dot_v1_dot_runs__pb2.ExportRunResponse.SerializeToString,
+            ),
+            'ImportRun': grpc.stream_unary_rpc_method_handler(
+                    servicer.ImportRun,
+                    request_deserializer=lrpilot_dot_v1_dot_runs__pb2.ImportRunRequest.FromString,
+                    response_serializer=lrpilot_dot_v1_dot_runs__pb2.ImportRunResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -342,5 +379,39 @@ class RunService(object):
         return grpc.experimental.unary_unary(request, target, '/lrpilot.v1.RunService/DeleteRun',
             lrpilot_dot_v1_dot_runs__pb2.DeleteRunRequest.SerializeToString,
             lrpilot_dot_v1_dot_runs__pb2.DeleteRunResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ExportRun(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(request, target, '/lrpilot.v1.RunService/ExportRun',
+            lrpilot_dot_v1_dot_runs__pb2.ExportRunRequest.SerializeToString,
+            lrpilot_dot_v1_dot_runs__pb2.ExportRunResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ImportRun(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(request_iterator, target, '/lrpilot.v1.RunService/ImportRun',
+            lrpilot_dot_v1_dot_runs__pb2.ImportRunRequest.SerializeToString,
+            lrpilot_dot_v1_dot_runs__pb2.ImportRunResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

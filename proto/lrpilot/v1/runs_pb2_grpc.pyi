@@ -82,6 +82,23 @@ class RunServiceStub:
     ]
     """Removes a run and its log for good. Errors: FAILED_PRECONDITION (RunLive)."""
 
+    ExportRun: grpc.UnaryStreamMultiCallable[
+        lrpilot.v1.runs_pb2.ExportRunRequest,
+        lrpilot.v1.runs_pb2.ExportRunResponse,
+    ]
+    """Sends a run's whole log as one file, up to where it ends when the call begins. Errors:
+    FAILED_PRECONDITION (RunLive), NOT_FOUND (RunNotFound; also where it is deleted meanwhile).
+    """
+
+    ImportRun: grpc.StreamUnaryMultiCallable[
+        lrpilot.v1.runs_pb2.ImportRunRequest,
+        lrpilot.v1.runs_pb2.ImportRunResponse,
+    ]
+    """Takes over a run from a file that ExportRun sent: the whole log or nothing. The attempts in
+    it have ended here. Errors: INVALID_ARGUMENT (InvalidRequest, which names the line of the
+    file), ALREADY_EXISTS (RunExists).
+    """
+
 class RunServiceAsyncStub:
     """For people and their tools."""
 
@@ -145,6 +162,23 @@ class RunServiceAsyncStub:
         lrpilot.v1.runs_pb2.DeleteRunResponse,
     ]
     """Removes a run and its log for good. Errors: FAILED_PRECONDITION (RunLive)."""
+
+    ExportRun: grpc.aio.UnaryStreamMultiCallable[
+        lrpilot.v1.runs_pb2.ExportRunRequest,
+        lrpilot.v1.runs_pb2.ExportRunResponse,
+    ]
+    """Sends a run's whole log as one file, up to where it ends when the call begins. Errors:
+    FAILED_PRECONDITION (RunLive), NOT_FOUND (RunNotFound; also where it is deleted meanwhile).
+    """
+
+    ImportRun: grpc.aio.StreamUnaryMultiCallable[
+        lrpilot.v1.runs_pb2.ImportRunRequest,
+        lrpilot.v1.runs_pb2.ImportRunResponse,
+    ]
+    """Takes over a run from a file that ExportRun sent: the whole log or nothing. The attempts in
+    it have ended here. Errors: INVALID_ARGUMENT (InvalidRequest, which names the line of the
+    file), ALREADY_EXISTS (RunExists).
+    """
 
 class RunServiceServicer(metaclass=abc.ABCMeta):
     """For people and their tools."""
@@ -227,5 +261,26 @@ class RunServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[lrpilot.v1.runs_pb2.DeleteRunResponse, collections.abc.Awaitable[lrpilot.v1.runs_pb2.DeleteRunResponse]]:
         """Removes a run and its log for good. Errors: FAILED_PRECONDITION (RunLive)."""
+
+    @abc.abstractmethod
+    def ExportRun(
+        self,
+        request: lrpilot.v1.runs_pb2.ExportRunRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[lrpilot.v1.runs_pb2.ExportRunResponse], collections.abc.AsyncIterator[lrpilot.v1.runs_pb2.ExportRunResponse]]:
+        """Sends a run's whole log as one file, up to where it ends when the call begins. Errors:
+        FAILED_PRECONDITION (RunLive), NOT_FOUND (RunNotFound; also where it is deleted meanwhile).
+        """
+
+    @abc.abstractmethod
+    def ImportRun(
+        self,
+        request_iterator: _MaybeAsyncIterator[lrpilot.v1.runs_pb2.ImportRunRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[lrpilot.v1.runs_pb2.ImportRunResponse, collections.abc.Awaitable[lrpilot.v1.runs_pb2.ImportRunResponse]]:
+        """Takes over a run from a file that ExportRun sent: the whole log or nothing. The attempts in
+        it have ended here. Errors: INVALID_ARGUMENT (InvalidRequest, which names the line of the
+        file), ALREADY_EXISTS (RunExists).
+        """
 
 def add_RunServiceServicer_to_server(servicer: RunServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

@@ -237,6 +237,21 @@ class Finished:
     request_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """The log up to here was written by another server, which may go on with it: the attempts in
+    it have ended here."""
+
+    kind: ClassVar[str] = "imported"
+    origin: str
+    """Release and machine that exported it, for people."""
+    exported_at_ns: int
+    """When, in Unix nanoseconds by the clock of that machine. For people."""
+    request_id: str
+    author: str = ""
+    reason: str = ""
+
+
 Event: TypeAlias = (
     Created
     | Attached
@@ -251,6 +266,7 @@ Event: TypeAlias = (
     | Adjusted
     | Acknowledged
     | Finished
+    | Imported
 )
 
 _KINDS: dict[str, type[Any]] = {
@@ -269,6 +285,7 @@ _KINDS: dict[str, type[Any]] = {
         Adjusted,
         Acknowledged,
         Finished,
+        Imported,
     )
 }
 

@@ -51,6 +51,7 @@ from lrpilot.core._events import (
     Declared,
     Event,
     Finished,
+    Imported,
     Joined,
     Opened,
     Permitted,
@@ -233,6 +234,56 @@ def finish_run(state: RunState, request_id: str) -> list[Event]:
     return [] if state.finished else [Finished(request_id)]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportRequest:
+    """A request to take over a log that another server wrote."""
+
+    origin: str
+    """Release and machine that exported it."""
+    exported_at_ns: int
+    request_id: str
+    author: str
+    reason: str
+    digest_there: str | None = None
+    """Digest that the log here has where the one to be taken over ends; None: it does not reach
+    there."""
+
+
+def import_run(state: RunState, log: RunState, request: ImportRequest) -> list[Event]:
+    """Return what comes behind the log that ends in `log`, where no run has that name; none where
+    the run is here already, with the whole of that log.
+
+    Raises RunExists, InvalidRequest.
+    """
+    if state.exists:
+        if state.answers.get(request.request_id, ("", 0))[0] == Imported.kind:
+            return []
+        if request.digest_there == log.digest:
+            return []
+        there = request.digest_there
+        here = f"has digest {there} there" if there else f"ends at seq {state.seq}"
+        raise RunExists(
+            f"run {state.name!r} exists already, with another log: the one to import has digest "
+            f"{log.digest} at seq {log.seq}, the one here {here}; to take it over all the same, "
+            "export the one here and delete it",
+            run=state.name,
+            imported_seq=log.seq,
+            imported_digest=log.digest,
+            log_seq=state.seq,
+            log_digest=there or state.digest,
+        )
+    check_signature(request.author, request.reason, required=False)
+    return [
+        Imported(
+            request.origin,
+            request.exported_at_ns,
+            request.request_id,
+            request.author,
+            request.reason,
+        )
+    ]
+
+
 def run_not_found(name: str, names: Sequence[str]) -> RunNotFound:
     """Return the error for an unknown run, with the names that look like it."""
     near = get_close_matches(name, names, n=3, cutoff=0.5)
@@ -338,7 +389,7 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
     """
     done = state.answers.get(request.request_id)
     if done is not None:
-        if done[1] != state.attempt:
+        if done[1] != state.attempt or not state.token:
             raise _superseded(state, done[1])
         return []
     _refuse_finished(state)
@@ -573,6 +624,16 @@ def _refuse_mismatch(state: RunState, saved: SavedState, digest: str | None) -> 
 
 
 def _superseded(state: RunState, attempt: int) -> AttemptSuperseded:
+    if attempt <= state.attempt and state.imported_from:
+        return AttemptSuperseded(
+            f"attempt {attempt} of run {state.name!r} ended when the run was imported here from "
+            f"{state.imported_from}: its ranks belong to the server there; to go on here, start "
+            "the job from its checkpoint, which opens a new attempt",
+            run=state.name,
+            attempt=attempt,
+            current=state.attempt,
+            imported_from=state.imported_from,
+        )
     if attempt == state.attempt:
         return AttemptSuperseded(
             f"the token is not that of attempt {attempt} of run {state.name!r}",

@@ -22,6 +22,7 @@ from lrpilot.core._events import (
     Declared,
     Event,
     Finished,
+    Imported,
     Joined,
     Opened,
     Permitted,
@@ -61,6 +62,7 @@ _PLAIN = (
     "name", "seq", "digest", "lost_seq", "lost_digest", "may_revise", "finished", "keys",
     "attempt", "token", "holder", "begin", "key", "frontier", "in_use", "waivers", "moved",
     "origin", "permits", "declared", "rewinds", "loss_progress", "outcomes", "approved", "made",
+    "imported_from",
 )  # fmt: skip
 """Attributes that a snapshot holds as they are."""
 
@@ -114,6 +116,10 @@ class RunState:
         self.attempt = 0
         """Number of the current attempt; 0 before the first."""
         self.token = ""
+        """What the requests of the current attempt carry; empty: none is open."""
+        self.imported_from = ""
+        """Where the log was written whose attempt ended with the import; empty: an attempt was
+        opened here since, or the log was not imported."""
         self.holder = ""
         """Leader mode: token of the one who gets the values; empty: all ranks do."""
         self.begin = 0
@@ -309,6 +315,8 @@ class RunState:
             case Finished():
                 self.finished = True
                 self.answers[event.request_id] = (event.kind, 0)
+            case Imported():
+                self._import(event)
 
     def _report(self, event: Reported) -> None:
         reporters = self.reporters
@@ -508,6 +516,13 @@ class RunState:
             self.plan.revise(revision)
             self.answers[event.request_id] = (event.kind, event.effective)
 
+    def _import(self, event: Imported) -> None:
+        """End the attempt: its ranks may still get values where the log came from."""
+        self.token = self.holder = self.key = ""
+        self.permits = []
+        self.imported_from = event.origin
+        self.answers[event.request_id] = (event.kind, self.attempt)
+
     def _open(self, event: Opened) -> None:
         if event.lost_seq and event.fold is not None:
             self._restore_specs(event.fold)
@@ -540,6 +555,7 @@ class RunState:
         self.rewinds.append((self.seq, event.begin))
         self.attempt = event.attempt
         self.token = event.token
+        self.imported_from = ""
         self.holder = event.holder
         self.permits, self.declared = [], []
         self.begin = event.begin

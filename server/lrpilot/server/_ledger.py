@@ -128,7 +128,7 @@ class LiveRun:
         attempt = self.state.attempt
         try:
             for row in rows:
-                self._apply(row)
+                self.apply(row)
         except BaseException:
             # Half of a log is no state: nobody must be answered from it.
             self.reset()
@@ -140,7 +140,7 @@ class LiveRun:
         """Return a run after the rows of its whole log. Raises as `advance` does."""
         run = cls(name)
         for row in rows:
-            run._apply(row)
+            run.apply(row)
         return run
 
     def adopt(self, other: "LiveRun") -> None:
@@ -162,7 +162,10 @@ class LiveRun:
             self.excuse()
         self.wake()
 
-    def _apply(self, row: LogRow) -> None:
+    def apply(self, row: LogRow) -> None:
+        """Apply a row of the log, and wake nobody. Raises as `advance` does; then half of it may
+        be applied.
+        """
         event = core.decode(row.payload)
         late = len(self.state.late)
         self.state.apply(event, row.payload)
@@ -450,6 +453,52 @@ class Ledger:
                     raise
                 self._runs.setdefault(name, run)
                 run.advance(rows)
+                return answer
+
+    async def take_over(
+        self,
+        run: LiveRun,
+        folded: LiveRun,
+        rows: list[LogRow],
+        evaluate: Callable[[core.RunState, str | None], tuple[list[core.Event], T]],
+    ) -> T:
+        """Make a run that does not exist from a log that another server wrote: `rows`, and behind
+        them what `evaluate` returns, in one append. `folded` is the run after `rows`.
+
+        `evaluate` is given the state here, and the digest here where `rows` end; where the run
+        exists, it raises or returns no event. Once begun it is finished, as
+        in `transact`.
+        """
+        return await self._finish(self._take_over(run, folded, rows, evaluate))
+
+    async def _take_over(
+        self,
+        run: LiveRun,
+        folded: LiveRun,
+        rows: list[LogRow],
+        evaluate: Callable[[core.RunState, str | None], tuple[list[core.Event], T]],
+    ) -> T:
+        name = run.state.name
+        async with run.lock:
+            while True:
+                await self._read(run)
+                digest = await self.digest_at(name, rows[-1].seq)
+                events, answer = evaluate(run.state, digest)
+                if not events:
+                    return answer
+                now_ns = time.time_ns()
+                more = [
+                    LogRow(seq, data, digest, now_ns)
+                    for seq, data, digest in core.rows(folded.state, events)
+                ]
+                try:
+                    await self._committer.append(name, [*rows, *more], create=True)
+                except SeqTaken:
+                    continue
+                for row in more:
+                    folded.apply(row)
+                self._runs.setdefault(name, run)
+                run.adopt(folded)
                 return answer
 
     async def _delete(self, run: LiveRun, check: Callable[[core.RunState], None]) -> None:

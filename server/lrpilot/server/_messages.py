@@ -60,6 +60,7 @@ def run_message(run: LiveRun) -> pb.Run:
         permitted=state.permitted,
         declaration=_declaration(state.declared[-1]) if state.declared else None,
         declared_steps=sum(item.steps for item in state.declared),
+        imported_from=state.imported_from,
     )
 
 
@@ -253,12 +254,20 @@ def event_message(row: LogRow, late: Set[tuple[int, int]]) -> pb.Event:
             message.reason = event.detail
         case core.Finished():
             message.summary = "finished"
+        case core.Imported():
+            exported = timestamp(event.exported_at_ns).ToDatetime()
+            message.summary = (
+                f"imported from {event.origin}, exported there at {exported:%Y-%m-%d %H:%M:%S}Z"
+            )
+            message.author, message.reason = event.author, event.reason
     return message
 
 
 def _run_state(state: core.RunState) -> pb.RunState.ValueType:
     if state.finished:
         return pb.RUN_STATE_FINISHED
+    if state.attempt and state.imported_from:
+        return pb.RUN_STATE_IMPORTED
     return pb.RUN_STATE_RUNNING if state.attempt else pb.RUN_STATE_CREATED
 
 

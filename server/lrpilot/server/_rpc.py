@@ -3,21 +3,34 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
-from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
 from google.protobuf.message import Message
 
 from lrpilot import core
 from lrpilot.server._errors import DETAILS_KEY, REFUSALS, details, unavailable
 from lrpilot.server._store import StoreUnavailable
 
+T = TypeVar("T")
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
 logger = logging.getLogger("lrpilot.server")
 
-Behaviour = Callable[[Any], Awaitable[Message | bytes]]
+Behaviour = Callable[[Any], Awaitable[Message | bytes]] | Callable[[Any], AsyncIterator[Message]]
+"""What a method does. It takes the request, or where the client streams an iterator of its parts;
+and returns the answer, or where the server streams an iterator of its parts."""
+
+STREAM_S = 15 * 60.0
+"""Longest that a stream may take, whatever deadline the client gave it."""
+
+PART_S = 30.0
+"""Longest wait for the next part of a request."""
 
 
 class Service(Protocol):
@@ -50,8 +63,8 @@ def handlers(
     return grpc.method_handlers_generic_handler(
         descriptor.full_name,
         {
-            method.name: grpc.unary_unary_rpc_method_handler(
-                _served(method.name, service.behaviours[method.name], observer),
+            method.name: _kind(method)(
+                _served(method, service.behaviours[method.name], observer),
                 request_deserializer=service.requests[method.input_type.name].FromString,
                 response_serializer=_serialize,
             )
@@ -68,36 +81,93 @@ def require(field: str, value: str) -> None:
         )
 
 
-def _served(name: str, behaviour: Behaviour, observer: CallObserver) -> Callable[..., Any]:
-    async def serve(
-        request: Message, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> Message | bytes:
-        started = time.perf_counter()
-        code = grpc.StatusCode.OK
-        text = ""
-        metadata: tuple[tuple[str, bytes], ...] = ()
-        try:
-            return await behaviour(request)
-        except REFUSALS as error:
-            code, text, packed = details(error)
-            metadata = ((DETAILS_KEY, packed),)
-        except StoreUnavailable as error:
-            # Readiness says it in the log, once for all the calls that meet it.
-            logger.debug("%s: %s", name, error)
-            code, text, packed = unavailable(error)
-            metadata = ((DETAILS_KEY, packed),)
-        except asyncio.CancelledError:
-            code = grpc.StatusCode.CANCELLED
-            raise
-        except Exception:
-            logger.exception("%s failed", name)
-            code, text = grpc.StatusCode.INTERNAL, "internal error; the server's log has more"
-        finally:
-            observer.call_finished(name, code.name, time.perf_counter() - started)
-        await context.abort(code, text, metadata)
-        raise AssertionError  # abort never returns
+def _kind(method: MethodDescriptor) -> Any:
+    """Return what makes the handler of a method."""
+    if method.client_streaming:
+        return grpc.stream_unary_rpc_method_handler
+    if method.server_streaming:
+        return grpc.unary_stream_rpc_method_handler
+    return grpc.unary_unary_rpc_method_handler
 
-    return serve
+
+def _served(method: MethodDescriptor, behaviour: Any, observer: CallObserver) -> Callable[..., Any]:
+    name = method.name
+
+    async def serve(request: Any, context: Context) -> Message | bytes:
+        async with _answered(name, context, observer):
+            answer: Message | bytes = await behaviour(request)
+        return answer
+
+    async def serve_client_stream(parts: Any, context: Context) -> Message | bytes:
+        async with _answered(name, context, observer):
+            answer: Message | bytes = await _bounded(behaviour(_received(parts)), STREAM_S)
+        return answer
+
+    async def serve_server_stream(request: Any, context: Context) -> None:
+        async def send() -> None:
+            async for part in behaviour(request):
+                await context.write(part)
+
+        async with _answered(name, context, observer):
+            await _bounded(send(), STREAM_S)
+
+    if method.client_streaming:
+        return serve_client_stream
+    return serve_server_stream if method.server_streaming else serve
+
+
+class _TooSlow(Exception):
+    """A stream did not get on, or not to its end, in time."""
+
+
+async def _bounded(work: Awaitable[T], seconds: float) -> T:
+    """Return what `work` does. Raises _TooSlow."""
+    try:
+        return await asyncio.wait_for(work, seconds)
+    except asyncio.TimeoutError:
+        raise _TooSlow(f"the call was not done within {seconds:g} s") from None
+
+
+async def _received(parts: AsyncIterator[Message]) -> AsyncIterator[Message]:
+    """Yield the parts of a request. Raises _TooSlow where one does not come."""
+    while True:
+        try:
+            part = await _bounded(parts.__anext__(), PART_S)
+        except StopAsyncIteration:
+            return
+        yield part
+
+
+@asynccontextmanager
+async def _answered(name: str, context: Context, observer: CallObserver) -> AsyncIterator[None]:
+    """Time the block, and translate what it raises."""
+    started = time.perf_counter()
+    code = grpc.StatusCode.OK
+    text = ""
+    metadata: tuple[tuple[str, bytes], ...] = ()
+    try:
+        yield
+    except REFUSALS as error:
+        code, text, packed = details(error)
+        metadata = ((DETAILS_KEY, packed),)
+    except StoreUnavailable as error:
+        # Readiness says it in the log, once for all the calls that meet it.
+        logger.debug("%s: %s", name, error)
+        code, text, packed = unavailable(error)
+        metadata = ((DETAILS_KEY, packed),)
+    except _TooSlow as error:
+        code, text = grpc.StatusCode.DEADLINE_EXCEEDED, str(error)
+    except asyncio.CancelledError:
+        code = grpc.StatusCode.CANCELLED
+        raise
+    except Exception:
+        logger.exception("%s failed", name)
+        code, text = grpc.StatusCode.INTERNAL, "internal error; the server's log has more"
+    else:
+        return
+    finally:
+        observer.call_finished(name, code.name, time.perf_counter() - started)
+    await context.abort(code, text, metadata)
 
 
 def _serialize(answer: Message | bytes) -> bytes:

@@ -1,8 +1,9 @@
 """The service for people: create, look at, adjust, revise and end runs."""
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from google.protobuf.message import Message
 
@@ -12,6 +13,7 @@ from lrpilot.server._documents import read_spec
 from lrpilot.server._ledger import Ledger, LiveRun
 from lrpilot.server._messages import adjustment_messages, event_message, run_message
 from lrpilot.server._rpc import Behaviour, require
+from lrpilot.server._run_file import LogChanged, RunFileReader, RunFileWriter
 from lrpilot.server._store import StoreUnavailable
 from lrpilot.v1 import runs_pb2 as pb
 
@@ -25,12 +27,19 @@ PAGE_OF_EVENTS, MAX_PAGE_OF_EVENTS = 200, 1000
 MAX_PAGE_BYTES = 512 * 1024
 """A page ends early rather than exceed this: messages are bounded at 1 MiB."""
 
+EVENTS_PER_READ = 500
+"""Events that an export reads from the store at once."""
+PART_BYTES = 256 * 1024
+"""Most bytes of a file in one message."""
+
 
 class RunService:
     """Behaviour of `lrpilot.v1.RunService`."""
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
+        self._importing = asyncio.Lock()
+        """Held while a file is read: its log is kept in memory until it is in the store."""
 
     @property
     def behaviours(self) -> Mapping[str, Behaviour]:
@@ -45,6 +54,8 @@ class RunService:
             "ListEvents": self.list_events,
             "FinishRun": self.finish_run,
             "DeleteRun": self.delete_run,
+            "ExportRun": self.export_run,
+            "ImportRun": self.import_run,
         }
 
     @property
@@ -60,6 +71,8 @@ class RunService:
             "ListEventsRequest": pb.ListEventsRequest,
             "FinishRunRequest": pb.FinishRunRequest,
             "DeleteRunRequest": pb.DeleteRunRequest,
+            "ExportRunRequest": pb.ExportRunRequest,
+            "ImportRunRequest": pb.ImportRunRequest,
         }
 
     async def create_run(self, request: pb.CreateRunRequest) -> pb.CreateRunResponse:
@@ -269,15 +282,92 @@ class RunService:
         await self._ledger.delete(run, check)
         return pb.DeleteRunResponse()
 
+    async def export_run(self, request: pb.ExportRunRequest) -> AsyncIterator[pb.ExportRunResponse]:
+        """See the proto file."""
+        run = await self._ledger.run(request.run)
+        await self._ledger.refresh(run)
+        if not run.state.exists:
+            raise core.run_not_found(request.run, ())
+        if not request.force:
+            _refuse_live(run, "export")
+        end = run.state.seq
+        begun = pb.ExportRunResponse(
+            total_events=end, digest=run.state.digest, active=_idle_s(run) is not None
+        )
+        yield begun
+        writer = RunFileWriter(request.run, time.time_ns())
+        try:
+            while writer.events < end:
+                wanted = min(EVENTS_PER_READ, end - writer.events)
+                rows = await self._ledger.history(request.run, writer.events, wanted)
+                data = await asyncio.to_thread(writer.write, rows)
+                for part in _parts(data):
+                    yield pb.ExportRunResponse(data=part, events=writer.events)
+            last = writer.end(begun.digest)
+        except LogChanged:
+            raise core.RunNotFound(
+                f"run {request.run!r} was deleted while it was exported", run=request.run
+            ) from None
+        for part in _parts(last):
+            yield pb.ExportRunResponse(data=part, events=writer.events)
 
-def _refuse_live(run: LiveRun, verb: str) -> None:
+    async def import_run(self, parts: AsyncIterator[pb.ImportRunRequest]) -> pb.ImportRunResponse:
+        """See the proto file."""
+        async with self._importing:
+            first: pb.ImportRunRequest | None = None
+            reader = RunFileReader()
+            async for part in parts:
+                if first is None:
+                    first = part
+                    require("request_id", part.request_id)
+                await asyncio.to_thread(reader.feed, part.data)
+            read = await asyncio.to_thread(reader.end)
+            if first is None:
+                raise AssertionError  # Nothing is no whole file.
+            name, log = read.run.state.name, read.run.state
+            request_id, author, reason = first.request_id, first.author, first.reason
+            events = log.seq
+
+            def evaluate(
+                state: core.RunState, digest_there: str | None
+            ) -> tuple[list[core.Event], bool]:
+                request = core.ImportRequest(
+                    origin=read.origin,
+                    exported_at_ns=read.exported_at_ns,
+                    request_id=request_id,
+                    author=author,
+                    reason=reason,
+                    digest_there=digest_there,
+                )
+                made = core.import_run(state, log, request)
+                return made, not made and request_id not in state.answers
+
+            run = await self._ledger.find(name)
+            unchanged = await self._ledger.take_over(run, read.run, read.rows, evaluate)
+        if not unchanged:
+            logger.info("run %s: imported from %s, %d events", name, read.origin, events)
+        return pb.ImportRunResponse(run=run_message(run), events=events, unchanged=unchanged)
+
+
+def _parts(data: bytes) -> list[bytes]:
+    return [data[at : at + PART_BYTES] for at in range(0, len(data), PART_BYTES)]
+
+
+def _idle_s(run: LiveRun) -> float | None:
+    """Return for how long the ranks of a live run asked for nothing; None: it is not live."""
     state = run.state
-    if not state.attempt or state.finished or state.frontier >= state.spec.total:
-        return
+    if not state.token or state.finished or state.frontier >= state.spec.total:
+        return None
     idle_s = time.time() - run.updated_ns / 1e9
     if run.seen_s is not None:
         idle_s = min(idle_s, time.monotonic() - run.seen_s)
-    if idle_s < LIVE_S:
+    return idle_s if idle_s < LIVE_S else None
+
+
+def _refuse_live(run: LiveRun, verb: str) -> None:
+    state = run.state
+    idle_s = _idle_s(run)
+    if idle_s is not None:
         raise core.RunLive(
             f"run {state.name!r} is live: attempt {state.attempt} is at progress "
             f"{state.frontier} of {state.spec.total} and its ranks asked for something "
