@@ -172,6 +172,7 @@ def test_json_of_a_run(run: Cli, server: Any, specs: Any) -> None:
         "permitted": 0,
         "declaration": None,
         "declared_steps": 0,
+        "imported_from": "",
     }
     # JSON readers that know only doubles are not our concern: the digits are all there.
     assert '"seq": 9007199254740993' in result.stdout
