@@ -42,7 +42,7 @@ class Log:
         given = {"request_id": f"open {number}", "token": f"{number:032x}", "incarnation": "one"}
         return self.write(core.open_attempt(self.state, core.OpenRequest(**{**given, **fields})))
 
-    def train(self, begin: int, losses: Sequence[float]) -> list[list[float]]:
+    def train(self, begin: int, losses: Sequence[float]) -> list[list[str]]:
         """Take the values of each step, report its loss; return the learning rates as hex."""
         taken = []
         for at, loss in enumerate(losses, begin):
@@ -174,7 +174,7 @@ def test_a_run_that_is_here() -> None:
     log = trained()
     moved = log.imported()
     end = log.state
-    again = {"origin": ORIGIN, "exported_at_ns": 18, "author": "me", "reason": ""}
+    again: dict[str, Any] = {"origin": ORIGIN, "exported_at_ns": 18, "author": "me", "reason": ""}
     # The repeat of a call, and another call for the same log.
     for fields in ({"request_id": "import"}, {"request_id": "x", "digest_there": end.digest}):
         request = core.ImportRequest(**{**again, **fields})
