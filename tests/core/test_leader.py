@@ -14,7 +14,7 @@ from lrpilot.core._changes import Direct, Hold, Multiply, NextStage
 from lrpilot.core._requests import MAX_BLOCK_VALUES
 from tests.core.test_operators import act, approve, newest
 from tests.core.test_requests import PLATEAU, Log, saved, spec
-from tests.core.test_whole_runs import ACTIONS, SPECS, Life, lives, outcome, reports
+from tests.core.test_whole_runs import ACTIONS, SPECS, Life, lives, outcome, reports, trim_anywhere
 
 HOLDER = "ab" * 16
 LINEAR: dict[str, Any] = {"peak": 1.0, "decay": {"style": "linear"}}
@@ -1023,5 +1023,6 @@ def test_it_does_not_matter_when_the_server_hears_of_it(name: str, data: st.Data
     assert (state.frontier, repr(state.loss)) == (known.frontier, repr(known.loss))
     assert core.fold("run", life.job.rows).snapshot() == state.snapshot()
     assert core.restore_snapshot(state.snapshot()).snapshot() == state.snapshot()
+    trim_anywhere(life.job, data)
     names = [item.id for item in (*state.plan.adjustments, *state.advice)]
     assert len(names) == len(set(names))

@@ -13,6 +13,7 @@ from lrpilot import core
 from lrpilot.core import Outcome, Report
 from lrpilot.core._reporters import weighted_mean
 from tests.core.test_requests import PLATEAU, Log
+from tests.core.test_whole_runs import trim_anywhere
 
 NAN, INFINITY = math.nan, math.inf
 
@@ -457,6 +458,7 @@ def test_neither_order_nor_batches_nor_repeats_change_anything(
             other.state = core.restore_snapshot(other.state.snapshot())
     assert repr(outcome(one)) == repr(outcome(other))
     assert core.fold("run", other.rows).snapshot() == other.state.snapshot()
+    trim_anywhere(other, data)
 
 
 def test_a_call_with_nothing_new_writes_no_event() -> None:

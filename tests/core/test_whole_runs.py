@@ -14,6 +14,7 @@ from lrpilot.core import Report
 from lrpilot.core._changes import Direct, NextStage, StretchWarmup
 from lrpilot.core._plan import Plan
 from tests.core.test_requests import Log
+from tests.trimmed import check_trimmed, marks_every
 
 NAN, INFINITY = math.nan, math.inf
 
@@ -240,6 +241,16 @@ def test_whatever_happens_the_promises_hold(name: str, data: st.DataObject) -> N
         for row in log.rows[cut:]:
             state.apply(core.decode(row), row)
         assert state.snapshot() == log.state.snapshot()
+    trim_anywhere(log, data)
+
+
+def trim_anywhere(log: Log, data: st.DataObject) -> None:
+    """Assert that the run, trimmed anywhere on the way, does what the whole one does."""
+    cut = data.draw(st.integers(1, len(log.rows)), "trimmed after")
+    progress = data.draw(st.integers(1, max(1, log.state.progress)), "trimmed at")
+    with marks_every(data.draw(st.integers(1, 8), "marks")):
+        asked = check_trimmed("run", log.rows, cut, progress)
+    event(f"asks for history: {asked > 0}")
 
 
 def outcome(state: core.RunState, until: int = 130) -> list[Any]:

@@ -31,6 +31,7 @@ from lrpilot.server._store import (
 from lrpilot.server._trainer_service import MAX_DIRECTIVES, TrainerService
 from lrpilot.v1 import runs_pb2, trainer_pb2
 from tests.rules.reference import Decided, Hex, Link, Name, Permit, Reference, Version
+from tests.trimmed import check_trimmed
 
 T = TypeVar("T")
 
@@ -811,6 +812,9 @@ class World:
             for row in rows[cut:]:
                 resumed.apply(core.decode(row.payload), row.payload)
             promise(resumed.snapshot() == whole, "a fold from a snapshot gives other bytes")
+        payloads = [row.payload for row in rows]
+        for cut in {len(rows) // 3, len(rows) // 2, len(rows)}:
+            check_trimmed(RUN, payloads, cut, (2 * self.reference.frontier) // 3)
         for replica in self.replicas:
             run = self._in_loop(replica.ledger.run(RUN))
             self._in_loop(replica.ledger.refresh(run))

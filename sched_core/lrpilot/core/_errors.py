@@ -33,6 +33,18 @@ class LrpilotError(Exception):
         self.facts = facts
 
 
+class HistoryNeeded(Exception):
+    """A trimmed state dropped what the answer depends on; a state whose floor is lower knows it.
+
+    No request's fault, and nothing has changed: read more of the log and do the same again.
+    """
+
+    def __init__(self, progress: int) -> None:
+        super().__init__(f"what lies at progress {progress} was dropped from the state")
+        self.progress = progress
+        """A state with this floor, or a lower one, gets further."""
+
+
 class InvalidFields(LrpilotError):
     """Fields of a request are at fault; `violations` lists every one that was found."""
 

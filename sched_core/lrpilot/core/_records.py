@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
+from lrpilot.core._errors import HistoryNeeded
 from lrpilot.core._plan import Values
 
 
@@ -84,22 +85,45 @@ class Block:
 
 
 class Records:
-    """Blocks in order of their begin. Where blocks overlap they hold the same values."""
+    """Blocks in order of their begin. Where blocks overlap they hold the same values.
 
-    def __init__(self) -> None:
+    What was recorded below `floor` is dropped, save which progress was the last: a question about
+    it raises HistoryNeeded.
+    """
+
+    def __init__(self, floor: int = 0, last_below_floor: int | None = None) -> None:
         self._blocks: list[Block] = []
         self._widest = 0
+        self.floor = floor
+        self.last_below_floor = last_below_floor
+        """Last recorded progress below `floor`; None: none was."""
 
     def __iter__(self) -> Iterator[Block]:
         return iter(self._blocks)
 
     def add(self, block: Block) -> None:
         """Add a block."""
-        insort(self._blocks, block, key=lambda item: item.begin)
+        if block.begin < self.floor:
+            below = block.cut(block.begin, self.floor)
+            if below is not None:
+                self.last_below_floor = max(self.last_below_floor or 0, below.last)
+            part = block.cut(self.floor, block.end)
+            if part is None:
+                return
+            block = part
+        insort(self._blocks, block, key=_place)
         self._widest = max(self._widest, block.end - block.begin)
+
+    def trim(self, progress: int) -> "Records":
+        """Return the records without those below `progress`, which becomes the floor."""
+        trimmed = Records(progress, self.last_below_floor)
+        for block in self._blocks:
+            trimmed.add(block)
+        return trimmed
 
     def forget(self, progress: int) -> None:
         """Drop what is recorded from `progress` on."""
+        self._refuse_below_floor(progress)
         first = bisect_left(self._blocks, progress - self._widest, key=lambda item: item.begin)
         parts = (block.cut(block.begin, progress) for block in self._blocks[first:])
         # What is left of a block begins where it began: the order stays.
@@ -107,6 +131,7 @@ class Records:
 
     def last_below(self, progress: int) -> int | None:
         """Return the last recorded progress below `progress`, or None."""
+        self._refuse_below_floor(progress)
         last = None
         index = bisect_left(self._blocks, progress, key=lambda item: item.begin)
         while index and (last is None or self._blocks[index - 1].begin + self._widest > last):
@@ -114,7 +139,7 @@ class Records:
             block = self._blocks[index]
             step = min(block.steps - 1, (progress - 1 - block.begin) // block.stride)
             last = max(last or 0, block.begin + step * block.stride)
-        return last
+        return self.last_below_floor if last is None else last
 
     def at(self, progress: int) -> Values | None:
         """Return the recorded values at `progress`, or None."""
@@ -156,11 +181,17 @@ class Records:
         )
 
     def between(self, begin: int, end: int) -> list[Block]:
-        """Return what is recorded in [begin, end)."""
+        """Return what is recorded in [begin, end), in order."""
+        self._refuse_below_floor(begin)
         parts = (block.cut(begin, end) for block in self._blocks)
-        return [part for part in parts if part is not None]
+        return sorted((part for part in parts if part is not None), key=_place)
+
+    def _refuse_below_floor(self, progress: int) -> None:
+        if progress < self.floor:
+            raise HistoryNeeded(progress)
 
     def _covering(self, progress: int) -> Iterator[Block]:
+        self._refuse_below_floor(progress)
         index = bisect_right(self._blocks, progress, key=lambda item: item.begin)
         while index:
             index -= 1
@@ -169,3 +200,11 @@ class Records:
                 return
             if progress < block.end:
                 yield block
+
+
+def _place(block: Block) -> tuple[int, int, int]:
+    """Return what blocks are kept in order of: two alike in it hold the same values.
+
+    So the order does not depend on when which of them was added, or cut at a floor.
+    """
+    return block.begin, block.stride, block.steps

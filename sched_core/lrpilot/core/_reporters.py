@@ -79,6 +79,10 @@ class Reporters:
         for at in sorted(at for at in self.parts if at < until):
             yield at, {rank: report.loss for rank, report in self.parts.pop(at).items()}
 
+    def trim(self, progress: int) -> None:
+        """Drop who said what of the final steps below `progress`."""
+        self.members = {at: losses for at, losses in self.members.items() if at >= progress}
+
     def _combined(self, at: int, parts: Mapping[int, Report]) -> Observation:
         reports = [parts[rank] for rank in self.ranks if rank in parts]
         if len(self.ranks) > 1:

@@ -3,7 +3,8 @@
 Each function is pure. It raises a typed error, or returns the events that carry the request
 out; none when that is done already, so that a repeated request is harmless. The caller
 appends them at the next `seq`, and when another replica was faster it reloads the state and
-evaluates the whole request again.
+evaluates the whole request again. Of a trimmed state each may raise HistoryNeeded, too: then a
+state with a lower floor answers what the whole one would.
 """
 
 import base64
@@ -428,6 +429,8 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
             progress=progress,
         )
     opened = _opened(request, state.attempt + 1, progress or 0, fold=fold)
+    if fold is None:
+        state.refuse_dropped(opened.begin)
     if asked is not None:
         asked_at, change = asked
         # What earlier rollbacks to here or further on cut is cut once more.
@@ -888,6 +891,8 @@ def declare_values(
         return []
     _refuse_finished(state)
     first, last = fresh[0].begin, fresh[-1].last
+    state.refuse_dropped(first)
+    state.refuse_dropped_permit(offer)
     # The least that is certain: what was used is no older than the first offer that reached it.
     usable = [item for item in state.permits if (item.seq == offer if offer else item.end > first)]
     if last >= state.permitted or not usable:

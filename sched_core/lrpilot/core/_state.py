@@ -5,6 +5,11 @@
 `RunState.apply` is the only place where a run changes. There is no clock, no randomness and
 no I/O in it, so that every replica that reads the same log holds the same state to the byte.
 A snapshot is a shortcut to a fold and nothing more.
+
+A state can be trimmed: what it holds of steps long past is dropped, so that it does not grow with
+the length of the run. It is a partial function then. Whatever it does and answers is what the whole
+state would, to the byte; where that depends on what was dropped it raises HistoryNeeded, and
+nothing has changed.
 """
 
 from bisect import bisect_left
@@ -14,6 +19,7 @@ from typing import Any, NamedTuple
 
 from lrpilot.core import _canonical
 from lrpilot.core._changes import Change, Multiply, Undo, change_from_mapping
+from lrpilot.core._errors import HistoryNeeded
 from lrpilot.core._events import (
     Acknowledged,
     Adjusted,
@@ -58,11 +64,15 @@ MAX_SAVED_VALUES = 16_384
 """Most recorded learning rates in a saved state: it must fit into one message. Those behind them
 are computed again; they come out the same unless the release or the machine is another one."""
 
+SNAPSHOT_FORMAT = 1
+"""Number of the form in which a snapshot is written. Another form, also of what is in it, needs
+another number: a server that does not know it folds the log instead."""
+
 _PLAIN = (
     "name", "seq", "digest", "lost_seq", "lost_digest", "may_revise", "finished", "keys",
     "attempt", "token", "holder", "begin", "key", "frontier", "in_use", "waivers", "moved",
     "origin", "permits", "declared", "rewinds", "loss_progress", "outcomes", "approved", "made",
-    "imported_from",
+    "imported_from", "floor", "dropped", "dropped_late", "dropped_permit",
 )  # fmt: skip
 """Attributes that a snapshot holds as they are."""
 
@@ -146,17 +156,31 @@ class RunState:
         """Above 0 once a saved state was taken over: losses below it are known only through the
         observers."""
         self.origin_observers = Observers()
+
+        self.floor = 0
+        """What lies below this progress may be dropped; 0: the state is whole."""
+        self.dropped = 0
+        """Number of observations that were dropped."""
+        self.dropped_loss: float | None = None
+        """The newest loss of those, of an update that was not skipped."""
+        self.dropped_late = 0
+        """Number of late losses that were dropped."""
+        self.dropped_permit = 0
+        """Sequence number of the last permit of the attempt that was dropped; 0: none was."""
+
         self.loss_progress: list[int] = []
-        """Progress of each observation, in order; of skipped updates it comes again."""
+        """Progress of each observation that is kept, in order; of skipped updates it comes
+        again."""
         self.loss_values: list[float | None] = []
         self.extras: dict[int, Observation] = {}
-        """Index in the lists above to observations that hold more than a loss."""
+        """Number of observations before it to each one that holds more than a loss."""
         self.late: dict[tuple[int, int], float] = {}
         """(progress, rank) to losses that came after their step was final."""
 
         self.observers = Observers()
         self.marks: list[tuple[int, Observers]] = []
-        """(losses in the lists above, observers then), from which a rewind replays."""
+        """(number of observations, observers then), from which a rewind replays. What was dropped
+        ends at the first one."""
         self.plan = Plan([], [])
         self.advice: list[Adjustment] = []
         self.forgotten: list[Adjustment] = []
@@ -208,12 +232,24 @@ class RunState:
     @property
     def has_losses(self) -> bool:
         """Whether an attempt needs to be told where to begin."""
-        return bool(self.loss_progress) or self.moved or self.begin > 0
+        return self._observations > 0 or self.moved or self.begin > 0
+
+    @property
+    def _observations(self) -> int:
+        return self.dropped + len(self.loss_progress)
+
+    def _observations_below(self, progress: int) -> int:
+        return self.dropped + bisect_left(self.loss_progress, progress)
 
     @property
     def losses(self) -> int:
         """Number of losses kept."""
         return self.observers.count
+
+    @property
+    def late_losses(self) -> int:
+        """Number of losses that came after their step was final."""
+        return self.dropped_late + len(self.late)
 
     def history_differs(self, seq: int, progress: int) -> bool:
         """Return whether the losses below `progress` are others now than they were at `seq`."""
@@ -224,11 +260,15 @@ class RunState:
     @property
     def loss(self) -> float | None:
         """The newest loss, of an update that was not skipped; None before the first."""
-        for index in range(len(self.loss_values) - 1, -1, -1):
-            extra = self.extras.get(index)
-            if self.loss_values[index] is not None and not (extra and extra.is_skipped):
-                return self.loss_values[index]
-        return None
+        return self._loss_before(self._observations)
+
+    def _loss_before(self, count: int) -> float | None:
+        """Return the newest loss among the first `count` observations, or None."""
+        for number in range(count - 1, self.dropped - 1, -1):
+            observation = self._observation(number)
+            if observation.loss is not None and not observation.is_skipped:
+                return observation.loss
+        return self.dropped_loss
 
     @property
     def etag(self) -> str:
@@ -248,16 +288,19 @@ class RunState:
 
     def observation(self, progress: int, tries: int = 0) -> Observation | None:
         """Return what is known of a progress after so many skipped updates, or None."""
-        index = bisect_left(self.loss_progress, progress)
-        while index < len(self.loss_progress) and self.loss_progress[index] == progress:
-            found = self._observation(index)
+        self.refuse_dropped(progress)
+        for number in range(self._observations_below(progress), self._observations):
+            found = self._observation(number)
+            if found.progress != progress:
+                break
             if found.tries == tries:
                 return found
-            index += 1
         return None
 
-    def _observation(self, index: int) -> Observation:
-        extra = self.extras.get(index)
+    def _observation(self, number: int) -> Observation:
+        """Return the observation that so many came before."""
+        index = number - self.dropped
+        extra = self.extras.get(number)
         return extra or Observation(self.loss_progress[index], self.loss_values[index])
 
     def find(self, name: str) -> Adjustment | None:
@@ -274,10 +317,76 @@ class RunState:
         decided = [item for item in (*self.plan.adjustments, *self.advice) if item.seq > seq]
         return sorted(decided, key=lambda item: item.decision)
 
+    # What is kept.
+
+    def trim(self, progress: int) -> None:
+        """Drop what lies below `progress`: it becomes the floor, as far as steps are final there.
+
+        What is dropped are the losses, up to the last mark below, from which a rewind to the floor
+        replays; and what was recorded, what came late, and the permits that ended.
+        """
+        # What is still to be observed must not lie below. An attempt of which no reporter said
+        # anything knows of no such thing; it may never say any where the run has no feedback.
+        progress = min(progress, self.frontier if self.moved else self.progress)
+        if progress <= self.floor:
+            return
+        below = self._observations_below(progress)
+        first = max((count for count, _ in self.marks if count <= below), default=self.dropped)
+        self.dropped_loss = self._loss_before(first)
+        del self.loss_progress[: first - self.dropped], self.loss_values[: first - self.dropped]
+        self.dropped = first
+        self.extras = {at: item for at, item in self.extras.items() if at >= first}
+        self.marks = [mark for mark in self.marks if mark[0] >= first]
+        late = {key: loss for key, loss in self.late.items() if key[0] >= progress}
+        self.dropped_late += len(self.late) - len(late)
+        self.late = late
+        self.records = self.records.trim(progress)
+        self.reporters.trim(progress)
+        self.floor = progress
+        self._drop_permits()
+
+    def _drop_permits(self) -> None:
+        """Drop the permits that ended below the floor, save the last one."""
+        ended = [item for item in self.permits[:-1] if item.end <= self.floor]
+        if ended:
+            self.dropped_permit = ended[-1].seq
+            self.permits = [item for item in self.permits if item not in ended]
+
+    def refuse_dropped(self, progress: int) -> None:
+        """Raise HistoryNeeded where what lies at `progress` may have been dropped."""
+        if progress < self.floor:
+            raise HistoryNeeded(progress)
+
+    def _refuse_if_dropped(self, event: Event) -> None:
+        """Raise HistoryNeeded where it takes what was dropped to apply an event."""
+        match event:
+            case Reported():
+                said = [item for item in event.reports if item.has_metrics or item.skipped]
+                self.refuse_dropped(min((item.progress for item in said), default=self.floor))
+            case Opened() if event.fold is None:
+                self.refuse_dropped(event.begin)
+            case Declared():
+                self.refuse_dropped(event.blocks[0].begin)
+                self.refuse_dropped_permit(event.offer)
+                if self.spec.has_feedback:
+                    stretch = self._waived_by(event)
+                    self.refuse_dropped(stretch.start if stretch else self.floor)
+
+    def refuse_dropped_permit(self, seq: int) -> None:
+        """Raise HistoryNeeded where the permit with that `seq` may be one that was dropped."""
+        if 0 < seq <= self.dropped_permit:
+            # None of the attempt ended where it began.
+            raise HistoryNeeded(self.begin)
+
     # The fold.
 
     def apply(self, event: Event, data: bytes | None = None) -> None:
-        """Advance by one event; `data` is its encoding, where the caller has it already."""
+        """Advance by one event; `data` is its encoding, where the caller has it already.
+
+        Raises HistoryNeeded where the state is trimmed; then nothing has changed.
+        """
+        if self.floor:
+            self._refuse_if_dropped(event)
         self.seq += 1
         self.digest = _canonical.chain(self.digest, data or encode(event))
         match event:
@@ -289,6 +398,7 @@ class RunState:
                 self._waive(event)
             case Permitted():
                 self.permits.append(Permit(self.seq, event.begin, event.end, self.etag))
+                self._drop_permits()
             case Declared():
                 self._declare(event)
             case Joined():
@@ -349,11 +459,7 @@ class RunState:
     def _declare(self, event: Declared) -> None:
         """Take what the holder used alone for a fact, and let the rest follow from it."""
         begin, end = event.blocks[0].begin, event.blocks[-1].last + 1
-        offer = next(item for item in self.permits if item.seq == event.offer)
-        # The first progress whose values had not arrived. With a stride it may lie below the first
-        # one that was used alone: what takes effect between the two was to show there.
-        last = self.records.last_below(begin)
-        low = self.begin if last is None else max(self.begin, last + 1)
+        low, waived = self._first_declared(begin), self._waived_by(event)
         self.records.forget(begin)
         for block in event.blocks:
             self.records.add(block)
@@ -364,33 +470,40 @@ class RunState:
             steps += before
         self.declared.append(Declaration(begin, end, steps))
         if self.spec.has_feedback:
-            self._waive_declared(low, end, offer)
+            # What a waiver does; and what operators did meanwhile waits until the end.
+            known = {
+                (item.decided_at, item.order): item.seq
+                for item in (*self.plan.adjustments, *self.advice)
+            }
+            seen = self._unseen(waived.start) if waived else []
+            self.plan.postpone(low, end, event.offer, waived.stop)
+            if waived:
+                self.waivers += 1
+                self._pass_over(waived.stop, seen, known)
         else:
-            self.plan.postpone(low, end, offer.seq, 0)
+            self.plan.postpone(low, end, event.offer, 0)
         self.plan.restate(low, self.horizon)
 
-    def _waive_declared(self, low: int, end: int, offer: Permit) -> None:
-        """Do what a waiver does with the losses that would have acted from `low` up to `end`.
+    def _first_declared(self, begin: int) -> int:
+        """Return the first progress whose values had not arrived, where `begin` was used alone.
 
-        And let what operators did meanwhile wait until then.
+        With a stride it may lie below: what takes effect between the two was to show there.
         """
+        last = self.records.last_below(begin)
+        return self.begin if last is None else max(self.begin, last + 1)
+
+    def _waived_by(self, event: Declared) -> range:
+        """Return whose losses a declaration waives: those that would have acted in it."""
+        offer = next(item for item in self.permits if item.seq == event.offer)
+        low = self._first_declared(event.blocks[0].begin)
         # Below the horizon of the offer, its values were fixed.
         first = max(self.begin, max(low, offer.begin) - self.delay)
-        until = end - self.delay
-        known = {
-            (item.decided_at, item.order): item.seq
-            for item in (*self.plan.adjustments, *self.advice)
-        }
-        seen = self._unseen(first) if first < until else []
-        self.plan.postpone(low, end, offer.seq, until)
-        if first < until:
-            self.waivers += 1
-            self._pass_over(until, seen, known)
+        return range(first, event.blocks[-1].last + 1 - self.delay)
 
     def _unseen(self, progress: int) -> list[Observation]:
         """Forget the losses from `progress` on as if they had yet to come; return them."""
-        index = bisect_left(self.loss_progress, progress)
-        seen = [self._observation(at) for at in range(index, len(self.loss_progress))]
+        first = self._observations_below(progress)
+        seen = [self._observation(number) for number in range(first, self._observations)]
         late = self.late
         self._rewind(progress)
         self.late = late
@@ -426,15 +539,14 @@ class RunState:
     def _observe(
         self, observation: Observation, known: Mapping[tuple[int, int], int] | None = None
     ) -> None:
-        index = len(self.loss_progress)
+        if not observation.is_plain:
+            self.extras[self._observations] = observation
         self.loss_progress.append(observation.progress)
         self.loss_values.append(observation.loss)
-        if not observation.is_plain:
-            self.extras[index] = observation
         self.observers, decided = self.observers.observe(self.plan, observation, self.seq, known)
         self.advice += [item for item in decided if item.mode != "act"]
-        if len(self.loss_progress) % MARK_EVERY == 0 and not observation.is_skipped:
-            self.marks.append((len(self.loss_progress), self.observers))
+        if self._observations % MARK_EVERY == 0 and not observation.is_skipped:
+            self.marks.append((self._observations, self.observers))
 
     def _adjust(self, event: Adjusted) -> None:
         adjustment = self.made_by(event, self.seq)
@@ -520,6 +632,7 @@ class RunState:
         """End the attempt: its ranks may still get values where the log came from."""
         self.token = self.holder = self.key = ""
         self.permits = []
+        self.dropped_permit = 0
         self.imported_from = event.origin
         self.answers[event.request_id] = (event.kind, self.attempt)
 
@@ -533,7 +646,7 @@ class RunState:
             self._rewind(event.begin)
         self.plan.reopen(event.begin)
         records = self.records
-        self.records = Records()
+        self.records = Records(self.floor)
         if event.directive:
             self._roll_back(event)
             records = Records()
@@ -558,6 +671,7 @@ class RunState:
         self.imported_from = ""
         self.holder = event.holder
         self.permits, self.declared = [], []
+        self.dropped_permit = 0
         self.begin = event.begin
         self.key = event.key
         if event.key:
@@ -604,8 +718,8 @@ class RunState:
         if progress < self.origin:
             self.origin, self.origin_observers = progress, self.observers
         self.advice = [item for item in self.advice if item.decided_at < progress]
-        kept = bisect_left(self.loss_progress, progress)
-        del self.loss_progress[kept:], self.loss_values[kept:]
+        kept = self._observations_below(progress)
+        del self.loss_progress[kept - self.dropped :], self.loss_values[kept - self.dropped :]
         self.extras = {at: item for at, item in self.extras.items() if at < kept}
         self.marks = [mark for mark in self.marks if mark[0] <= kept]
         self.late = {key: loss for key, loss in self.late.items() if key[0] < progress}
@@ -616,10 +730,11 @@ class RunState:
         Replays the losses since the last mark below it: they decide again what they decided.
         Below `origin` only the state at 0 is known.
         """
+        self.refuse_dropped(progress)
         if progress < self.origin:
             return self.plan.forget(progress), Observers()
-        kept = bisect_left(self.loss_progress, progress)
-        if kept == len(self.loss_progress):
+        kept = self._observations_below(progress)
+        if kept == self._observations:
             return self.plan, self.observers
         first, observers = 0, self.origin_observers
         for count, marked in self.marks:
@@ -627,18 +742,18 @@ class RunState:
                 first, observers = count, marked
         # The decisions are in the plan already; they are made once more only for the observers,
         # each of which saw those of the others.
-        plan, cuts = self.plan.forget(self.loss_progress[first]).before_cuts(
-            self.loss_progress[first]
-        )
+        begin = self._observation(first).progress
+        plan, cuts = self.plan.forget(begin).before_cuts(begin)
         known = {
             (item.decided_at, item.order): item.seq
             for item in (*self.plan.adjustments, *self.advice)
         }
-        for index in range(first, kept):
-            while cuts and cuts[0].effective <= self.loss_progress[index]:
+        for number in range(first, kept):
+            observation = self._observation(number)
+            while cuts and cuts[0].effective <= observation.progress:
                 # Losses below where a rollback opened were observed before there was its cut.
                 plan.adjust(cuts.pop(0))
-            observers, _ = observers.observe(plan, self._observation(index), 0, known)
+            observers, _ = observers.observe(plan, observation, 0, known)
         return self.plan.forget(progress), observers
 
     # Saved states: what it takes to resume at one progress.
@@ -647,7 +762,7 @@ class RunState:
         """Return what it takes to resume at `progress`, as plain data.
 
         It holds no loss: the observers, the plan, and the recorded values not used yet.
-        Losses below `progress` must be final.
+        Losses below `progress` must be final. Raises HistoryNeeded where the state is trimmed.
         """
         plan, observers = self._as_of(progress)
         return {
@@ -721,6 +836,9 @@ class RunState:
         self.origin = fold["progress"]
         self.loss_progress, self.loss_values, self.marks = [], [], []
         self.extras, self.late = {}, {}
+        # Nothing that was dropped counts any more.
+        self.floor = self.dropped = self.dropped_late = 0
+        self.dropped_loss = None
         self.records = Records()
         given = [item["spec"] for item in fold["revisions"] if item["by_trainer"]]
         if given == [item.spec.to_mapping() for item in self.plan.revisions if item.by_trainer]:
@@ -734,7 +852,9 @@ class RunState:
         """Return the whole state as canonical bytes; equal states give equal bytes."""
         return _canonical.to_bytes(
             {
+                "format": SNAPSHOT_FORMAT,
                 **{name: getattr(self, name) for name in _PLAIN},
+                "dropped_loss": self.dropped_loss,
                 "trainer_spec": _spec_to_mapping(self.trainer_spec),
                 "pending_spec": _spec_to_mapping(self.pending_spec),
                 "answers": self.answers,
@@ -753,14 +873,19 @@ class RunState:
                 "rollbacks": [astuple(item) for item in self.plan.rollbacks],
                 "advice": [item.to_mapping() for item in self.advice],
                 "forgotten": [item.to_mapping() for item in self.forgotten],
+                "last_record_below_floor": self.records.last_below_floor,
                 "records": [block.to_mapping() for block in self.records],
             }
         )
 
 
 def restore_snapshot(data: bytes) -> RunState:
-    """Return the state that `RunState.snapshot` wrote."""
+    """Return the state that `RunState.snapshot` wrote. Raises ValueError for an unknown format."""
     content = _canonical.from_bytes(data)
+    if content["format"] != SNAPSHOT_FORMAT:
+        raise ValueError(
+            f"snapshot format: got {content['format']!r}; this release knows {SNAPSHOT_FORMAT}"
+        )
     state = RunState(content["name"])
     for name in _PLAIN:
         setattr(state, name, content[name])
@@ -770,7 +895,8 @@ def restore_snapshot(data: bytes) -> RunState:
     state.permits = [Permit(*item) for item in content["permits"]]
     state.declared = [Declaration(*item) for item in content["declared"]]
     state.answers = {key: (kind, number) for key, (kind, number) in content["answers"].items()}
-    state.loss_values = [None if item is None else float(item) for item in content["loss_values"]]
+    state.loss_values = [_float_or_none(item) for item in content["loss_values"]]
+    state.dropped_loss = _float_or_none(content["dropped_loss"])
     state.extras = {index: observation_from_mapping(item) for index, item in content["extras"]}
     state.late = {(at, rank): float(loss) for (at, rank), loss in content["late"]}
     state.reporters = Reporters.from_mapping(content["reporters"])
@@ -784,6 +910,7 @@ def restore_snapshot(data: bytes) -> RunState:
     )
     state.advice = [Adjustment.from_mapping(item) for item in content["advice"]]
     state.forgotten = [Adjustment.from_mapping(item) for item in content["forgotten"]]
+    state.records = Records(state.floor, content["last_record_below_floor"])
     for item in content["records"]:
         state.records.add(Block.from_mapping(item))
     return state
@@ -868,6 +995,10 @@ def _renumbered(
 def _rollback(data: Sequence[Any]) -> Rollback:
     begin, before, decided_at, factor = data
     return Rollback(begin, before, decided_at, float(factor))
+
+
+def _float_or_none(value: Any) -> float | None:
+    return None if value is None else float(value)
 
 
 def _spec_to_mapping(spec: RunSpec | None) -> dict[str, Any] | None:

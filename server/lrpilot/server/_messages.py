@@ -44,7 +44,7 @@ def run_message(run: LiveRun) -> pb.Run:
         losses=state.losses,
         nonfinite_losses=state.observers.nonfinite,
         waivers=state.waivers,
-        late_losses=len(state.late),
+        late_losses=state.late_losses,
         adjustments=_newest(adjustment_messages(state)),
         seq=state.seq,
         digest=state.digest,

@@ -241,7 +241,7 @@ def _readings(run: LiveRun) -> Iterator[Reading]:
     yield from _decisions(state)
     yield Reading("losses", state.losses)
     yield Reading("nonfinite_losses", observers.nonfinite)
-    yield Reading("late_losses", len(state.late))
+    yield Reading("late_losses", state.late_losses)
     yield Reading("skipped_updates", observers.skipped)
     yield Reading("rollbacks", len(plan.rollbacks))
     yield Reading("waivers", state.waivers)

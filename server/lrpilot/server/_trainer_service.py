@@ -377,7 +377,7 @@ class TrainerService:
                 offer=request.offer,
             )
             declared = next((item for item in events if isinstance(item, core.Declared)), None)
-            return events, (declared, state.seq, len(state.late)) if declared else None
+            return events, (declared, state.seq, state.late_losses) if declared else None
 
         declared = await self._ledger.transact(run, evaluate)
         state = run.state
@@ -391,7 +391,7 @@ class TrainerService:
                 event.blocks[0].begin,
                 event.blocks[-1].last,
                 sum(block.steps for block in event.blocks),
-                len(state.late) - late,
+                state.late_losses - late,
                 event.blocks[-1].last + 1,
             )
             for adjustment in state.decided_since(seq):
