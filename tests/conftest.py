@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from tests.postgres import Cluster
 
-_PACKAGES = {"postgres": "postgresql"}
+_PACKAGES = {"postgres": "postgresql", "promtool": "prometheus"}
 """Debian's package of a program, where it is named otherwise."""
 
 _LEFT_OUT = pytest.StashKey[list[tuple[str, str]]]()

@@ -8,14 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from lrpilot.server._metrics import Metrics
-from lrpilot.server._run_metrics import FAMILIES, full_name
-
-
-@pytest.fixture(scope="module")
-def root(request: pytest.FixtureRequest) -> Path:
-    """The repository."""
-    return request.config.rootpath
+from tests.served_metrics import series_names
 
 
 def rules(root: Path, name: str) -> list[dict[str, Any]]:
@@ -47,7 +40,7 @@ def test_each_alert_is_tested_where_it_fires_and_where_it_must_not(root: Path) -
         for test in case.get("alert_rule_test", ()):
             seen.setdefault(test["alertname"], set()).add(bool(test["exp_alerts"]))
     alerts = {rule["alert"] for rule in rules(root, "alerts.yml")}
-    assert seen == dict.fromkeys(alerts, {True, False})
+    assert seen == {alert: {True, False} for alert in alerts}
 
 
 def test_each_recorded_series_is_tested(root: Path) -> None:
@@ -74,14 +67,11 @@ def test_each_alert_says_what_to_do(root: Path) -> None:
 
 
 def test_rules_name_only_what_is_served_or_recorded(root: Path) -> None:
-    runs = {full_name(name) for name in FAMILIES}
-    served = runs | {family.name for family in Metrics().registry.collect()}
-    served |= {"lrpilot_left_out_runs", "lrpilot_live_runs"}
-    recorded = {rule["record"] for rule in rules(root, "recording.yml")}
-    unknown = set()
-    for rule in (*rules(root, "recording.yml"), *rules(root, "alerts.yml")):
-        for name in re.findall(r"[a-z0-9_:]*lrpilot_[a-z0-9_:]+", rule["expr"]):
-            plain = re.sub(r"_(total|info|bucket|sum|count)$", "", name)
-            if not {name, plain} & (served | recorded):
-                unknown.add(name)
-    assert unknown == set()
+    known = series_names() | {rule["record"] for rule in rules(root, "recording.yml")}
+    named = {
+        name
+        for rule in (*rules(root, "recording.yml"), *rules(root, "alerts.yml"))
+        for name in re.findall(r"[a-z0-9_:]*lrpilot_[a-z0-9_:]+", rule["expr"])
+    }
+    assert named
+    assert named - known == set()

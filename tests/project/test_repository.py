@@ -6,13 +6,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, cast
 
 import pytest
 
-from lrpilot.server._metrics import Metrics
-from lrpilot.server._run_metrics import FAMILIES, RunCollector, full_name
+from lrpilot.server._run_metrics import FAMILIES, full_name
 from tests.rules.cases import CASES
+from tests.served_metrics import SUFFIXES, served_metrics
 
 VERSION = importlib.metadata.version("lrpilot")
 
@@ -131,22 +130,12 @@ def test_every_rule_that_the_guarantees_name_has_its_case(root: Path) -> None:
     assert [name for name in named if name not in CASES and f"def {name}(" not in machine] == []
 
 
-METRIC_SUFFIXES = {"counter": "_total", "info": "_info"}
-"""What the name of a metric ends in, as queries have it."""
-
-
 def test_the_page_lists_every_metric_with_a_query(root: Path) -> None:
     page = (root / "docs/metrics.md").read_text()
     row = r"^\| `(lrpilot_\w+)` \| (\w+) \|([^|]*)\| [^|]+ \| `([^`]+)`"
     listed = {name: rest for name, *rest in re.findall(row, page, re.MULTILINE)}
-    of_runs = RunCollector(cast("Any", None), cast("Any", None))
-    served = {
-        family.name + METRIC_SUFFIXES.get(family.type, ""): family.type
-        for family in (*Metrics().registry.collect(), *of_runs.describe())
-        if family.name.startswith("lrpilot_")
-    }
-    assert {name: kind for name, (kind, _, _) in listed.items()} == served
+    assert {name: kind for name, (kind, _, _) in listed.items()} == served_metrics()
     assert [name for name, (_, _, query) in listed.items() if name not in query] == []
     for name, family in FAMILIES.items():
-        _, labels, _ = listed[full_name(name) + METRIC_SUFFIXES.get(family.kind, "")]
+        _, labels, _ = listed[full_name(name) + SUFFIXES.get(family.kind, "")]
         assert labels.strip() == ", ".join(family.labels), name

@@ -45,6 +45,7 @@ SERVER_SERIES = {
     "lrpilot_commit_queue_depth",
     "lrpilot_committed_events_total",
     "lrpilot_failed_commits_total",
+    "lrpilot_store_size_bytes",
 }
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -158,6 +159,15 @@ async def test_every_series_of_the_server(server: Replica) -> None:
     assert seen.value("lrpilot_commit_queue_depth") == 0
     assert seen.value("lrpilot_failed_commits_total") == 0
     assert seen.value("process_resident_memory_bytes")
+
+
+async def test_how_large_the_store_is(server: Replica, until: Until) -> None:
+    size = server.store.size()
+
+    async def measured() -> bool:
+        return (await scrape(server)).value("lrpilot_store_size_bytes") == size
+
+    await until(measured)
 
 
 async def test_nothing_is_labelled_by_rank(server: Replica) -> None:

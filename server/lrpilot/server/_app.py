@@ -7,7 +7,7 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,9 @@ DRAIN_S = 10.0
 
 CHECK_S = 1.0
 """Time between two looks at whether the store can be read or, after a failure, written."""
+
+MEASURE_S = 15.0
+"""Time between two looks at how large the store is."""
 
 LIVENESS = "live"
 """The name under which the health service says that the process lives, store or not."""
@@ -161,6 +164,7 @@ class Server:
         self._tasks = [
             asyncio.create_task(self.ledger.follow()),
             asyncio.create_task(self._check_store()),
+            asyncio.create_task(self._measure_store()),
         ]
 
     async def _check_store(self) -> None:
@@ -203,6 +207,14 @@ class Server:
     async def _say_ready(self, not_ready: str | None) -> None:
         self.not_ready = not_ready
         await self._health.ready(not_ready is None)
+
+    async def _measure_store(self) -> None:
+        """Say how large the store is: a scrape must not wait for a database."""
+        while True:
+            # Readiness tells where it cannot be read.
+            with suppress(StoreUnavailable):
+                self._metrics.store_measured(await asyncio.to_thread(self._store.size))
+            await asyncio.sleep(MEASURE_S)
 
     async def drain(self) -> None:
         """Take no more calls; return once those under way are done, or their time is up."""

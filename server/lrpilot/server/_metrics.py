@@ -100,6 +100,12 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._store_bytes = Gauge(
+            "lrpilot_store_size_bytes",
+            "What the store takes on disk, with what is free there for more events.",
+            registry=self.registry,
+        )
+
     def watch(self, ledger: Ledger, committer: GroupCommitter) -> None:
         """Show the live runs of a ledger, and what waits to be written. Call on its event loop."""
         self._queue_depth.set_function(lambda: committer.waiting)
@@ -121,6 +127,10 @@ class Metrics:
         """Count one finished call."""
         self._calls.labels(method, code).inc()
         self._call_seconds.labels(method).observe(seconds)
+
+    def store_measured(self, size: int) -> None:
+        """Take the size of the store, in bytes."""
+        self._store_bytes.set(size)
 
     def commit_finished(
         self, seconds: float, appends: int, rows: int, failure: Reason | None

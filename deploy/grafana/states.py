@@ -1,0 +1,21 @@
+"""The state of a run in one word, for every dashboard that shows it."""
+
+from panels import ranges
+
+STATES = ranges(
+    (0, 0, "trains", "green"),
+    (1, 1, "is held", "blue"),
+    (2, 3, "is silent", "orange"),
+    (4, 7, "ranks wait", "red"),
+)
+"""Words for the values of `state`."""
+
+
+def state(matcher: str = "") -> str:
+    """Return a query for the state of the runs that match, in bits: ranks wait, silent, held."""
+    return f"""
+4 * (sum by (run) (lrpilot_run_ranks_waiting{{{matcher}}}) > bool 0)
+  * (max by (run) (lrpilot_run_blocked_seconds{{{matcher}}}) > bool 15)
++ 2 * (time() - max by (run) (lrpilot_run_updated_timestamp_seconds{{{matcher}}}) > bool 900)
++ max by (run) (lrpilot_run_held{{{matcher}}})
+""".strip()
