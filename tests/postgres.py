@@ -53,10 +53,13 @@ def _identity() -> dict[str, Any]:
 class Cluster:
     """One PostgreSQL, which a test may stop, kill and start again."""
 
-    def __init__(self, *, durable: bool, **settings: object) -> None:
-        """Make a cluster that is not started; one that need not be durable is faster."""
+    def __init__(self, *, durable: bool, within: Path | None = None, **settings: object) -> None:
+        """Make a cluster that is not started; one that need not be durable is faster.
+
+        Its folder lies in `within`, which everyone must be able to enter.
+        """
         # The folders of pytest are root's alone.
-        self._folder = Path(tempfile.mkdtemp(prefix="lrpilot-postgres-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="lrpilot-postgres-", dir=within))
         self._data = self._folder / "data"
         self._process: subprocess.Popen[bytes] | None = None
         self._count = 0
@@ -114,11 +117,28 @@ class Cluster:
             try:
                 psycopg.connect(self.address("postgres", driver="")).close()
             except psycopg.OperationalError:
-                assert self._process.poll() is None, self.log()
+                assert self._is_running, self.log()
                 assert time.monotonic() < end_s, self.log()
                 time.sleep(0.02)
             else:
                 return self
+
+    def start_again(self) -> None:
+        """Return once it answers, and start it if it ends by itself before that."""
+        end_s = time.monotonic() + DEADLINE_S
+        while self._is_running:
+            try:
+                psycopg.connect(self.address("postgres", driver="")).close()
+            except psycopg.OperationalError:
+                assert time.monotonic() < end_s, self.log()
+                time.sleep(0.02)
+            else:
+                return
+        self.start()
+
+    @property
+    def _is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
 
     def log(self) -> str:
         """Return what it wrote."""
@@ -170,9 +190,13 @@ class Cluster:
                 connection.execute("SELECT pg_terminate_backend(%s)", [pid])
         return len(pids)
 
+    def pids(self) -> list[int]:
+        """Return its processes, the one that starts the others last."""
+        return [*self._children(), self._main()]
+
     def send(self, number: int) -> None:
         """Send a signal to every process of it, as far as there are any."""
-        for pid in [*self._children(), self._main()]:
+        for pid in self.pids():
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
 
