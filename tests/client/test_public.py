@@ -16,11 +16,11 @@ ALL = """
 AdjustmentNotFound AdjustmentRefused AdviceExpired AttemptNotOpen AttemptOpen AttemptSuperseded
 BacklogFull BeforeAttempt BelowResumePoint BeyondHorizon BeyondPermit CaptureRefused Change
 ClientFailed ConnectRefused Directive DirectiveDeclined GroupMismatch InvalidArgument
-InvalidFields InvalidRequest InvalidSpec InvalidState JoinRefused LossConflict LossUnreadable
-LossesPending LrpilotError NotHolder NotReporter Pilot PilotClosed PlanChanged ResumePointRequired
-RevisionRefused RollbackHandler RunExists RunFinished RunLive RunNotFound Scheduler ServerError
-ServerUnavailable SnapshotCost SpecChanged StateMismatch ValuesConflict ValuesDiffer ValuesPending
-Violation connect
+InvalidFields InvalidRequest InvalidSpec InvalidState JoinRefused LogForgotten LossConflict
+LossUnreadable LossesPending LrpilotError NotHolder NotReporter Pilot PilotClosed PlanChanged
+ResumePointRequired RevisionRefused RollbackHandler RunExists RunFinished RunLive RunNotFound
+Scheduler ServerError ServerUnavailable SnapshotCost SpecChanged StateMismatch ValuesConflict
+ValuesDiffer ValuesPending Violation connect
 """
 
 

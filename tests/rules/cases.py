@@ -23,17 +23,17 @@ CASES: dict[str, Case] = {}
 
 
 def case(
-    delay: int = 4, *, leads: bool = False, **spec: Any
+    delay: int = 4, *, leads: bool = False, hands_back: bool = False, **spec: Any
 ) -> Callable[[Callable[[World], None]], Case]:
     """Register a case; it gets a world of its own, and the world is checked at the end.
 
-    `leads`: attempts are opened in leader mode.
+    `leads`: attempts are opened in leader mode; `hands_back`: ranks hand back what they have.
     """
 
     def register(play: Callable[[World], None]) -> Case:
         def run() -> None:
             # A blocked rank of a case waits for a moment: where a rule is broken, nothing comes.
-            world = World(make_spec(delay, **spec), wait_ms=500, leads=leads)
+            world = World(make_spec(delay, **spec), wait_ms=500, leads=leads, hands_back=hands_back)
             try:
                 play(world)
                 world.check()
@@ -1165,6 +1165,158 @@ def an_import_ends_the_attempts_of_the_log(world: World) -> None:
     world.ask_through(3, 7)
     stall(world, 3, 12)
     world.ask_through(3, 19)
+
+
+# A database that was put back from an older copy.
+
+
+@case(hands_back=True)
+def values_that_the_log_forgot_end_the_attempt(world: World) -> None:
+    """On every server, for every request, until the next attempt; also where nobody asks again."""
+    world.open(0)
+    stall(world, 0, 3)
+    copy = world.back_up()
+    world.ask_through(0, 7)
+    world.put_back(copy)
+    forgotten(world, lambda: world.ask(7))
+    # From here on the log knows: no rank needs to show what it holds.
+    world.holds.clear()
+    for replica in (0, 1):
+        forgotten(world, lambda at=replica: world.ask(0, replica=at))  # type: ignore[misc]
+        forgotten(world, lambda at=replica: world.report((3, 1.0, 4), replica=at))  # type: ignore[misc]
+        forgotten(world, lambda at=replica: world.save(1, replica=at))  # type: ignore[misc]
+    world.open(2)
+    stall(world, 2, 3)
+    world.ask_through(2, 9)
+
+
+@case(hands_back=True)
+def other_values_than_the_log_has_end_the_attempt(world: World) -> None:
+    """What ranks without anything to show were given meanwhile, on another machine."""
+    world.open(0)
+    copy = world.back_up()
+    world.ask_through(0, 4)
+    held, world.holds = world.holds, {}
+    world.put_back(copy)
+    world.reference_is_off = True
+    with another_machine():
+        world.ask_anew(0, 4)
+    world.holds = held
+    forgotten(world, lambda: world.ask(3))
+    world.reference_is_off = False
+
+
+@case(hands_back=True)
+def losses_that_the_log_forgot_end_the_attempt(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 3)
+    copy = world.back_up()
+    stall(world, 3, 1)
+    world.put_back(copy)
+    forgotten(world, lambda: world.report((4, 1.0, 5)))
+    promise(world.check_log().frontier == 3, "a loss behind the gap was taken")
+
+
+@case(hands_back=True)
+def an_attempt_that_the_log_forgot_is_told_so(world: World) -> None:
+    """And the next one has a number of its own. A run made anew has forgotten nothing."""
+    world.open(0)
+    stall(world, 0, 3)
+    copy = world.back_up()
+    lost = world.open(2)
+    world.put_back(copy)
+    forgotten(world, lambda: world.ask(2, attempt=lost))
+    forgotten(world, lambda: world.ask(0))
+    world.reference.attempt = lost.number
+    world.open(2)
+    world.ask_through(2, 6)
+    state, last = world.save(2), world.open(2)
+    world.lose_the_store(state)
+    got = world.refusal(lambda: world.ask(2, attempt=replace(last, number=99)))
+    promise(got == "AttemptSuperseded", f"a rank of a run that was deleted: {got}")
+
+
+@case(hands_back=True)
+def a_replica_that_lags_accuses_nobody(world: World) -> None:
+    world.open(0)
+    world.ask(0, replica=1)
+    stall(world, 0, 3)
+    world.ask_through(0, 7)
+    world.ask(6, replica=1)
+    world.report((3, 1.0, 4), replica=1)
+
+
+@case(hands_back=True)
+def a_copy_that_holds_all_goes_on(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 3)
+    world.ask_through(0, 7)
+    world.put_back(world.back_up())
+    stall(world, 3, 3)
+    world.ask_through(0, 10)
+
+
+@case(leads=True, hands_back=True)
+def a_permit_that_the_log_forgot_ends_the_attempt(world: World) -> None:
+    world.open(0)
+    world.ask_through(0, 4)
+    copy = world.back_up()
+    offer = world.offer()
+    world.put_back(copy)
+    forgotten(world, lambda: world.go_alone(3, offer=offer))
+
+
+@case(hands_back=True)
+def a_newer_checkpoint_brings_back_what_the_log_forgot(world: World) -> None:
+    """As the lost log would have resumed there: what both know is there once, with its answer."""
+    world.open(0)
+    stall(world, 0, 2)
+    world.adjust("multiply", 0.7)
+    world.revise(make_spec(4, peak=0.2))
+    first = world.done[0]
+    copy = world.back_up()
+    stall(world, 2, 2)
+    world.adjust("multiply", 0.9)
+    world.revise(make_spec(4, peak=0.15))
+    stall(world, 4, 5)
+    world.ask_through(0, 13)
+    state, lost = world.save(7), world.back_up()
+    world.put_back(copy)
+    forgotten(world, lambda: world.ask(12))
+    world.adopt(state, lost)
+    world.repeat(first)
+    world.ask_through(7, 11)
+    stall(world, 7, 6)
+    world.ask_through(7, 17)
+    # And from another one, which is newer still.
+    world.adopt(state, lost)
+    world.ask_through(7, 11)
+    world.adjust("undo", target=lost.reference.made[0].name)
+    stall(world, 7, 6)
+    world.ask_through(7, 17)
+
+
+@case(hands_back=True)
+def what_operators_did_since_a_copy_was_put_back_stays(world: World) -> None:
+    world.open(0)
+    stall(world, 0, 2)
+    copy = world.back_up()
+    stall(world, 2, 4)
+    state, lost = world.save(5), world.back_up()
+    world.put_back(copy)
+    world.adjust("multiply", 0.7)
+    made = world.reference.made
+    forgotten(world, lambda: world.ask(5))
+    world.adopt(state, lost, made)
+    world.repeat(world.done[0])
+    stall(world, 5, 4)
+    world.ask_through(5, 13)
+
+
+def forgotten(world: World, call: Callable[[], object]) -> None:
+    """Hold that a call is refused, since the log has forgotten what ranks hold."""
+    got = world.refusal(call)
+    promise(got == "LogForgotten", f"a log that has forgotten says {got}")
 
 
 # The log.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lrpilot import core
-from lrpilot.core import _canonical, _operators, _requests, _state
+from lrpilot.core import _canonical, _forgotten, _operators, _requests, _state
 from lrpilot.core._changes import Direct, NextStage, Undo
 from lrpilot.core._observers import Observers
 from lrpilot.core._plan import Adjustment, Plan, Revision
@@ -898,21 +898,21 @@ def revisions_come_first(patch: pytest.MonkeyPatch) -> None:
 def a_state_keeps_names_of_what_is_gone(patch: pytest.MonkeyPatch) -> None:
     renumbered = _state._renumbered
 
-    def keeps(revisions: Any, adjustments: Any, *args: Any) -> Any:
+    def keeps(fold: Any, *args: Any) -> Any:
         undone = {
             target
-            for item in adjustments
-            if isinstance(item.change, Undo)
-            for target in item.change.targets
+            for item in fold["adjustments"]
+            if item["change"]["action"] == Undo.action
+            for target in item["change"]["targets"]
         }
-        placed, acting, advice = renumbered(revisions, adjustments, *args)
+        past = renumbered(fold, *args)
         acting = [
             replace(item, change=replace(item.change, targets=(*item.change.targets, *undone)))
             if isinstance(item.change, Undo)
             else item
-            for item in acting
+            for item in past.adjustments
         ]
-        return placed, acting, advice
+        return replace(past, adjustments=acting)
 
     patch.setattr(_state, "_renumbered", keeps)
 
@@ -932,7 +932,109 @@ def a_checkpoint_takes_the_past_of_the_log(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("a_state_of_another_log_is_refused")
 def every_state_is_welcome(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(_requests, "_refuse_mismatch", lambda *_: None)
+    adopt = _requests._adopt
+
+    def welcome(state: RunState, request: Any, saved: core.SavedState) -> Any:
+        return adopt(state, request, replace(saved, fold={**saved.fold, "log": state.log}))
+
+    patch.setattr(_requests, "_adopt", welcome)
+
+
+# A database that was put back.
+
+
+@mutant("values_that_the_log_forgot_end_the_attempt")
+def what_a_rank_holds_is_not_looked_at(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(core, "missing", lambda *_: None)
+
+
+@mutant("values_that_the_log_forgot_end_the_attempt")
+def the_next_request_is_served_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RunState, "_forget", lambda *_: None)
+
+
+@mutant("other_values_than_the_log_has_end_the_attempt")
+def values_are_known_by_their_progress(patch: pytest.MonkeyPatch) -> None:
+    missing = core.missing
+
+    def trusting(state: RunState, number: int, token: str, held: core.Held, *_: Any) -> Any:
+        return missing(state, number, token, held, lambda *_: held.digest)
+
+    patch.setattr(core, "missing", trusting)
+
+
+@mutant("losses_that_the_log_forgot_end_the_attempt")
+def what_was_acknowledged_is_not_looked_at(patch: pytest.MonkeyPatch) -> None:
+    missing = core.missing
+
+    def deaf(state: RunState, number: int, token: str, held: core.Held, *more: Any) -> Any:
+        return missing(state, number, token, replace(held, frontier=0), *more)
+
+    patch.setattr(core, "missing", deaf)
+
+
+@mutant("an_attempt_that_the_log_forgot_is_told_so")
+def the_number_of_a_lost_attempt_comes_again(patch: pytest.MonkeyPatch) -> None:
+    forget = RunState._forget
+
+    def forgetful(state: RunState, event: core.Forgot) -> None:
+        greatest = state.greatest_attempt
+        forget(state, event)
+        state.greatest_attempt = greatest
+
+    patch.setattr(RunState, "_forget", forgetful)
+
+
+@mutant("an_attempt_that_the_log_forgot_is_told_so")
+def attempts_of_other_logs_count(patch: pytest.MonkeyPatch) -> None:
+    missing = core.missing
+
+    def blind(state: RunState, number: int, token: str, held: core.Held, *more: Any) -> Any:
+        return missing(state, number, token, replace(held, log=state.log), *more)
+
+    patch.setattr(core, "missing", blind)
+
+
+@mutant("a_replica_that_lags_accuses_nobody")
+def a_replica_accuses_by_what_it_knows(patch: pytest.MonkeyPatch) -> None:
+    async def hasty(_: TrainerService, run: LiveRun, attempt: Any, held: core.Held) -> None:
+        found = core.missing(run.state, attempt.number, attempt.token.hex(), held)
+        if found is not None:
+            raise core.LogForgotten(found.what)
+
+    patch.setattr(TrainerService, "_compare", hasty)
+
+
+@mutant("a_copy_that_holds_all_goes_on")
+def no_block_is_found(patch: pytest.MonkeyPatch) -> None:
+    for module in (core, _forgotten):
+        patch.setattr(module, "recorded_digest", lambda *_: None)
+
+
+@mutant("a_permit_that_the_log_forgot_ends_the_attempt")
+def every_permit_is_known(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(_forgotten, "_knows_permit", lambda *_: True)
+
+
+@mutant("a_newer_checkpoint_brings_back_what_the_log_forgot")
+def what_both_know_is_there_twice(patch: pytest.MonkeyPatch) -> None:
+    saved_fold = RunState.saved_fold
+    patch.setattr(
+        RunState, "saved_fold", lambda state, progress: {**saved_fold(state, progress), "done": []}
+    )
+
+
+@mutant("a_newer_checkpoint_brings_back_what_the_log_forgot")
+def a_newer_checkpoint_is_of_another_log(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(core.SavedState, "log", "")
+
+
+@mutant("what_operators_did_since_a_copy_was_put_back_stays")
+def a_checkpoint_takes_the_whole_plan(patch: pytest.MonkeyPatch) -> None:
+    foreign = RunState._foreign
+    patch.setattr(
+        RunState, "_foreign", lambda state, fold, adopted: foreign(state, fold, adopted=False)
+    )
 
 
 @mutant("an_import_ends_the_attempts_of_the_log")

@@ -38,10 +38,15 @@ class Job(RuleBasedStateMachine):
         return None
 
     @initialize(
-        delay=st.sampled_from([1, 2, 3, 8]), patience=st.integers(0, 2), leads=st.booleans()
+        delay=st.sampled_from([1, 2, 3, 8]),
+        patience=st.integers(0, 2),
+        leads=st.booleans(),
+        hands_back=st.booleans(),
     )
-    def start(self, delay: int, patience: int, leads: bool) -> None:
-        self.world = World(make_spec(delay, patience=patience), self.store(), leads=leads)
+    def start(self, delay: int, patience: int, leads: bool, hands_back: bool) -> None:
+        self.world = World(
+            make_spec(delay, patience=patience), self.store(), leads=leads, hands_back=hands_back
+        )
         self.world.open(0)
 
     @rule(

@@ -127,7 +127,7 @@ async def test_every_series_of_a_run(server: Replica) -> None:
     assert (seen.run("frontier"), seen.run("horizon"), seen.run("attempt")) == (4, 7, 1)
     assert (seen.run("losses"), seen.run("nonfinite_losses")) == (4, 1)
     assert (seen.run("late_losses"), seen.run("waivers_total")) == (0, 0)
-    assert seen.run("ranks_waiting") == 0
+    assert (seen.run("ranks_waiting"), seen.run("forgotten")) == (0, 0)
     updated_s = seen.run("updated_timestamp_seconds")
     assert updated_s is not None
     assert abs(updated_s - shown.updated_at.ToNanoseconds() / 1e9) < 1e-3

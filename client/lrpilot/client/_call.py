@@ -21,7 +21,9 @@ from lrpilot.client._errors import (
     Violation,
     error_class,
 )
+from lrpilot.client._held import Held
 from lrpilot.v1 import errors_pb2
+from lrpilot.v1 import trainer_pb2 as pb
 from lrpilot.v1.trainer_pb2_grpc import TrainerServiceStub
 
 logger = logging.getLogger("lrpilot.client")
@@ -98,6 +100,8 @@ class Link:
         """Least progress whose loss was not final when the server last said so."""
         self.horizon = 0
         """First progress whose values were not fixed when the server last said so."""
+        self.got = Held(rank)
+        """What the server gave in this attempt."""
         self.failure: LrpilotError | None = None
         """What a background thread met and the training thread must hear."""
         self.failure_raised = False
@@ -187,6 +191,10 @@ class Link:
         """Remember where the run stands, for messages."""
         self.frontier = max(self.frontier, frontier)
         self.horizon = max(self.horizon, horizon)
+
+    def held(self) -> pb.Held:
+        """Return what this rank has from the server, to hand back with a request."""
+        return self.got.message(self.frontier)
 
     # Failures.
 

@@ -118,6 +118,13 @@ class AttemptSuperseded(LrpilotError):
     """
 
 
+class LogForgotten(LrpilotError):
+    """The server's database was put back from an older copy, which lacks what it gave to ranks.
+
+    The training that gets this must end; the message says from where it may start again.
+    """
+
+
 class BeyondHorizon(LrpilotError):
     """The values wanted lie further than a block beyond the horizon."""
 

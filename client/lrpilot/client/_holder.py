@@ -26,7 +26,7 @@ from lrpilot.client._errors import (
 from lrpilot.client._lease import warn_of_short
 from lrpilot.client._offers import Offered, Offers
 from lrpilot.client._reporter import Reporter
-from lrpilot.client._used import Used
+from lrpilot.client._used import Used, blocks
 from lrpilot.client._values import Values, forget_passed, hold, read_block, steps_ahead
 from lrpilot.v1 import trainer_pb2 as pb
 
@@ -227,6 +227,7 @@ class Holder:
         """Use what was offered from a progress on. Inside the lock."""
         self._generation += 1
         self._known = {at: values for at, values in self._known.items() if at < wait.progress}
+        self._link.got.drop(wait.progress)
         self._changes.clear()
         self._is_back = False
         # The server that misses losses takes declarations all along: without a pause each block
@@ -395,12 +396,14 @@ class Holder:
                 begin=wanted.steps.start,
                 stride=stride,
                 count=len(wanted.steps),
+                held=link.held(),
             ),
             _timing.CALL_S,
         )
         values = read_block(link, self._opened, answer.block)
         with self._lock:
             self._offers.take(wanted, answer, values, self._in_use)
+            link.got.offer = max(link.got.offer, answer.offer)
         return True
 
     # On both.
@@ -422,6 +425,7 @@ class Holder:
                 blocked=blocked,
                 wait_ms=int(wait_s * 1000),
                 explain=self.explain,
+                held=link.held(),
             ),
             _timing.LEADER_PATIENCE_S,
         )
@@ -438,6 +442,7 @@ class Holder:
                 if generation != self._generation:
                     return False
                 hold(self._link, self._opened.attempt, self._known, got)
+                self._link.got.add(answer.block, len(self._opened.groups))
                 self._directives.extend(map(read_directive, answer.directives))
                 self._changes.extend(map(read_change, answer.changes))
                 if self._offers.compare(answer.plan):
@@ -456,6 +461,7 @@ class Holder:
     def _record(self, declared: Mapping[int, Values]) -> None:
         with self._lock:
             self._known |= declared
+            self._link.got.add(blocks(declared)[-1], len(self._opened.groups))
             self._is_back = self._is_alone
             # What operators changed meanwhile shows from here on.
             self._offers.outdate()

@@ -13,6 +13,7 @@ from lrpilot.client._due import WithValues
 from lrpilot.client._errors import (
     AttemptSuperseded,
     ClientFailed,
+    LogForgotten,
     LrpilotError,
     RunFinished,
     RunNotFound,
@@ -159,7 +160,7 @@ class Leader(WithValues):
         """Return what the holder returned or raised: the other ranks wait for either."""
         try:
             return holder.get(progress, self._beat)
-        except (AttemptSuperseded, RunFinished, RunNotFound) as error:
+        except (AttemptSuperseded, LogForgotten, RunFinished, RunNotFound) as error:
             # Values that an answer under way still brings must not be used any more.
             return _Refused(progress, error, is_final=True)
         except LrpilotError as error:

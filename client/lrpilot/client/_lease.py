@@ -19,6 +19,7 @@ from lrpilot.client._errors import (
     AttemptSuperseded,
     BeforeAttempt,
     BeyondHorizon,
+    LogForgotten,
     RunFinished,
     RunNotFound,
     ServerError,
@@ -161,7 +162,7 @@ class Lease(WithValues):
         self._waiting = True
         try:
             return self._wait(progress)
-        except (AttemptSuperseded, RunFinished, RunNotFound) as error:
+        except (AttemptSuperseded, LogForgotten, RunFinished, RunNotFound) as error:
             # Final: values that an answer under way still brings must not be used any more.
             self._link.fail(error)
             self._link.failure_raised = True
@@ -378,6 +379,7 @@ class Lease(WithValues):
         if self._node is not None:
             return self._node.get_values(request, timeout_s)
         link = self._link
+        request.held.CopyFrom(link.held())
         answer: pb.GetValuesResponse = link.once(link.stub.GetValues, request, timeout_s)
         return answer
 
@@ -391,6 +393,7 @@ class Lease(WithValues):
                 self._directives.add(map(read_directive, answer.directives))
                 self._changes.add(map(read_change, answer.changes))
                 hold(self._link, self._attempt, self._known, got)
+                self._link.got.add(answer.block, len(self._opened.groups))
                 forget_passed(self._known, self._in_use)
         except (ServerError, ValuesDiffer) as error:
             self._link.fail(error)

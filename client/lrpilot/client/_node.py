@@ -144,11 +144,14 @@ class Node:
                 # Another rank of the node needs it, and may be the one that reads the answer.
                 request = _explained(request)
             answer = self._await_file(request, time.monotonic() + timeout_s)
+            if answer is None:
+                self._see_furthest(request.stride)
         except (OSError, _Unusable) as error:
             self._leave(error, request)
             answer = None
         if answer is not None:
             return answer
+        request.held.CopyFrom(self._link.held())
         fetched: pb.GetValuesResponse = self._link.once(
             self._link.stub.GetValues, request, timeout_s
         )
@@ -270,6 +273,16 @@ class Node:
         best = max(fitting, key=lambda file: (file.stride == request.stride, file.end))
         payload = self._read(best.name)
         return None if payload is None else pb.GetValuesResponse.FromString(payload)
+
+    def _see_furthest(self, stride: int) -> None:
+        """Let this rank hand back what any rank of the node has, where that reaches further."""
+        got = self._link.got
+        files = [file for file in self._files() if file.stride == stride]
+        if not files:
+            return
+        file = max(files, key=lambda file: file.end)
+        if file.end - file.stride > got.last and (payload := self._read(file.name)) is not None:
+            got.add(pb.GetValuesResponse.FromString(payload).block, self._groups)
 
     def _news(self, request: pb.GetValuesRequest) -> bytes | None:
         return self._read(_news_name(request))

@@ -328,6 +328,7 @@ class Reporter:
         backoff = Backoff()
         start_s = said_s = time.monotonic()
         while True:
+            request.held.CopyFrom(link.held())
             try:
                 answer = link.once(link.stub.ReportLosses, request, _timing.CALL_S)
                 break

@@ -180,6 +180,7 @@ class Session:
         """Take up an attempt that has opened."""
         link, rank = self.link, self.place.rank
         link.heard(opened.begin, opened.horizon)
+        link.got.log = opened.log
         self._reporter = None
         if rank in self._reporters:
             self._reporter = Reporter(link, opened, rank=rank, incarnation=self._incarnation)
@@ -627,6 +628,7 @@ class Session:
                 attempt=self.opened.attempt,
                 progress=progress,
                 wait_ms=int(wait_s * 1000),
+                held=link.held(),
             )
             try:
                 answer: pb.SaveStateResponse = link.until(

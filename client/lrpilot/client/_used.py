@@ -88,6 +88,7 @@ class Used:
                 holder=self._token,
                 blocks=blocks(self._batch),
                 offer=self._offer,
+                held=link.held(),
             ),
             max(timeout_s, _timing.LEAST_CALL_S),
         )

@@ -241,6 +241,7 @@ class Run(google.protobuf.message.Message):
     DECLARATION_FIELD_NUMBER: builtins.int
     DECLARED_STEPS_FIELD_NUMBER: builtins.int
     IMPORTED_FROM_FIELD_NUMBER: builtins.int
+    FORGOTTEN_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name."""
     state: global___RunState.ValueType
@@ -304,6 +305,10 @@ class Run(google.protobuf.message.Message):
     imported_from: builtins.str
     """Imported, and no attempt was opened here since: release and machine that the run comes
     from; else empty.
+    """
+    forgotten: builtins.str
+    """What the log has forgotten of the current attempt, as a sentence with the numbers;
+    empty: nothing that is known. No rank gets anything in that attempt any more.
     """
     @property
     def values(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GroupValues]:
@@ -370,9 +375,10 @@ class Run(google.protobuf.message.Message):
         declaration: global___Declaration | None = ...,
         declared_steps: builtins.int = ...,
         imported_from: builtins.str = ...,
+        forgotten: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "created_at", b"created_at", "declaration", b"declaration", "loss", b"loss", "smoothed_loss", b"smoothed_loss", "updated_at", b"updated_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "adjustments", b"adjustments", "attempt", b"attempt", "begin", b"begin", "created_at", b"created_at", "declaration", b"declaration", "declared_steps", b"declared_steps", "delay", b"delay", "digest", b"digest", "etag", b"etag", "frontier", b"frontier", "held", b"held", "horizon", b"horizon", "imported_from", b"imported_from", "late_losses", b"late_losses", "leader", b"leader", "loss", b"loss", "losses", b"losses", "name", b"name", "nonfinite_losses", b"nonfinite_losses", "permitted", b"permitted", "progress", b"progress", "rollbacks", b"rollbacks", "seq", b"seq", "skipped", b"skipped", "smoothed_loss", b"smoothed_loss", "spec_document", b"spec_document", "stage", b"stage", "state", b"state", "total", b"total", "unit", b"unit", "updated_at", b"updated_at", "validation_losses", b"validation_losses", "values", b"values", "waivers", b"waivers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "adjustments", b"adjustments", "attempt", b"attempt", "begin", b"begin", "created_at", b"created_at", "declaration", b"declaration", "declared_steps", b"declared_steps", "delay", b"delay", "digest", b"digest", "etag", b"etag", "forgotten", b"forgotten", "frontier", b"frontier", "held", b"held", "horizon", b"horizon", "imported_from", b"imported_from", "late_losses", b"late_losses", "leader", b"leader", "loss", b"loss", "losses", b"losses", "name", b"name", "nonfinite_losses", b"nonfinite_losses", "permitted", b"permitted", "progress", b"progress", "rollbacks", b"rollbacks", "seq", b"seq", "skipped", b"skipped", "smoothed_loss", b"smoothed_loss", "spec_document", b"spec_document", "stage", b"stage", "state", b"state", "total", b"total", "unit", b"unit", "updated_at", b"updated_at", "validation_losses", b"validation_losses", "values", b"values", "waivers", b"waivers"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_loss", b"_loss"]) -> typing.Literal["loss"] | None: ...
     @typing.overload

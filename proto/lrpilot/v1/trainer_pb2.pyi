@@ -290,7 +290,9 @@ class Attempt(google.protobuf.message.Message):
     NUMBER_FIELD_NUMBER: builtins.int
     TOKEN_FIELD_NUMBER: builtins.int
     number: builtins.int
-    """1 for the first, dense."""
+    """1 for the first, then one more each time; where the log has forgotten attempts, their
+    numbers are left out.
+    """
     token: builtins.bytes
     """128 random bits; whoever holds it is part of the attempt."""
     def __init__(
@@ -302,6 +304,59 @@ class Attempt(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["number", b"number", "token", b"token"]) -> None: ...
 
 global___Attempt = Attempt
+
+@typing.final
+class Held(google.protobuf.message.Message):
+    """What a client has from the answers that it got in its attempt, for the server to hold
+    against its log: one whose database was put back from an older copy has forgotten some.
+    Absent in requests of release 0.2.0: then nothing is compared.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: builtins.int
+    BEGIN_FIELD_NUMBER: builtins.int
+    STRIDE_FIELD_NUMBER: builtins.int
+    STEPS_FIELD_NUMBER: builtins.int
+    DIGEST_FIELD_NUMBER: builtins.int
+    FRONTIER_FIELD_NUMBER: builtins.int
+    OFFER_FIELD_NUMBER: builtins.int
+    LOG_FIELD_NUMBER: builtins.int
+    rank: builtins.int
+    """Global rank of the caller."""
+    begin: builtins.int
+    """The block of values that reaches furthest: first progress, in the run's unit."""
+    stride: builtins.int
+    """Its distance between progresses, >= 1."""
+    steps: builtins.int
+    """Number of its steps, at most 128, the last ones of a longer block; 0: no block has
+    come yet.
+    """
+    digest: builtins.bytes
+    """The first 16 bytes of SHA-256 over its learning rates and then its weight decays, as
+    little-endian float64 in the order in which they travel.
+    """
+    frontier: builtins.int
+    """The greatest `frontier` of an answer."""
+    offer: builtins.int
+    """Leader mode: the greatest `offer` of an answer; 0: none has come yet."""
+    log: builtins.bytes
+    """What OpenAttempt returned as `log`."""
+    def __init__(
+        self,
+        *,
+        rank: builtins.int = ...,
+        begin: builtins.int = ...,
+        stride: builtins.int = ...,
+        steps: builtins.int = ...,
+        digest: builtins.bytes = ...,
+        frontier: builtins.int = ...,
+        offer: builtins.int = ...,
+        log: builtins.bytes = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["begin", b"begin", "digest", b"digest", "frontier", b"frontier", "log", b"log", "offer", b"offer", "rank", b"rank", "steps", b"steps", "stride", b"stride"]) -> None: ...
+
+global___Held = Held
 
 @typing.final
 class OpenAttemptResponse(google.protobuf.message.Message):
@@ -320,6 +375,7 @@ class OpenAttemptResponse(google.protobuf.message.Message):
     JOINED_FIELD_NUMBER: builtins.int
     RESTORED_FIELD_NUMBER: builtins.int
     HOLDER_FIELD_NUMBER: builtins.int
+    LOG_FIELD_NUMBER: builtins.int
     begin: builtins.int
     """Progress at which it opened, in the run's unit."""
     delay: builtins.int
@@ -340,6 +396,8 @@ class OpenAttemptResponse(google.protobuf.message.Message):
     """Leader mode: 128 random bits that make the caller the holder of the attempt's
     values; empty: the attempt has none, and every rank asks for itself.
     """
+    log: builtins.bytes
+    """16 bytes that name the log of the run."""
     @property
     def attempt(self) -> global___Attempt:
         """The attempt."""
@@ -364,9 +422,10 @@ class OpenAttemptResponse(google.protobuf.message.Message):
         joined: builtins.bool = ...,
         restored: builtins.bool = ...,
         holder: builtins.bytes = ...,
+        log: builtins.bytes = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["attempt", b"attempt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "begin", b"begin", "delay", b"delay", "feedback", b"feedback", "groups", b"groups", "has_weight_decay", b"has_weight_decay", "holder", b"holder", "horizon", b"horizon", "joined", b"joined", "restored", b"restored", "unit", b"unit"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "begin", b"begin", "delay", b"delay", "feedback", b"feedback", "groups", b"groups", "has_weight_decay", b"has_weight_decay", "holder", b"holder", "horizon", b"horizon", "joined", b"joined", "log", b"log", "restored", b"restored", "unit", b"unit"]) -> None: ...
 
 global___OpenAttemptResponse = OpenAttemptResponse
 
@@ -386,6 +445,7 @@ class GetValuesRequest(google.protobuf.message.Message):
     WAIT_MS_FIELD_NUMBER: builtins.int
     HOLDER_FIELD_NUMBER: builtins.int
     EXPLAIN_FIELD_NUMBER: builtins.int
+    HELD_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run."""
     begin: builtins.int
@@ -410,6 +470,10 @@ class GetValuesRequest(google.protobuf.message.Message):
     def attempt(self) -> global___Attempt:
         """The attempt."""
 
+    @property
+    def held(self) -> global___Held:
+        """What the caller, or another rank of its node, has already."""
+
     def __init__(
         self,
         *,
@@ -423,9 +487,10 @@ class GetValuesRequest(google.protobuf.message.Message):
         wait_ms: builtins.int = ...,
         holder: builtins.bytes = ...,
         explain: builtins.bool = ...,
+        held: global___Held | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["attempt", b"attempt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "begin", b"begin", "blocked", b"blocked", "count", b"count", "explain", b"explain", "holder", b"holder", "in_use", b"in_use", "run", b"run", "stride", b"stride", "wait_ms", b"wait_ms"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["attempt", b"attempt", "held", b"held"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "begin", b"begin", "blocked", b"blocked", "count", b"count", "explain", b"explain", "held", b"held", "holder", b"holder", "in_use", b"in_use", "run", b"run", "stride", b"stride", "wait_ms", b"wait_ms"]) -> None: ...
 
 global___GetValuesRequest = GetValuesRequest
 
@@ -699,6 +764,7 @@ class ReportLossesRequest(google.protobuf.message.Message):
     RANK_FIELD_NUMBER: builtins.int
     INCARNATION_FIELD_NUMBER: builtins.int
     REPORTS_FIELD_NUMBER: builtins.int
+    HELD_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run."""
     rank: builtins.int
@@ -713,6 +779,10 @@ class ReportLossesRequest(google.protobuf.message.Message):
     def reports(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LossReport]:
         """In order of progress, at most 4,096."""
 
+    @property
+    def held(self) -> global___Held:
+        """What the caller has already."""
+
     def __init__(
         self,
         *,
@@ -721,9 +791,10 @@ class ReportLossesRequest(google.protobuf.message.Message):
         rank: builtins.int = ...,
         incarnation: builtins.str = ...,
         reports: collections.abc.Iterable[global___LossReport] | None = ...,
+        held: global___Held | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["attempt", b"attempt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "incarnation", b"incarnation", "rank", b"rank", "reports", b"reports", "run", b"run"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["attempt", b"attempt", "held", b"held"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "held", b"held", "incarnation", b"incarnation", "rank", b"rank", "reports", b"reports", "run", b"run"]) -> None: ...
 
 global___ReportLossesRequest = ReportLossesRequest
 
@@ -765,6 +836,7 @@ class SaveStateRequest(google.protobuf.message.Message):
     ATTEMPT_FIELD_NUMBER: builtins.int
     PROGRESS_FIELD_NUMBER: builtins.int
     WAIT_MS_FIELD_NUMBER: builtins.int
+    HELD_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run."""
     progress: builtins.int
@@ -775,6 +847,10 @@ class SaveStateRequest(google.protobuf.message.Message):
     def attempt(self) -> global___Attempt:
         """The attempt."""
 
+    @property
+    def held(self) -> global___Held:
+        """What the caller has already."""
+
     def __init__(
         self,
         *,
@@ -782,9 +858,10 @@ class SaveStateRequest(google.protobuf.message.Message):
         attempt: global___Attempt | None = ...,
         progress: builtins.int = ...,
         wait_ms: builtins.int = ...,
+        held: global___Held | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["attempt", b"attempt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "progress", b"progress", "run", b"run", "wait_ms", b"wait_ms"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["attempt", b"attempt", "held", b"held"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "held", b"held", "progress", b"progress", "run", b"run", "wait_ms", b"wait_ms"]) -> None: ...
 
 global___SaveStateRequest = SaveStateRequest
 
@@ -883,6 +960,7 @@ class OfferValuesRequest(google.protobuf.message.Message):
     BEGIN_FIELD_NUMBER: builtins.int
     STRIDE_FIELD_NUMBER: builtins.int
     COUNT_FIELD_NUMBER: builtins.int
+    HELD_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run."""
     holder: builtins.bytes
@@ -899,6 +977,10 @@ class OfferValuesRequest(google.protobuf.message.Message):
     def attempt(self) -> global___Attempt:
         """The attempt."""
 
+    @property
+    def held(self) -> global___Held:
+        """What the caller has already."""
+
     def __init__(
         self,
         *,
@@ -908,9 +990,10 @@ class OfferValuesRequest(google.protobuf.message.Message):
         begin: builtins.int = ...,
         stride: builtins.int = ...,
         count: builtins.int = ...,
+        held: global___Held | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["attempt", b"attempt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "begin", b"begin", "count", b"count", "holder", b"holder", "run", b"run", "stride", b"stride"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["attempt", b"attempt", "held", b"held"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "begin", b"begin", "count", b"count", "held", b"held", "holder", b"holder", "run", b"run", "stride", b"stride"]) -> None: ...
 
 global___OfferValuesRequest = OfferValuesRequest
 
@@ -958,6 +1041,7 @@ class DeclareValuesRequest(google.protobuf.message.Message):
     HOLDER_FIELD_NUMBER: builtins.int
     BLOCKS_FIELD_NUMBER: builtins.int
     OFFER_FIELD_NUMBER: builtins.int
+    HELD_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run."""
     holder: builtins.bytes
@@ -965,6 +1049,7 @@ class DeclareValuesRequest(google.protobuf.message.Message):
     offer: builtins.int
     """The least `offer` of the answers that the values came from: what was decided
     after it is not in them. 0: not known, then it is the oldest one that reached them.
+    One that the log does not know shows that it has forgotten it.
     """
     @property
     def attempt(self) -> global___Attempt:
@@ -976,6 +1061,10 @@ class DeclareValuesRequest(google.protobuf.message.Message):
         most as many steps as one answer of OfferValues may have.
         """
 
+    @property
+    def held(self) -> global___Held:
+        """What the caller has already."""
+
     def __init__(
         self,
         *,
@@ -984,9 +1073,10 @@ class DeclareValuesRequest(google.protobuf.message.Message):
         holder: builtins.bytes = ...,
         blocks: collections.abc.Iterable[global___Block] | None = ...,
         offer: builtins.int = ...,
+        held: global___Held | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["attempt", b"attempt"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "blocks", b"blocks", "holder", b"holder", "offer", b"offer", "run", b"run"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["attempt", b"attempt", "held", b"held"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["attempt", b"attempt", "blocks", b"blocks", "held", b"held", "holder", b"holder", "offer", b"offer", "run", b"run"]) -> None: ...
 
 global___DeclareValuesRequest = DeclareValuesRequest
 

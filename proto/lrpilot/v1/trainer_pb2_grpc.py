@@ -8,7 +8,9 @@ from lrpilot.v1 import trainer_pb2 as lrpilot_dot_v1_dot_trainer__pb2
 class TrainerServiceStub(object):
     """For the ranks of a training job. Beside the errors named, every method answers
     NOT_FOUND (RunNotFound) for a run that is not there, and INVALID_ARGUMENT
-    (InvalidRequest) for fields out of range.
+    (InvalidRequest) for fields out of range; what belongs to an attempt also answers
+    FAILED_PRECONDITION (LogForgotten) where the log has forgotten something that clients of
+    the attempt hold.
     """
 
     def __init__(self, channel):
@@ -62,7 +64,9 @@ class TrainerServiceStub(object):
 class TrainerServiceServicer(object):
     """For the ranks of a training job. Beside the errors named, every method answers
     NOT_FOUND (RunNotFound) for a run that is not there, and INVALID_ARGUMENT
-    (InvalidRequest) for fields out of range.
+    (InvalidRequest) for fields out of range; what belongs to an attempt also answers
+    FAILED_PRECONDITION (LogForgotten) where the log has forgotten something that clients of
+    the attempt hold.
     """
 
     def AttachRun(self, request, context):
@@ -200,7 +204,9 @@ def add_TrainerServiceServicer_to_server(servicer, server):
 class TrainerService(object):
     """For the ranks of a training job. Beside the errors named, every method answers
     NOT_FOUND (RunNotFound) for a run that is not there, and INVALID_ARGUMENT
-    (InvalidRequest) for fields out of range.
+    (InvalidRequest) for fields out of range; what belongs to an attempt also answers
+    FAILED_PRECONDITION (LogForgotten) where the log has forgotten something that clients of
+    the attempt hold.
     """
 
     @staticmethod

@@ -26,7 +26,9 @@ class _ServicerContext(grpc.ServicerContext, grpc.aio.ServicerContext):  # type:
 class TrainerServiceStub:
     """For the ranks of a training job. Beside the errors named, every method answers
     NOT_FOUND (RunNotFound) for a run that is not there, and INVALID_ARGUMENT
-    (InvalidRequest) for fields out of range.
+    (InvalidRequest) for fields out of range; what belongs to an attempt also answers
+    FAILED_PRECONDITION (LogForgotten) where the log has forgotten something that clients of
+    the attempt hold.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -115,7 +117,9 @@ class TrainerServiceStub:
 class TrainerServiceAsyncStub:
     """For the ranks of a training job. Beside the errors named, every method answers
     NOT_FOUND (RunNotFound) for a run that is not there, and INVALID_ARGUMENT
-    (InvalidRequest) for fields out of range.
+    (InvalidRequest) for fields out of range; what belongs to an attempt also answers
+    FAILED_PRECONDITION (LogForgotten) where the log has forgotten something that clients of
+    the attempt hold.
     """
 
     AttachRun: grpc.aio.UnaryUnaryMultiCallable[
@@ -203,7 +207,9 @@ class TrainerServiceAsyncStub:
 class TrainerServiceServicer(metaclass=abc.ABCMeta):
     """For the ranks of a training job. Beside the errors named, every method answers
     NOT_FOUND (RunNotFound) for a run that is not there, and INVALID_ARGUMENT
-    (InvalidRequest) for fields out of range.
+    (InvalidRequest) for fields out of range; what belongs to an attempt also answers
+    FAILED_PRECONDITION (LogForgotten) where the log has forgotten something that clients of
+    the attempt hold.
     """
 
     @abc.abstractmethod

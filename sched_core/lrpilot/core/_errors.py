@@ -106,6 +106,10 @@ class AttemptSuperseded(LrpilotError):
     """A newer attempt has opened, or the token is not this attempt's."""
 
 
+class LogForgotten(LrpilotError):
+    """The log was put back from an older copy: ranks hold of the attempt what it has not."""
+
+
 class BeyondHorizon(LrpilotError):
     """The values wanted lie further than a block beyond the horizon."""
 

@@ -107,6 +107,9 @@ class Opened:
     """Of a rollback: what the LR is multiplied by from `begin` on."""
     holder: str = ""
     """Leader mode: 128 random bits, hexadecimal, of the one who gets the values; empty: all do."""
+    adopted: bool = False
+    """Whether `fold` is of a part of this very log that was lost, as where its database was put
+    back from an older copy: it takes the place of what the log has instead."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +233,22 @@ class Acknowledged:
 
 
 @dataclass(frozen=True, slots=True)
+class Forgot:
+    """A client holds what this log has not, though the log gave it: nothing more comes of the
+    current attempt."""
+
+    kind: ClassVar[str] = "forgot"
+    attempt: int
+    """The client's; above the log's where that has forgotten the attempt itself."""
+    rank: int
+    what: str
+    """`attempt`, `values`, `losses` or `offer`."""
+    progress: int
+    """Last progress of the values, or up to where losses were final; of an attempt or an offer, as
+    far as the client knew that they were."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """The run is over."""
 
@@ -265,6 +284,7 @@ Event: TypeAlias = (
     | Revised
     | Adjusted
     | Acknowledged
+    | Forgot
     | Finished
     | Imported
 )
@@ -284,6 +304,7 @@ _KINDS: dict[str, type[Any]] = {
         Revised,
         Adjusted,
         Acknowledged,
+        Forgot,
         Finished,
         Imported,
     )

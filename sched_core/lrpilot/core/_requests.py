@@ -63,6 +63,7 @@ from lrpilot.core._events import (
     Waived,
 )
 from lrpilot.core._fields import LARGEST_PROGRESS, is_metric
+from lrpilot.core._forgotten import log_forgotten, refuse_forgotten
 from lrpilot.core._plan import Plan, Values
 from lrpilot.core._records import Block, Records
 from lrpilot.core._spec import RunSpec, spec_difference
@@ -357,6 +358,11 @@ class SavedState:
     progress: int
     fold: dict[str, Any]
 
+    @property
+    def log(self) -> str:
+        """Digest of the log at seq 1; empty: a release before 0.3 saved it."""
+        return str(self.fold.get("log", ""))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenRequest:
@@ -386,7 +392,7 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
     """Open a new attempt, or join the current one when the key is its own.
 
     Raises RunFinished, ResumePointRequired, JoinRefused, StateMismatch, AttemptSuperseded,
-    InvalidRequest.
+    LogForgotten, SpecChanged, InvalidRequest.
     """
     done = state.answers.get(request.request_id)
     if done is not None:
@@ -399,6 +405,7 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
     if request.key and request.key in state.keys:
         if request.key != state.key:
             raise _superseded(state, state.keys[request.key])
+        refuse_forgotten(state)
         return _join(state, request, progress)
     saved = request.saved
     if saved is not None and not state.attempt:
@@ -408,8 +415,8 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
     fold = None
     if saved is not None:
         is_continued = (saved.seq, saved.digest) == (state.lost_seq, state.lost_digest)
-        if not is_continued:
-            _refuse_mismatch(state, saved, request.digest_at_saved)
+        if not is_continued and request.digest_at_saved != saved.digest:
+            return _adopt(state, request, saved)
         if state.history_differs(0 if is_continued else saved.seq, saved.progress):
             fold = saved.fold
     elif progress is None and state.has_losses:
@@ -428,7 +435,7 @@ def open_attempt(state: RunState, request: OpenRequest) -> list[Event]:
             origin=state.origin,
             progress=progress,
         )
-    opened = _opened(request, state.attempt + 1, progress or 0, fold=fold)
+    opened = _opened(request, state.greatest_attempt + 1, progress or 0, fold=fold)
     if fold is None:
         state.refuse_dropped(opened.begin)
     if asked is not None:
@@ -508,6 +515,25 @@ def _restore(state: RunState, request: OpenRequest, saved: SavedState) -> list[E
     return [*events, replace(opened, lost_seq=saved.seq, lost_digest=saved.digest)]
 
 
+def _adopt(state: RunState, request: OpenRequest, saved: SavedState) -> list[Event]:
+    """Take over what this log lost, from a state that was saved in the lost part of it."""
+    if not saved.log or saved.log != state.log:
+        raise _mismatch(state, saved, request.digest_at_saved)
+    known = last_trainer_spec(saved.fold)
+    given = state.trainer_spec
+    if given is not None and given != known and not state.gives_other_spec(saved.fold):
+        raise _spec_changed(
+            state,
+            "differs from the one that the state was saved under, which the log has forgotten",
+            known,
+            given,
+            'connect with on_change="revise" and the spec that is to hold from here on',
+        )
+    attempt = max(state.greatest_attempt, saved.fold["attempt"]) + 1
+    opened = _opened(request, attempt, saved.progress, fold=saved.fold)
+    return [replace(opened, lost_seq=saved.seq, lost_digest=saved.digest, adopted=True)]
+
+
 def _opened(
     request: OpenRequest, attempt: int, begin: int, *, fold: Mapping[str, Any] | None
 ) -> Opened:
@@ -527,11 +553,18 @@ def _opened(
 
 
 def check_attempt(state: RunState, attempt: int, token: str) -> None:
-    """Raise AttemptSuperseded unless the request belongs to the current attempt."""
+    """Raise AttemptSuperseded unless the request belongs to the current attempt.
+
+    Raises LogForgotten where the log has forgotten something of it, or all of it.
+    """
     _refuse_missing(state)
+    forgot = state.forgot
+    if forgot is not None and attempt == forgot.attempt > state.attempt:
+        raise log_forgotten(state, forgot)
     # A run that no attempt has opened yet is at attempt 0, without a token.
     if not token or (attempt, token) != (state.attempt, state.token):
         raise _superseded(state, attempt)
+    refuse_forgotten(state)
 
 
 def _check_ranks(request: OpenRequest) -> None:
@@ -611,19 +644,24 @@ def _named(state: RunState, rank: int) -> int | None:
     return rank if len(state.reporters.ranks) > 1 else None
 
 
-def _refuse_mismatch(state: RunState, saved: SavedState, digest: str | None) -> None:
-    if digest != saved.digest:
-        there = f"its digest there is {digest}" if digest else f"it ends at seq {state.seq}"
-        raise StateMismatch(
-            f"the state was saved at seq {saved.seq} of a log of run {saved.run!r} with digest "
-            f"{saved.digest}, which is not the log of this server: {there}; to go on from this "
-            "state all the same, delete the run here and start the trainers again",
-            run=state.name,
-            saved_seq=saved.seq,
-            saved_digest=saved.digest,
-            log_seq=state.seq,
-            log_digest=digest or state.digest,
-        )
+def _mismatch(state: RunState, saved: SavedState, digest: str | None) -> StateMismatch:
+    there = f"its digest there is {digest}" if digest else f"it ends at seq {state.seq}"
+    remedy = (
+        "to go on from this state all the same, delete the run here and start the trainers again"
+        if saved.log
+        else "the state does not name its log, as release 0.2.0 saved it. Where this log was put "
+        f"back from an older copy: give resume_at={saved.progress} without the state, an older "
+        "checkpoint, or the run another name"
+    )
+    return StateMismatch(
+        f"the state was saved at seq {saved.seq} of a log of run {saved.run!r} with digest "
+        f"{saved.digest}, which is not the log of this server: {there}; {remedy}",
+        run=state.name,
+        saved_seq=saved.seq,
+        saved_digest=saved.digest,
+        log_seq=state.seq,
+        log_digest=digest or state.digest,
+    )
 
 
 def _superseded(state: RunState, attempt: int) -> AttemptSuperseded:

@@ -14,7 +14,7 @@ nothing has changed.
 
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from lrpilot.core import _canonical
@@ -28,6 +28,7 @@ from lrpilot.core._events import (
     Declared,
     Event,
     Finished,
+    Forgot,
     Imported,
     Joined,
     Opened,
@@ -39,6 +40,7 @@ from lrpilot.core._events import (
     decode,
     encode,
 )
+from lrpilot.core._fields import LARGEST_PROGRESS
 from lrpilot.core._observers import Observers
 from lrpilot.core._plan import ORDER_OF_OPERATORS, Adjustment, Plan, Revision, Values
 from lrpilot.core._records import Block, Records
@@ -68,11 +70,15 @@ SNAPSHOT_FORMAT = 1
 """Number of the form in which a snapshot is written. Another form, also of what is in it, needs
 another number: a server that does not know it folds the log instead."""
 
+EVENT_NAME_LENGTH = 16
+"""Hexadecimal digits of the digest of the log after an event that name it: 64 bits."""
+
 _PLAIN = (
     "name", "seq", "digest", "lost_seq", "lost_digest", "may_revise", "finished", "keys",
     "attempt", "token", "holder", "begin", "key", "frontier", "in_use", "waivers", "moved",
     "origin", "permits", "declared", "rewinds", "loss_progress", "outcomes", "approved", "made",
     "imported_from", "floor", "dropped", "dropped_late", "dropped_permit",
+    "log", "greatest_attempt", "origins", "revised_by", "done",
 )  # fmt: skip
 """Attributes that a snapshot holds as they are."""
 
@@ -101,6 +107,23 @@ class Declaration(NamedTuple):
     """Number of progresses used in it."""
 
 
+class Forgotten(NamedTuple):
+    """What a log has forgotten, and how far it goes itself."""
+
+    attempt: int
+    """The client's."""
+    rank: int
+    what: str
+    """See Forgot."""
+    progress: int
+    """See Forgot."""
+    seq: int
+    """Where the log ended."""
+    frontier: int
+    recorded: int | None
+    """Last recorded progress of the log's own attempt; None: there is none."""
+
+
 class RunState:
     """Everything a log says, by name. Read anything; change it through `apply` alone."""
 
@@ -108,6 +131,8 @@ class RunState:
         self.name = name
         self.seq = 0
         self.digest = _canonical.GENESIS
+        self.log = ""
+        """Digest at seq 1: names the log, since its first event holds random bits."""
         self.lost_seq = 0
         self.lost_digest = ""
         """Where a log that was lost ended, as far as the state goes that this one began from."""
@@ -125,6 +150,10 @@ class RunState:
 
         self.attempt = 0
         """Number of the current attempt; 0 before the first."""
+        self.forgot: Forgotten | None = None
+        """What the log has forgotten of this attempt; None: nothing that is known."""
+        self.greatest_attempt = 0
+        """Greatest number of an attempt that any client named; those after it are new."""
         self.token = ""
         """What the requests of the current attempt carry; empty: none is open."""
         self.imported_from = ""
@@ -192,6 +221,15 @@ class RunState:
         self.made: dict[str, str] = {}
         """Request id to the id of the adjustment that an operator made with it."""
         self.records = Records()
+
+        # What operators did is known by the events that did it, also where it was taken over from
+        # a part of the log that was lost.
+        self.origins: dict[str, str] = {}
+        """Id of each adjustment of an operator or a rollback to the name of its event."""
+        self.revised_by: list[str] = []
+        """Name of the event of each revision, in the plan's order."""
+        self.done: list[str] = []
+        """Names of all such events, also of those whose doing is gone."""
 
     # What follows from the state.
 
@@ -389,6 +427,7 @@ class RunState:
             self._refuse_if_dropped(event)
         self.seq += 1
         self.digest = _canonical.chain(self.digest, data or encode(event))
+        self.log = self.log or self.digest
         match event:
             case Reported():
                 self._report(event)
@@ -410,11 +449,14 @@ class RunState:
                 self.outcomes.setdefault(event.directive, event.outcome)
             case Opened():
                 self._open(event)
+            case Forgot():
+                self._forget(event)
             case Revised():
                 self._revise(event)
             case Created():
                 spec = parse_spec(event.spec)
                 self.plan = Plan([Revision(0, 0, spec)], [])
+                self._is_revision()
                 self.trainer_spec = spec if event.by_trainer else None
                 self.may_revise = event.may_revise
                 self.answers[event.request_id] = (event.kind, 0)
@@ -548,9 +590,39 @@ class RunState:
         if self._observations % MARK_EVERY == 0 and not observation.is_skipped:
             self.marks.append((self._observations, self.observers))
 
+    def _is_revision(self) -> None:
+        """Note that the event in hand made the plan's last revision."""
+        # An event may make an adjustment as well.
+        name = f"{self._event_name}r"
+        self.revised_by.append(name)
+        self.done.append(name)
+
+    def _is_origin(self, adjustment: Adjustment) -> None:
+        """Note that the event in hand made an adjustment."""
+        self.origins[adjustment.id] = self._event_name
+        self.done.append(self._event_name)
+
+    @property
+    def _event_name(self) -> str:
+        return self.digest[:EVENT_NAME_LENGTH]
+
+    def _forget(self, event: Forgot) -> None:
+        """Take note of what a client holds and the log has not."""
+        self.forgot = Forgotten(
+            event.attempt,
+            event.rank,
+            event.what,
+            event.progress,
+            self.seq - 1,
+            self.frontier,
+            self.records.last_below(LARGEST_PROGRESS + 1),
+        )
+        self.greatest_attempt = max(self.greatest_attempt, event.attempt)
+
     def _adjust(self, event: Adjusted) -> None:
         adjustment = self.made_by(event, self.seq)
         self.plan.adjust(adjustment)
+        self._is_origin(adjustment)
         self.made[event.request_id] = adjustment.id
         self.answers[event.request_id] = (event.kind, event.effective)
         if event.advice:
@@ -626,6 +698,7 @@ class RunState:
                 event.effective, event.observes_from, spec, event.by_trainer, self.seq
             )
             self.plan.revise(revision)
+            self._is_revision()
             self.answers[event.request_id] = (event.kind, event.effective)
 
     def _import(self, event: Imported) -> None:
@@ -637,13 +710,14 @@ class RunState:
         self.answers[event.request_id] = (event.kind, self.attempt)
 
     def _open(self, event: Opened) -> None:
-        if event.lost_seq and event.fold is not None:
-            self._restore_specs(event.fold)
+        if event.lost_seq:
             self.lost_seq, self.lost_digest = event.lost_seq, event.lost_digest
-        if event.fold is not None:
-            self._replace_history(event.fold, self.seq if event.lost_seq else None)
-        else:
+        if event.fold is None:
             self._rewind(event.begin)
+        elif event.lost_seq:
+            self._take_over(event.fold, self._foreign(event.fold, adopted=event.adopted))
+        else:
+            self._take_over(event.fold, self._own(event.fold))
         self.plan.reopen(event.begin)
         records = self.records
         self.records = Records(self.floor)
@@ -661,12 +735,15 @@ class RunState:
                     part=len(self.plan.adjustments),
                 )
             )
+            self._is_revision()
             self.pending_spec = None
         else:
             for block in records.between(event.begin, event.begin + self.delay):
                 self.records.add(block)
         self.rewinds.append((self.seq, event.begin))
         self.attempt = event.attempt
+        self.greatest_attempt = max(self.greatest_attempt, event.attempt)
+        self.forgot = None
         self.token = event.token
         self.imported_from = ""
         self.holder = event.holder
@@ -696,16 +773,16 @@ class RunState:
             f"rolled back to {event.begin}: directive {event.directive} asked for it at "
             f"{event.asked_at}, with the damage beginning at {event.before}",
         )
-        self.plan.adjust(
-            self._from_outside(
-                event.begin,
-                cut,
-                decided_at=event.begin,
-                kind="rollback",
-                source="rollback",
-                seq=self.seq,
-            )
+        adjustment = self._from_outside(
+            event.begin,
+            cut,
+            decided_at=event.begin,
+            kind="rollback",
+            source="rollback",
+            seq=self.seq,
         )
+        self.plan.adjust(adjustment)
+        self._is_origin(adjustment)
 
     def _rewind(self, progress: int) -> None:
         """Forget the losses from `progress` on and what was decided on them."""
@@ -767,6 +844,7 @@ class RunState:
         plan, observers = self._as_of(progress)
         return {
             "name": self.name,
+            "log": self.log,
             "progress": progress,
             "attempt": self.attempt,
             "trainer_spec": _spec_to_mapping(self.trainer_spec),
@@ -779,6 +857,13 @@ class RunState:
             ),
             "observers": observers.to_mapping(),
             "records": [block.to_mapping() for block in self._unused_records(progress)],
+            "origins": [
+                [item.id, self.origins[item.id]]
+                for item in (*plan.adjustments, *self.advice)
+                if item.id in self.origins
+            ],
+            "revised_by": self.revised_by,
+            "done": self.done,
         }
 
     def _unused_records(self, progress: int) -> list[Block]:
@@ -792,46 +877,83 @@ class RunState:
             room -= part.steps * part.groups
         return kept
 
-    def _restore_specs(self, fold: Mapping[str, Any]) -> None:
-        """Take over the specs of a lost log; the one that was given here since comes after them."""
-        given = self.given_spec
-        known = last_trainer_spec(fold)
-        self.plan = Plan([Revision.from_mapping(item) for item in fold["revisions"]], [])
-        self.pending_spec = _spec_from_mapping(fold["pending_spec"])
-        if given != known:
-            self.pending_spec = given
-        if self.trainer_spec is None:
-            self.trainer_spec = _spec_from_mapping(fold["trainer_spec"])
+    def gives_other_spec(self, fold: Mapping[str, Any]) -> bool:
+        """Return whether a trainer gave a spec here that a saved state does not know of."""
+        revisions = zip(self.plan.revisions, self.revised_by, strict=True)
+        return self.pending_spec is not None or any(
+            item.by_trainer and name not in fold["done"] for item, name in revisions
+        )
 
-    def _replace_history(self, fold: Mapping[str, Any], seq: int | None) -> None:
-        """Let a saved state take the place of the losses and of what was decided on them.
+    def _own(self, fold: Mapping[str, Any]) -> "_Past":
+        """Return the past that a saved state of this log brings.
 
-        `seq`: that of the event which brings it, where the numbers in it are of another log.
+        The log has it whole; the state may have shortened it. What operators did since the state
+        was saved stays.
         """
-        known = (*self.forgotten, *self.plan.adjustments, *self.advice)
-        adjustments = [Adjustment.from_mapping(item) for item in fold["adjustments"]]
-        advice = [Adjustment.from_mapping(item) for item in fold["advice"]]
-        by_operators = [item for item in self.plan.adjustments if item.order >= ORDER_OF_OPERATORS]
-        revisions: Sequence[Revision] = self.plan.revisions
-        if seq is None:
-            # The log has them whole; the state may have shortened them. What operators did since
-            # the state was saved stays.
-            whole = {item.decision: item for item in known}
-            adjustments = [
-                whole.get(item.decision, item)
-                for item in adjustments
-                if item.order < ORDER_OF_OPERATORS
-            ]
-            advice = [whole.get(item.decision, item) for item in advice]
-            rollbacks = self.plan.rollbacks
-        else:
-            revisions, adjustments, advice = _renumbered(revisions, adjustments, advice, seq)
-            rollbacks = tuple(_rollback(item) for item in fold["rollbacks"])
-        adjustments += by_operators
-        kept = {*adjustments, *advice}
-        self.forgotten = [item for item in known if item not in kept]
-        self.plan = Plan(revisions, adjustments, rollbacks)
-        self.advice = advice
+        whole = {item.decision: item for item in self._known()}
+        adjustments = map(Adjustment.from_mapping, fold["adjustments"])
+        return _Past(
+            self.plan.revisions,
+            [
+                *(whole.get(item.decision, item) for item in adjustments if _is_decision(item)),
+                *(item for item in self.plan.adjustments if not _is_decision(item)),
+            ],
+            [whole.get(x.decision, x) for x in map(Adjustment.from_mapping, fold["advice"])],
+            self.plan.rollbacks,
+        )
+
+    def _foreign(self, fold: Mapping[str, Any], *, adopted: bool) -> "_Past":
+        """Return the past that a saved state of a lost log brings, and take over its specs.
+
+        What operators did here and the state does not know of stays; with `adopted`, where the
+        lost log is a part of this one, also how they revised it. What both know is there once.
+        """
+        own, known = set(fold.get("done", ())), last_trainer_spec(fold)
+        gives_own = not adopted or self.gives_other_spec(fold)
+        given = self.given_spec if gives_own else known
+        named = list(zip(self.plan.revisions, self.revised_by, strict=True))
+        places = {name: (item.seq, item.part) for item, name in named}
+        adjustments = [item for item in self.plan.adjustments if not _is_decision(item)]
+        places |= {self.origins[item.id]: (item.seq, item.part) for item in adjustments}
+        kept = [item for item in adjustments if adopted and self.origins[item.id] not in own]
+        since = [
+            (item, name)
+            for item, name in named
+            if adopted and not item.by_trainer and name not in own
+        ]
+        past = _renumbered(fold, self._known() if adopted else (), places, self.seq)
+        # A state of an old release names no events: what it brings goes by the one in hand.
+        names = fold.get("revised_by") or [
+            f"{self._event_name}r{index}" for index in range(len(past.revisions))
+        ]
+        origins = {key: name or f"{self._event_name}-{key}" for key, name in past.origins.items()}
+        self.revised_by = [*names, *(name for _, name in since)]
+        self.origins |= origins
+        told = (*fold.get("done", ()), *names, *origins.values())
+        self.done += [name for name in dict.fromkeys(told) if name not in self.done]
+        self.pending_spec = _spec_from_mapping(fold["pending_spec"]) if given == known else given
+        if self.trainer_spec is None or (fold["trainer_spec"] is not None and not gives_own):
+            self.trainer_spec = _spec_from_mapping(fold["trainer_spec"])
+        rollbacks = [_rollback(item) for item in fold["rollbacks"]]
+        if adopted:
+            rollbacks += [item for item in self.plan.rollbacks if item not in rollbacks]
+        return _Past(
+            [*past.revisions, *(item for item, _ in since)],
+            [*past.adjustments, *kept],
+            past.advice,
+            tuple(rollbacks),
+        )
+
+    def _known(self) -> tuple[Adjustment, ...]:
+        """Return every adjustment and advice, those that were forgotten first."""
+        return (*self.forgotten, *self.plan.adjustments, *self.advice)
+
+    def _take_over(self, fold: Mapping[str, Any], past: "_Past") -> None:
+        """Let a saved state take the place of the losses and of what was decided on them."""
+        kept = {*past.adjustments, *past.advice}
+        self.forgotten = [item for item in self._known() if item not in kept]
+        self.plan = Plan(past.revisions, past.adjustments, past.rollbacks)
+        self.advice = list(past.advice)
         self.observers = self.origin_observers = Observers.from_mapping(fold["observers"])
         self.origin = fold["progress"]
         self.loss_progress, self.loss_values, self.marks = [], [], []
@@ -855,6 +977,7 @@ class RunState:
                 "format": SNAPSHOT_FORMAT,
                 **{name: getattr(self, name) for name in _PLAIN},
                 "dropped_loss": self.dropped_loss,
+                "forgot": self.forgot,
                 "trainer_spec": _spec_to_mapping(self.trainer_spec),
                 "pending_spec": _spec_to_mapping(self.pending_spec),
                 "answers": self.answers,
@@ -889,6 +1012,8 @@ def restore_snapshot(data: bytes) -> RunState:
     state = RunState(content["name"])
     for name in _PLAIN:
         setattr(state, name, content[name])
+    if content["forgot"] is not None:
+        state.forgot = Forgotten(*content["forgot"])
     state.trainer_spec = _spec_from_mapping(content["trainer_spec"])
     state.pending_spec = _spec_from_mapping(content["pending_spec"])
     state.rewinds = [(seq, first) for seq, first in content["rewinds"]]
@@ -952,32 +1077,65 @@ def _shortened(adjustments: Sequence[Adjustment]) -> list[dict[str, Any]]:
     return kept[::-1]
 
 
+@dataclass(frozen=True)
+class _Past:
+    """What a saved state brings in the place of what a log decided."""
+
+    revisions: Sequence[Revision]
+    adjustments: Sequence[Adjustment]
+    advice: Sequence[Adjustment]
+    rollbacks: tuple[Rollback, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
+    """As RunState.origins, of its adjustments; empty where a state does not name the event."""
+
+
+def _is_decision(item: Adjustment) -> bool:
+    """Return whether a loss decided an adjustment, and nobody else."""
+    return item.order < ORDER_OF_OPERATORS
+
+
 def _renumbered(
-    revisions: Sequence[Revision],
-    adjustments: Sequence[Adjustment],
-    advice: Sequence[Adjustment],
+    fold: Mapping[str, Any],
+    known: Sequence[Adjustment],
+    places: Mapping[str, tuple[int, int]],
     seq: int,
-) -> tuple[list[Revision], list[Adjustment], list[Adjustment]]:
+) -> _Past:
     """Return the specs and decisions of a lost log as the event with that `seq` brings them.
 
     What operators did gets positions of its own, so that no two have one name, and a revision one
-    behind the changes that it came after; what was taken back goes by the new names.
+    behind the changes that it came after; what was taken back goes by the new names. What this log
+    knows by itself keeps its name: decisions among `known`, and the rest by `places`, the seq and
+    part of what each event did.
     """
+    events = dict(fold.get("origins", ()))
+    whole = {item.decision: item for item in known}
+    revisions = [Revision.from_mapping(item) for item in fold["revisions"]]
+    decided = [Adjustment.from_mapping(item) for item in (*fold["adjustments"], *fold["advice"])]
     names: dict[str, str] = {}
     moved: list[Adjustment] = []
+    origins: dict[str, str] = {}
     parts = [0] * len(revisions)
     # In the order in which they apply, which those with one effective progress keep.
-    for item in sorted((*adjustments, *advice), key=lambda item: item.key):
-        is_operators = item.order >= ORDER_OF_OPERATORS
-        new = replace(item, seq=seq, part=len(moved) if is_operators else item.part)
+    for item in sorted(decided, key=lambda item: item.key):
+        here, place = whole.get(item.decision), places.get(events.get(item.id, ""))
+        if _is_decision(item):
+            is_known = here is not None and _is_same(here, item)
+            new = here if here is not None and is_known else replace(item, seq=seq)
+        else:
+            new_seq, part = place or (seq, len(moved))
+            new = replace(item, seq=new_seq, part=part)
+            origins[new.id] = events.get(item.id, "")
         names[item.mark] = new.mark
         moved.append(new)
         for index, revision in enumerate(revisions):
-            if is_operators and revision.effective == item.effective and revision.came_after(item):
+            is_later = revision.effective == item.effective and revision.came_after(item)
+            if is_later and not _is_decision(item):
                 parts[index] = len(moved)
-    placed = [
-        replace(item, seq=seq, part=part) for item, part in zip(revisions, parts, strict=True)
-    ]
+    placed = []
+    revised_by = fold.get("revised_by") or [""] * len(revisions)
+    for revision, part, name in zip(revisions, parts, revised_by, strict=True):
+        at, behind = places.get(name, (seq, part))
+        placed.append(replace(revision, seq=at, part=behind))
     for index, item in enumerate(moved):
         if isinstance(item.change, Undo):
             # A decision on a loss may come again; what else is gone must not lend its name to what
@@ -988,8 +1146,22 @@ def _renumbered(
                 if target in names or target.startswith("n")
             )
             moved[index] = replace(item, change=replace(item.change, targets=targets))
-    acting = [item for item in moved if item.mode == "act"]
-    return placed, acting, [item for item in moved if item.mode != "act"]
+    return _Past(
+        placed,
+        [item for item in moved if item.mode == "act"],
+        [item for item in moved if item.mode != "act"],
+        origins=origins,
+    )
+
+
+def _is_same(here: Adjustment, there: Adjustment) -> bool:
+    """Return whether two decisions with one name are one, but for what it did to each group."""
+    return (here.kind, here.mode, here.effective, here.change) == (
+        there.kind,
+        there.mode,
+        there.effective,
+        there.change,
+    )
 
 
 def _rollback(data: Sequence[Any]) -> Rollback:

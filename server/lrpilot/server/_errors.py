@@ -37,6 +37,7 @@ CATALOGUE: dict[type[core.LrpilotError], grpc.StatusCode] = {
     core.JoinRefused: grpc.StatusCode.FAILED_PRECONDITION,
     core.StateMismatch: grpc.StatusCode.FAILED_PRECONDITION,
     core.AttemptSuperseded: grpc.StatusCode.FAILED_PRECONDITION,
+    core.LogForgotten: grpc.StatusCode.FAILED_PRECONDITION,
     core.NotReporter: grpc.StatusCode.FAILED_PRECONDITION,
     core.NotHolder: grpc.StatusCode.FAILED_PRECONDITION,
     core.BeyondPermit: grpc.StatusCode.OUT_OF_RANGE,

@@ -41,6 +41,9 @@ WARM_NS = 24 * 3600 * 10**9
 """A run with an event within this time is read when the server starts."""
 
 
+MAX_DIGESTS = 4096
+"""Digests of blocks kept per run; dropped all at once, since they are cheap to make again."""
+
 POLL_S = 1.0
 """Time between two looks at what other replicas wrote, for word of it that was lost."""
 
@@ -68,6 +71,8 @@ class LiveRun:
         """When a rank last asked for something, on the monotonic clock; None: not yet."""
         self.blocks: dict[tuple[int, int, int, int], bytes] = {}
         """Serialized blocks of the current attempt."""
+        self._digests: dict[tuple[int, int, int], bytes] = {}
+        """Digests of recorded blocks of the current attempt, by begin, stride and steps."""
         self.saved: tuple[tuple[str, int], SaveStateResponse] | None = None
         """The answer with the state saved last, by digest of the log and progress."""
         self.late: set[tuple[int, int]] = set()
@@ -155,7 +160,7 @@ class LiveRun:
     def _moved(self, attempt: int) -> None:
         """Act on a state that changed; `attempt` was the current one before."""
         if self.state.attempt != attempt:
-            self.blocks.clear()
+            self._drop_blocks()
             self.lag = RecentMaximum(LAG_S)
         if self.state.horizon != self._horizon or self.state.attempt != attempt:
             self._horizon = self.state.horizon
@@ -179,7 +184,7 @@ class LiveRun:
                     self.gradient_norm = report.gradient_norm
         elif isinstance(event, core.Declared):
             # It undoes what was recorded behind it.
-            self.blocks.clear()
+            self._drop_blocks()
         if (self.state.seq, self.state.digest) != (row.seq, row.digest):
             raise CorruptLog(
                 f"event {row.seq} of run {self.state.name!r}: the log says digest "
@@ -193,8 +198,24 @@ class LiveRun:
         self.state = core.RunState(self.state.name)
         self.created_ns = self.updated_ns = 0
         self.reported_ns = self.gradient_norm = None
-        self.blocks.clear()
+        self._drop_blocks()
         self.late.clear()
+
+    def _drop_blocks(self) -> None:
+        self.blocks.clear()
+        self._digests.clear()
+
+    def digest(self, begin: int, stride: int, steps: int) -> bytes | None:
+        """Return the digest of a block as it is recorded; None: not all of it is."""
+        key = (begin, stride, steps)
+        found = self._digests.get(key)
+        if found is None:
+            found = core.recorded_digest(self.state, begin, stride, steps)
+            if len(self._digests) >= MAX_DIGESTS:
+                self._digests.clear()
+            if found is not None:
+                self._digests[key] = found
+        return found
 
     def wake(self) -> None:
         """Wake everyone who waits."""

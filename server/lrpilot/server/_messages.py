@@ -61,6 +61,9 @@ def run_message(run: LiveRun) -> pb.Run:
         declaration=_declaration(state.declared[-1]) if state.declared else None,
         declared_steps=sum(item.steps for item in state.declared),
         imported_from=state.imported_from,
+        forgotten=(
+            core.log_forgotten(state, state.forgot).message if state.forgot is not None else ""
+        ),
     )
 
 
@@ -174,7 +177,12 @@ def event_message(row: LogRow, late: Set[tuple[int, int]]) -> pb.Event:
         case core.Opened():
             message.progress = event.begin
             message.summary = f"attempt {event.attempt} opened at progress {event.begin}"
-            if event.lost_seq:
+            if event.adopted:
+                message.summary += (
+                    f", with a part of this log that was lost, from the state at its seq "
+                    f"{event.lost_seq}, digest {event.lost_digest[:12]}"
+                )
+            elif event.lost_seq:
                 message.summary += (
                     f", restored from a state of a lost log (seq {event.lost_seq}, digest "
                     f"{event.lost_digest[:12]})"
@@ -252,6 +260,12 @@ def event_message(row: LogRow, late: Set[tuple[int, int]]) -> pb.Event:
             message.progress = event.progress
             message.summary = f"directive {event.directive} {event.outcome}"
             message.reason = event.detail
+        case core.Forgot():
+            message.progress = event.progress
+            message.summary = (
+                f"the log has forgotten {event.what}: rank {event.rank} of attempt "
+                f"{event.attempt} holds more, up to progress {event.progress}"
+            )
         case core.Finished():
             message.summary = "finished"
         case core.Imported():

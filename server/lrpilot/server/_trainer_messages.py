@@ -33,6 +33,34 @@ def read_blocks(blocks: Iterable[pb.Block], groups: int) -> list[core.Block]:
     ]
 
 
+def read_held(message: pb.Held, offer: int = 0) -> core.Held:
+    """Return what a client says that it has. Raises InvalidRequest.
+
+    `offer`: what a declaration goes by, where its client hands nothing back.
+    """
+    held = core.Held(
+        rank=message.rank,
+        begin=message.begin,
+        stride=message.stride,
+        steps=message.steps,
+        digest=message.digest,
+        frontier=message.frontier,
+        offer=message.offer or offer,
+        log=message.log.hex(),
+    )
+    most = core.MAX_BLOCK_STEPS
+    violations = []
+    if not 0 <= held.steps <= most:
+        violations.append(core.Violation("held.steps", str(held.steps), f"0 to {most}"))
+    elif held.steps and not (0 <= held.begin <= held.last <= core.MAX_PROGRESS and held.stride > 0):
+        got = f"{held.steps} steps of {held.stride} from {held.begin} on"
+        wanted = f"an ascending block from 0 to {core.MAX_PROGRESS}"
+        violations.append(core.Violation("held.begin", got, wanted))
+    if violations:
+        raise core.InvalidRequest("what the client has is invalid", violations)
+    return held
+
+
 def change_messages(adjustments: Sequence[core.Adjustment]) -> list[pb.Change]:
     """Return adjustments in the order in which they apply; where there are many, the newest."""
     kept: list[pb.Change] = []

@@ -13,7 +13,12 @@ from lrpilot import core
 from lrpilot.server._documents import read_spec
 from lrpilot.server._ledger import Ledger, LiveRun
 from lrpilot.server._rpc import Behaviour, require
-from lrpilot.server._trainer_messages import block_message, change_messages, read_blocks
+from lrpilot.server._trainer_messages import (
+    block_message,
+    change_messages,
+    read_blocks,
+    read_held,
+)
 from lrpilot.v1 import trainer_pb2 as pb
 
 logger = logging.getLogger("lrpilot.server")
@@ -29,6 +34,9 @@ MAX_DIRECTIVES = 16
 
 MAX_CACHED_BLOCKS = 4096
 """Serialized blocks kept per run; dropped all at once, since they are cheap to make again."""
+
+LOG_NAME_BYTES = 16
+"""Bytes of the digest that names a log, as clients hand it back."""
 
 _OUTCOMES = {
     core.Outcome.RECORDED: pb.REPORT_OUTCOME_RECORDED,
@@ -146,13 +154,28 @@ class TrainerService:
             digest = await self._ledger.digest_at(request.run, saved.seq)
             wanted = replace(wanted, digest_at_saved=digest)
 
-        def evaluate(state: core.RunState) -> tuple[list[core.Event], tuple[bool, bool]]:
+        def evaluate(
+            state: core.RunState,
+        ) -> tuple[list[core.Event], tuple[core.Opened | None, int, str]]:
             events = core.open_attempt(state, wanted)
-            opened = [event for event in events if isinstance(event, core.Opened)]
-            return events, (bool(opened), any(event.lost_seq for event in opened))
+            opened = next((event for event in events if isinstance(event, core.Opened)), None)
+            return events, (opened, state.seq, state.digest)
 
-        opened, restored = await self._ledger.transact(run, evaluate)
+        opened, seq, ended = await self._ledger.transact(run, evaluate)
         state = run.state
+        restored = opened is not None and opened.lost_seq > 0
+        if opened is not None and opened.adopted:
+            logger.warning(
+                "run %s: the log has forgotten a part of itself: it ends at seq %d with digest "
+                "%s, and the state of the checkpoint was saved in it at seq %d with digest %s. "
+                "What was lost is taken over from that state; what operators changed after it was "
+                "saved is gone, unless they did so here",
+                state.name,
+                seq,
+                ended,
+                opened.lost_seq,
+                opened.lost_digest,
+            )
         repeated = state.answers.get(request.request_id) == ("opened", state.attempt)
         if opened:
             logger.info(
@@ -176,6 +199,7 @@ class TrainerService:
             joined=not repeated,
             restored=restored,
             holder=bytes.fromhex(state.holder) if repeated else b"",
+            log=bytes.fromhex(state.log)[:LOG_NAME_BYTES],
         )
 
     async def get_values(self, request: pb.GetValuesRequest) -> bytes:
@@ -188,6 +212,7 @@ class TrainerService:
             in_use=request.in_use,
         )
         end_s = time.monotonic() + min(request.wait_ms / 1000.0, MAX_WAIT_S)
+        await self._compare(run, request.attempt, read_held(request.held))
         if run.state.holder:
             # What is recorded here may be undone by a declaration that another replica took.
             await self._ledger.refresh(run)
@@ -224,6 +249,7 @@ class TrainerService:
                 [core.Violation("reports", str(len(request.reports)), f"at most {MAX_REPORTS}")],
             )
         require("incarnation", request.incarnation)
+        await self._compare(run, request.attempt, read_held(request.held))
         reports = [_report(item) for item in request.reports]
 
         def evaluate(
@@ -257,6 +283,7 @@ class TrainerService:
     async def save_state(self, request: pb.SaveStateRequest) -> pb.SaveStateResponse:
         """See the proto file."""
         run = await self._ledger.run(request.run)
+        await self._compare(run, request.attempt, read_held(request.held))
         # A checkpoint holds all that was acknowledged, by whichever replica.
         await self._ledger.refresh(run)
         end_s = time.monotonic() + min(request.wait_ms / 1000.0, MAX_WAIT_S)
@@ -330,6 +357,7 @@ class TrainerService:
     async def offer_values(self, request: pb.OfferValuesRequest) -> pb.OfferValuesResponse:
         """See the proto file."""
         run = await self._ledger.run(request.run)
+        await self._compare(run, request.attempt, read_held(request.held))
         asker = _Asker(request.attempt, request.holder.hex())
         wanted = core.OfferRequest(begin=request.begin, stride=request.stride, count=request.count)
 
@@ -365,6 +393,7 @@ class TrainerService:
     async def declare_values(self, request: pb.DeclareValuesRequest) -> pb.DeclareValuesResponse:
         """See the proto file."""
         run = await self._ledger.run(request.run)
+        await self._compare(run, request.attempt, read_held(request.held, request.offer))
 
         def evaluate(
             state: core.RunState,
@@ -398,6 +427,23 @@ class TrainerService:
                 log_adjustment(state.name, adjustment)
         _seen(run)
         return pb.DeclareValuesResponse(horizon=state.horizon, frontier=state.frontier)
+
+    async def _compare(self, run: LiveRun, attempt: pb.Attempt, held: core.Held) -> None:
+        """Let the log say what it has forgotten, where a client holds what it has not.
+
+        Whatever belongs to the attempt is refused then. It is said with an append, which fails
+        where this replica has not read all of the log: one that lags accuses nobody.
+        """
+        number, token = attempt.number, attempt.token.hex()
+        if not core.missing(run.state, number, token, held, run.digest):
+            return
+
+        def say(state: core.RunState) -> tuple[list[core.Event], core.Forgot | None]:
+            forgot = core.missing(state, number, token, held)
+            return [forgot] if forgot else [], forgot
+
+        if await self._ledger.transact(run, say) and run.state.forgot is not None:
+            logger.error("%s", core.log_forgotten(run.state, run.state.forgot))
 
     async def _block(
         self, run: LiveRun, asker: "_Asker", wanted: core.ValuesRequest

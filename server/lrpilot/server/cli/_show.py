@@ -26,7 +26,7 @@ def list_row(run: runs_pb2.Run) -> Sequence[str]:
     """Return a run as the cells of a line in the list of runs."""
     return (
         run.name,
-        state_name(run.state),
+        _state(run),
         str(run.attempt),
         f"{run.progress:,}",
         f"{run.total:,}",
@@ -37,9 +37,15 @@ def list_row(run: runs_pb2.Run) -> Sequence[str]:
     )
 
 
+def _state(run: runs_pb2.Run) -> str:
+    return "forgotten" if run.forgotten else state_name(run.state)
+
+
 def panel(run: runs_pb2.Run) -> RenderableType:
     """Return a run as a panel: where it stands, its values, and what changed them."""
     parts: list[RenderableType] = [_facts(run), Text(), _values_table(run)]
+    if run.forgotten:
+        parts = [Text(run.forgotten, style="bold red"), Text(), *parts]
     directives = [item for item in run.adjustments if item.action == "directive"]
     others = [item for item in run.adjustments if item.action != "directive"]
     pending = [item for item in others if item.status == "advice" and item.action != "note"]
@@ -56,7 +62,7 @@ def panel(run: runs_pb2.Run) -> RenderableType:
         Group(*parts),
         title=Text(run.name, style="bold"),
         title_align="left",
-        subtitle=Text(state_name(run.state)),
+        subtitle=Text(_state(run)),
         subtitle_align="right",
         padding=(0, 1),
     )

@@ -1,0 +1,380 @@
+"""A log that was put back from an older copy: what shows it, and the way back from a checkpoint."""
+
+import hashlib
+import struct
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lrpilot import core
+from tests.core.test_requests import PLATEAU, Log
+
+DELAY = 4
+AHEAD = 40
+"""Progresses past the resume point whose values are compared."""
+
+
+def copy_of(rows: Sequence[bytes], **fields: Any) -> Log:
+    """Return a run as a copy of its log has it."""
+    log = Log(**fields)
+    log.rows, log.state = list(rows), core.fold("run", rows)
+    return log
+
+
+def make_log(**fields: Any) -> Log:
+    log = Log(policies=[PLATEAU], weight_decay=0.1, **fields)
+    log.open()
+    return log
+
+
+def saved(log: Log, progress: int) -> core.SavedState:
+    return core.read_state(core.save_state(log.state, progress), "run")
+
+
+def digest_at(log: Log, seq: int) -> str | None:
+    """Return the digest of a log at a seq, as a server looks it up."""
+    return core.fold("run", log.rows[:seq]).digest if seq <= len(log.rows) else None
+
+
+def resume(log: Log, state: core.SavedState, name: str = "resumed") -> core.Opened:
+    """Open from a state; return the event."""
+    (opened,) = log.open(
+        request_id=name,
+        token=hashlib.sha256(name.encode()).hexdigest()[:32],
+        saved=state,
+        digest_at_saved=digest_at(log, state.seq),
+    )
+    assert isinstance(opened, core.Opened)
+    return opened
+
+
+def held(log: Log, /, **fields: Any) -> core.Held:
+    """Return what a client says that has the first four values, and what it was told."""
+    block = log.state.records.block(0, 1)
+    assert block is not None
+    digest = core.values_digest(block.learning_rates, block.weight_decays or ())
+    told = {"frontier": log.state.frontier, "log": log.state.log[:32]}
+    return core.Held(**{"steps": block.steps, "digest": digest, "rank": 7, **told, **fields})
+
+
+def missing(log: Log, what: core.Held, attempt: int = 1) -> core.Forgot | None:
+    return core.missing(log.state, attempt, f"{attempt:032x}", what)
+
+
+# What shows it.
+
+
+def test_the_digest_is_that_of_the_numbers_as_they_travel() -> None:
+    packed = struct.pack("<4d", 0.1, 0.2, 0.01, -0.0)
+    assert core.values_digest([0.1, 0.2], [0.01, -0.0]) == hashlib.sha256(packed).digest()[:16]
+
+
+def test_nothing_is_missing_of_what_the_log_gave() -> None:
+    log = make_log()
+    log.take(0)
+    log.report(0, [1.0, 1.0])
+    assert missing(log, held(log)) is None
+    # Any part of it, on any stride, and nothing at all.
+    values = log.state.values
+    part = core.values_digest([values(1)[0][0], values(3)[0][0]], [0.1, 0.1])
+    assert missing(log, held(log, begin=1, stride=2, steps=2, digest=part)) is None
+    assert missing(log, core.Held()) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "what", "progress"),
+    [
+        ({"frontier": 3}, "losses", 3),
+        ({"digest": bytes(16)}, "values", 3),
+        ({"steps": 5}, "values", 4),
+        ({"begin": 4}, "values", 7),
+        ({"offer": 2}, "offer", 3),
+    ],
+)
+def test_what_the_log_has_not(change: dict[str, Any], what: str, progress: int) -> None:
+    log = make_log()
+    log.take(0)
+    log.report(0, [1.0, 1.0])
+    found = missing(log, held(log, **change))
+    assert found == core.Forgot(1, 7, what, progress)
+    assert core.decode(core.encode(found)) == found
+
+
+def test_an_attempt_is_missing_where_this_very_log_opened_it() -> None:
+    log = make_log()
+    log.take(0)
+    assert missing(log, held(log), attempt=3) == core.Forgot(3, 7, "attempt", 3)
+    assert missing(log, held(log, log="00" * 16), attempt=3) is None
+    assert missing(log, held(log, log=""), attempt=3) is None
+
+
+def test_who_is_superseded_accuses_nobody() -> None:
+    log = make_log()
+    log.take(0)
+    what = held(log, frontier=99)
+    log.open(0)
+    assert missing(log, what) is None
+    # Nor does a run that is over, of which nothing more comes.
+    log.write(core.finish_run(log.state, "end"))
+    assert missing(log, what, attempt=2) is None
+
+
+def test_whatever_belongs_to_the_attempt_is_refused_until_the_next_one() -> None:
+    log = make_log(feedback={"delay": DELAY})
+    log.take(0)
+    log.write([core.Forgot(2, 7, "values", 9)])
+    for attempt in (1, 2):
+        with pytest.raises(
+            core.LogForgotten, match="rank 7 holds values up to progress 9"
+        ) as error:
+            core.check_attempt(log.state, attempt, f"{attempt:032x}")
+        assert error.value.facts == {
+            "run": "run",
+            "attempt": 2,
+            "log_attempt": 1,
+            "seq": 3,
+            "frontier": 0,
+            "recorded": 3,
+            "rank": 7,
+            "holds": "values",
+            "progress": 9,
+        }
+    assert core.restore_snapshot(log.state.snapshot()).snapshot() == log.state.snapshot()
+    log.open(0)
+    # The number of the attempt that was forgotten is not given out again.
+    assert (log.state.attempt, log.state.forgot) == (3, None)
+    core.check_attempt(log.state, 3, f"{2:032x}")
+
+
+def test_a_rank_cannot_join_what_the_log_has_forgotten() -> None:
+    log = Log(policies=[PLATEAU])
+    log.open(key="job")
+    log.write([core.Forgot(1, 0, "losses", 9)])
+    with pytest.raises(core.LogForgotten):
+        log.open(key="job", request_id="another", rank=1)
+
+
+# The way back.
+
+
+def test_a_state_of_an_old_release_is_refused_with_the_way_out() -> None:
+    log = make_log()
+    copy = len(log.rows)
+    log.report(0, [1.0] * 3)
+    state = saved(log, 3)
+    state = replace(state, fold={k: v for k, v in state.fold.items() if k != "log"})
+    older = copy_of(log.rows[:copy])
+    with pytest.raises(core.StateMismatch, match="give resume_at=3 without the state"):
+        resume(older, state)
+    # Where the log has it, it is as good as any.
+    assert resume(log, state).lost_seq == 0
+
+
+def test_the_spec_that_trainers_gave_in_the_lost_part_counts() -> None:
+    old, new = Log().spec, Log(total=900).spec
+    log = Log()
+    log.write(core.attach_run(log.state, old, revise=False, request_id="attach"))
+    log.open()
+    copy = len(log.rows)
+    log.write(core.attach_run(log.state, new, revise=True, request_id="revise"))
+    log.open(0)
+    state = saved(log, 0)
+    with pytest.raises(core.SpecChanged, match="900 -> 1000"):
+        resume(copy_of(log.rows[:copy]), state)
+    # The job gives its spec again on its way to the checkpoint; it is known once.
+    older = copy_of(log.rows[:copy])
+    older.write(core.attach_run(older.state, new, revise=True, request_id="again"))
+    resume(older, state)
+    assert [item.spec.total for item in older.state.plan.revisions] == [1000, 900]
+    assert (older.state.pending_spec, older.state.given_spec) == (None, new)
+
+
+def test_the_answer_of_an_operator_is_given_again() -> None:
+    log = make_log()
+    log.report(0, [1.0])
+    scale = core.ScaleLearningRate(0.5)
+
+    def act(log: Log) -> list[core.Event]:
+        signed = {"reason": "why", "author": "me", "request_id": "scale"}
+        return log.write(core.adjust_run(log.state, scale, **signed))
+
+    act(log)
+    copy = len(log.rows)
+    log.report(1, [1.0] * 4)
+    state = saved(log, 5)
+    older = copy_of(log.rows[:copy])
+    before = older.state.made["scale"]
+    assert resume(older, state).adopted
+    assert act(older) == []
+    assert older.state.find(before) in older.state.plan.adjustments
+    assert len([item for item in older.state.plan.adjustments if item.kind == "operator"]) == 1
+
+
+# As the log that was not lost would have resumed.
+
+Step = Callable[[Log], object]
+
+
+def report(losses: list[float]) -> Step:
+    return lambda log: log.report(log.state.frontier, losses)
+
+
+def adjust(action: core.Action) -> Step:
+    def step(log: Log) -> None:
+        signed = {"reason": "why", "author": "me", "request_id": f"adjust {log.state.seq}"}
+        log.write(core.adjust_run(log.state, action, **signed))
+
+    return step
+
+
+def take_back(number: int) -> Step:
+    def step(log: Log) -> None:
+        items = [x for x in log.state.plan.adjustments if isinstance(x.change, core.ENDABLE)]
+        if items:
+            adjust(core.TakeBack(items[number % len(items)].id))(log)
+
+    return step
+
+
+def revise(peak: float) -> Step:
+    def step(log: Log) -> None:
+        spec = core.parse_spec({**log.state.spec.to_mapping(), "learning_rate": {"peak": peak}})
+        log.write(core.revise_run(log.state, spec, f"revise {log.state.seq}"))
+
+    return step
+
+
+def revise_as_a_trainer(peak: float) -> Step:
+    def step(log: Log) -> None:
+        spec = core.parse_spec({**log.state.spec.to_mapping(), "learning_rate": {"peak": peak}})
+        name = f"attach {log.state.seq}"
+        log.write(core.attach_run(log.state, spec, revise=True, request_id=name))
+        log.open(log.state.frontier, request_id=f"{name} open")
+
+    return step
+
+
+def take(log: Log) -> None:
+    log.take(log.state.begin)
+
+
+def reopen(back: int) -> Step:
+    def step(log: Log) -> None:
+        begin = max(log.state.frontier - back, log.state.origin)
+        log.open(begin, request_id=f"open {log.state.seq}")
+
+    return step
+
+
+def roll_back(factor: float) -> Step:
+    def step(log: Log) -> None:
+        at = log.state.frontier
+        adjust(core.Ask("rollback", before=at, factor=factor))(log)
+        (asked,) = [x for x in log.state.plan.adjustments if x.change.action == "directive"][-1:]
+        log.open(
+            max(at - 2, log.state.origin),
+            request_id=f"roll back {log.state.seq}",
+            directive=asked.id,
+            met_in=(log.state.attempt, log.state.token),
+        )
+
+    return step
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.lists(st.sampled_from([1.0, 2.0, 0.5]), min_size=1, max_size=4).map(report),
+        st.sampled_from([0.5, 0.9, 2.0]).map(core.ScaleLearningRate).map(adjust),
+        st.sampled_from([0.3, 0.7]).map(core.SetLearningRate).map(adjust),
+        st.sampled_from([core.HoldValues(), core.ReleaseValues()]).map(adjust),
+        st.integers(0, 5).map(take_back),
+        st.sampled_from([0.8, 0.6]).map(revise),
+        st.sampled_from([0.75, 0.55]).map(revise_as_a_trainer),
+        st.just(take),
+        st.integers(0, 3).map(reopen),
+        st.sampled_from([0.5, 0.8]).map(roll_back),
+    ),
+    max_size=6,
+)
+
+
+def play(log: Log, steps: Sequence[Step]) -> None:
+    for step in steps:
+        # What is refused does nothing.
+        with suppress(core.LrpilotError):
+            step(log)
+
+
+def follow(log: Log, begin: int) -> list[Any]:
+    """Return all that comes of a resume: values now, and with losses that policies act on."""
+    plan = [log.state.values(at) for at in range(begin, begin + AHEAD)]
+    log.take(begin)
+    log.report(begin, [1.0, 2.0, 2.0, 0.1, 1.0, 1.0])
+    adjust(core.ScaleLearningRate(0.9))(log)
+    log.report(begin + 6, [3.0] * 4)
+    return [plan, [log.state.values(at) for at in range(begin, begin + AHEAD)], log.state.horizon]
+
+
+def done(log: Log) -> list[Any]:
+    """Return what operators and rollbacks did, in the order in which it applies."""
+    return [
+        (item.effective, item.change.action, item.author)
+        for item in log.state.plan.adjustments
+        if item.order >= 3000
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(before=STEPS, after=STEPS, meanwhile=st.lists(st.just(0.7), max_size=1))
+def test_a_checkpoint_brings_back_what_the_log_has_forgotten(
+    before: list[Step], after: list[Step], meanwhile: list[float]
+) -> None:
+    """To the bit, whatever happened before the copy and after it; also from two checkpoints."""
+    log = make_log(feedback={"delay": DELAY})
+    play(log, before)
+    copy = len(log.rows)
+    play(log, after)
+    log.report(log.state.frontier, [1.0])
+    middle = saved(log, log.state.frontier)
+    log.take(log.state.begin)
+    log.report(log.state.frontier, [2.0, 2.0])
+    end = saved(log, log.state.frontier)
+
+    def restart(run: Log, state: core.SavedState, name: str = "resumed") -> core.Opened:
+        """Resume as a job does, which gives its spec first."""
+        given = log.state.given_spec
+        run.write(core.attach_run(run.state, given, revise=True, request_id=f"{name} attach"))
+        return resume(run, state, name)
+
+    twin = copy_of(log.rows)
+    restart(twin, end)
+    expected = done(twin), follow(twin, end.progress)
+
+    older = copy_of(log.rows[:copy])
+    older.write([core.Forgot(older.state.attempt, 0, "losses", end.progress)])
+    opened = restart(older, end)
+    assert (opened.adopted, opened.attempt) == (True, twin.state.attempt)
+    assert (done(older), follow(older, end.progress)) == expected
+    assert core.fold("run", older.rows).snapshot() == older.state.snapshot()
+
+    # By way of an older checkpoint of the lost part, and once more from the same one.
+    longer = copy_of(log.rows[:copy])
+    restart(longer, middle, "middle")
+    for name in ("end", "once more"):
+        restart(longer, end, name)
+        again = copy_of(longer.rows)
+        assert (done(again), follow(again, end.progress)) == expected
+
+    # What an operator does after the copy was put back is there as well, once.
+    for factor in meanwhile:
+        other = copy_of(log.rows[:copy])
+        adjust(core.ScaleLearningRate(factor))(other)
+        restart(other, end)
+        names = [item.id for item in other.state.plan.adjustments]
+        assert len(names) == len(set(names))
+        assert len(done(other)) == len(expected[0]) + 1
