@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test versions lint format proto clean
+.PHONY: help demo test torture versions lint format proto clean
 
 help:  ## Show this list.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,9 @@ demo: $(VENV)/.demo-installed  ## Train a small GPT on two ranks, with its LR an
 
 test: $(VENV)/.dev-installed  ## Run the linters, the type checker and the whole test suite.
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/test.sh
+
+torture: $(VENV)/.dev-installed  ## Let 1,000 things go wrong and check what is promised; half an hour.
+	@$(BIN)/python -m tests.crash.torture $(TORTURE)
 
 versions: $(VENV)/.dev-installed  ## Test the client on the oldest and newest versions of what it needs; long.
 	@$(BIN)/python scripts/check_versions.py

@@ -1,13 +1,14 @@
 """What holds for every test.
 
-Programs that no Python package brings are asked for by a marker; the time of each suite is shown at
-the end.
+Programs that no Python package brings, and what root alone may do, are asked for by markers; the
+time of each suite is shown at the end.
 """
 
 import os
 import shutil
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,15 +20,27 @@ if TYPE_CHECKING:
 _PACKAGES = {"postgres": "postgresql", "promtool": "prometheus"}
 """Debian's package of a program, where it is named otherwise."""
 
+_NAMESPACES = "the right to make namespaces, which root has"
+
 _LEFT_OUT = pytest.StashKey[list[tuple[str, str]]]()
 
 
-def _missing_program(item: pytest.Item) -> str | None:
+def _missing(item: pytest.Item) -> str | None:
+    """Return what a test needs and is not here: a program, or namespaces."""
     for marker in item.iter_markers("needs_program"):
         for name in marker.args:
             if shutil.which(name, path=_search_path()) is None:
-                return str(name)
+                return f"the program {name}"
+    if item.get_closest_marker("needs_namespaces") is not None and not _has_namespaces():
+        return _NAMESPACES
     return None
+
+
+@cache
+def _has_namespaces() -> bool:
+    from tests.crash.laboratory import has_namespaces
+
+    return has_namespaces()
 
 
 def _search_path() -> str:
@@ -37,10 +50,10 @@ def _search_path() -> str:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out the tests whose program is missing, unless all are asked for, as in CI."""
+    """Leave out the tests that miss something, unless all are asked for, as in CI."""
     if os.environ.get("LRPILOT_REQUIRE_ALL") == "1":
         return
-    left_out = {item: name for item in items if (name := _missing_program(item)) is not None}
+    left_out = {item: name for item in items if (name := _missing(item)) is not None}
     if not left_out:
         return
     items[:] = [item for item in items if item not in left_out]
@@ -49,9 +62,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Fail a test that was asked for although its program is missing."""
-    if (name := _missing_program(item)) is not None:
-        pytest.fail(f"LRPILOT_REQUIRE_ALL=1, and the program {name} is missing", pytrace=False)
+    """Fail a test that was asked for although it misses something."""
+    if (name := _missing(item)) is not None:
+        pytest.fail(f"LRPILOT_REQUIRE_ALL=1, and {name} is missing", pytrace=False)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -78,11 +91,13 @@ def pytest_terminal_summary(
     left_out = config.stash.get(_LEFT_OUT, [])
     if not left_out:
         return
-    packages = sorted({_PACKAGES.get(name, name) for _, name in left_out})
-    terminalreporter.section("NOT RUN: programs are missing", sep="=", yellow=True)
-    for nodeid, name in left_out:
-        terminalreporter.write_line(f"{nodeid} needs the program {name}")
-    terminalreporter.write_line(f"To run all of it: apt-get install {' '.join(packages)}")
+    programs = {what.rpartition(" ")[2] for _, what in left_out if what != _NAMESPACES}
+    terminalreporter.section("NOT RUN: something is missing", sep="=", yellow=True)
+    for nodeid, what in left_out:
+        terminalreporter.write_line(f"{nodeid} needs {what}")
+    if programs:
+        packages = sorted(_PACKAGES.get(name, name) for name in programs)
+        terminalreporter.write_line(f"To run all of it: apt-get install {' '.join(packages)}")
 
 
 def _show_times(terminalreporter: pytest.TerminalReporter) -> None:

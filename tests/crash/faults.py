@@ -512,6 +512,8 @@ class _Traced(Fault):
     """What strace does to the calls of processes that make data durable."""
 
     programs = ("strace",)
+    # Whoever may trace processes that are not its own children; others are often kept from it.
+    namespaces = True
     _injected = 0
 
     def begin(self) -> None:

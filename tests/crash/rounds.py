@@ -321,6 +321,8 @@ class _Job:
         self._operations = list(plan.operations)
         self._interrupt_at = plan.interrupt_at
         self._state = folder / "state.json"
+        self._has_resumed = False
+        """Whether a start of the job has resumed from a state."""
         self._fault_thread: threading.Thread | None = None
         self._fault_ends, self._fault_ended = PROCESSES.Pipe(duplex=False)
         self._is_over = False
@@ -369,9 +371,11 @@ class _Job:
                 state = self._folder / f"state-{number}.json"
                 state.write_bytes(self._state.read_bytes())
                 resumes = {"state": state}
+                self._has_resumed = True
             else:
-                steps = self._dice.randint(0, max(reached, 0) // plan.increment)
-                resumes = {"resume_at": steps * plan.increment}
+                # What lies before a state is not known once the run has gone on from it.
+                most = 0 if self._has_resumed else max(reached, 0) // plan.increment
+                resumes = {"resume_at": self._dice.randint(0, most) * plan.increment}
         servers = self._cluster.servers
         salt = str(plan.seed) if plan.keeps_losses else f"{plan.seed}/{number}"
         ranks = []

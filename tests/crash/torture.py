@@ -25,10 +25,14 @@ from tests.crash.faults import BOTH, FAULTS, kinds, missing
 from tests.crash.laboratory import KEPT, Laboratory, has_namespaces
 from tests.crash.rounds import RoundResult
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 MOST_MISSES = 3
 """A kind that did not take hold in so many times as many rounds as asked for is given up."""
+
+
+SHOWN = 5
+"""Violations of a round that are shown."""
 
 
 @dataclass
@@ -189,10 +193,12 @@ def _say(torture: Torture, result: RoundResult) -> None:
         f"{result.seconds:5.1f} s  {result.steps:4} steps  stall {result.stall_s:4.1f} s"
         + ("" if result.hit else "  (did not take hold)")
     )
-    for violation in result.violations:
-        console.print(f"  [red]violation[/red] {violation}", markup=True)
+    for violation in result.violations[:SHOWN]:
+        console.print(f"  violation: {violation.splitlines()[0]}", markup=False)
     if result.violations:
-        console.print(f"  the evidence: {result.folder}\n  again: {result.command}")
+        left = len(result.violations) - SHOWN
+        more = f"  {left} more stand in result.json there\n" if left > 0 else ""
+        console.print(f"{more}  evidence: {result.folder}\n  again: {result.command}")
 
 
 def _show(rows: Sequence[Row]) -> None:

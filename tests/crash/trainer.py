@@ -154,7 +154,7 @@ def _train(plan: TrainerPlan, history: HistoryWriter, say: Callable[[Any], None]
         state = None if plan.state is None else json.loads(plan.state.read_text())
         if plan.world_size == 1:
             # Ranks that share a key alone cannot agree on where to go back to.
-            pilot.on_directive("rollback", lambda directive: _roll_back(pilot, directive))
+            pilot.on_directive("rollback", lambda directive: _roll_back(pilot, directive, plan))
         scheduler = pilot.scheduler(optimizer, state)
         late: list[tuple[int, float]] = []
         saved = False
@@ -202,14 +202,22 @@ def _train(plan: TrainerPlan, history: HistoryWriter, say: Callable[[Any], None]
             if scheduler.progress < here:
                 # A rollback: what was late belongs to the attempt before.
                 late.clear()
+                saved = False
             waited_s = time.monotonic() - begun_s
             if waited_s >= STALL_S:
                 history.stall(waited_s, scheduler.progress)
 
 
-def _roll_back(pilot: lrpilot.Pilot, directive: lrpilot.Directive) -> None:
-    """Go back a little further than asked."""
-    pilot.roll_back(directive, directive.before - directive.before % 10)
+def _roll_back(pilot: lrpilot.Pilot, directive: lrpilot.Directive, plan: TrainerPlan) -> None:
+    """Go back a little further than asked; what was saved behind that belongs to what is undone."""
+    progress = directive.before - directive.before % 10
+    try:
+        pilot.roll_back(directive, progress)
+    except lrpilot.StateMismatch as error:
+        # The run began anew from a state behind that.
+        raise lrpilot.DirectiveDeclined(str(error)) from error
+    assert plan.save_to is not None
+    plan.save_to.unlink(missing_ok=True)
 
 
 def _save(scheduler: Any, plan: TrainerPlan) -> None:
