@@ -528,8 +528,11 @@ class _Round:
         ):
             known = state.records.at(at)
             computed = hex_of(state.plan.values(at))
-            # What a holder declared is a fact that no plan has.
-            is_fact = state.declared_values(at) is not None
+            # What a holder declared is a fact that no plan has, also where it is inherited.
+            is_fact = (
+                state.declared_values(at) is not None
+                or at in self.story.attempts[event.attempt].inherited
+            )
             if values != (hex_of(known) if known else computed) or (
                 values != computed and not is_fact
             ):

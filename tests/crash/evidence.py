@@ -159,6 +159,8 @@ class Attempt:
     positions: dict[int, int] = field(default_factory=dict)
     values: dict[int, Hex] = field(default_factory=dict)
     """Progress to the values that are fixed: recorded, declared or inherited."""
+    inherited: frozenset[int] = frozenset()
+    """Progress whose values were fixed in an earlier attempt, perhaps by a declaration."""
     once: dict[int, set[Hex]] = field(default_factory=dict)
     """Progress to all values that were ever recorded: a declaration undoes records."""
     reports: list[LoggedReport] = field(default_factory=list)
@@ -292,6 +294,7 @@ class Story:
         elif before is not None and not has_new_spec and not event.directive:
             inherited = range(event.begin, event.begin + attempt.delay)
             attempt.values = {at: before.values[at] for at in inherited if at in before.values}
+        attempt.inherited = frozenset(attempt.values)
         attempt.once = {at: {values} for at, values in attempt.values.items()}
         self.attempts[event.attempt] = self._attempt = attempt
         self._horizon = attempt.horizon

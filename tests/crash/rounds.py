@@ -49,7 +49,13 @@ class RoundPlan:
     spec: dict[str, Any]
     world_size: int
     leads: bool
+    """Whether in leader mode."""
+    has_group: bool
+    """Whether the ranks have a process group; else they share a key, or are one."""
+    reporters: int
+    """How many of the ranks report."""
     shares: bool
+    """Whether the ranks share what the server answers."""
     increment: int
     end: int
     pause_s: float
@@ -72,7 +78,8 @@ class RoundPlan:
     def of(cls, seed: int, store: StoreKind, fault: str) -> "RoundPlan":
         """Return the plan that follows from a seed."""
         dice = random.Random(f"{seed}/{store}/{fault}")
-        leads = dice.random() < 0.2
+        leads = dice.random() < 0.3
+        world_size = dice.randint(1 if leads else 2, 4)
         increment = dice.choice([1, 1, 1, 2, 7])
         steps = dice.randint(60, 120)
         end = steps * increment
@@ -85,8 +92,10 @@ class RoundPlan:
             store=store,
             fault=fault,
             spec=_spec(dice, f"crash-{seed}", increment),
-            world_size=1 if leads else dice.randint(2, 4),
+            world_size=world_size,
             leads=leads,
+            has_group=world_size > 1 and (leads or dice.random() < 0.4),
+            reporters=1 if leads else dice.choice([1, 1, 1, world_size]),
             shares=dice.random() < 0.2,
             increment=increment,
             end=end,
@@ -157,7 +166,7 @@ def _spec(dice: random.Random, name: str, increment: int) -> dict[str, Any]:
         "policies": policies,
         "feedback": {
             "delay": increment * dice.choice([1, 2, 4, 8, 16]),
-            "timeout": dice.choice(["60s", "60s", "1s"]),
+            "timeout": dice.choice(["60s", "60s", "200ms"]),
         },
     }
     if dice.random() < 0.8:
@@ -251,12 +260,13 @@ def _write_log(path: Path, log: Sequence[LogRow]) -> None:
 class _Rank:
     """One rank of one start of the job."""
 
-    def __init__(self, plan: TrainerPlan) -> None:
+    def __init__(self, plan: TrainerPlan, links: list[Any]) -> None:
         self.plan, self.name = plan, plan.who
         self.heard, said = PROCESSES.Pipe(duplex=False)
-        self.process = PROCESSES.Process(target=train, args=(plan, said))
+        self.process = PROCESSES.Process(target=train, args=(plan, said, links))
         self.process.start()
-        said.close()
+        for end in (said, *links):
+            end.close()
         self.at = -1
         """Greatest progress that it has used."""
         self.ended: tuple[str, str] | None = None
@@ -378,6 +388,10 @@ class _Job:
                 resumes = {"resume_at": self._dice.randint(0, most) * plan.increment}
         servers = self._cluster.servers
         salt = str(plan.seed) if plan.keeps_losses else f"{plan.seed}/{number}"
+        links: list[list[Any]] = [[] for _ in range(plan.world_size)]
+        if plan.has_group:
+            pairs = [PROCESSES.Pipe() for _ in range(1, plan.world_size)]
+            links = [[pair[0] for pair in pairs], *([pair[1]] for pair in pairs)]
         ranks = []
         for rank in range(plan.world_size):
             known = self._dice.sample(servers, max(len(servers) - 1, 1))
@@ -390,8 +404,9 @@ class _Job:
                         spec=plan.spec,
                         rank=rank,
                         world_size=plan.world_size,
-                        key=None if plan.leads else f"start-{number}",
+                        key=None if plan.leads or plan.has_group else f"start-{number}",
                         leads=plan.leads,
+                        reporters=tuple(range(plan.reporters)),
                         salt=salt,
                         end=plan.end,
                         increment=plan.increment,
@@ -402,7 +417,8 @@ class _Job:
                         odds=plan.odds,
                         meddling=self._meddling if rank == 0 else None,
                         **resumes,
-                    )
+                    ),
+                    links[rank],
                 )
             )
         self.starts.append(ranks)
@@ -440,7 +456,7 @@ class _Job:
             self._operator.ask(self._operations.pop(0)[1], at)
         if rank.ended is not None and rank.ended[0]:
             name, text = rank.ended
-            if name == "killed":
+            if name in {"killed", "PeerGone"}:
                 self._start_anew()
             else:
                 self.problems.append(f"client failed: {rank.name}: {name}: {text}")
@@ -451,7 +467,7 @@ class _Job:
     def _look_at_zombie(self, rank: _Rank) -> None:
         assert rank.ended is not None
         name, text = rank.ended
-        if name not in {"", "killed", "AttemptSuperseded"}:
+        if name not in {"", "killed", "PeerGone", "AttemptSuperseded"}:
             self.problems.append(f"client failed: {rank.name}: {name}: {text}")
 
     def _strike(self) -> None:

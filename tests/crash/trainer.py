@@ -21,6 +21,7 @@ from typing import Any
 
 import lrpilot.client as lrpilot
 from lrpilot.client import _timing
+from tests.crash import process_group
 from tests.crash.history import HistoryWriter, recorded_channels
 from tests.crash.meddler import Meddling, meddled_channels
 
@@ -58,8 +59,10 @@ class TrainerPlan:
     rank: int
     world_size: int
     key: str | None
+    """None: the ranks have a process group, or are one."""
     leads: bool
     """Whether in leader mode."""
+    reporters: tuple[int, ...]
     salt: str
     """Of the losses: the same one brings the same losses for the same LR."""
     end: int
@@ -109,8 +112,8 @@ def loss_at(progress: int, learning_rate: float, salt: str) -> float:
     return 2.0 + 1.0 / (1.0 + progress / 20.0) + noise.random() * (0.2 + 10.0 * learning_rate)
 
 
-def train(plan: TrainerPlan, said: Any) -> None:
-    """Be the rank; the target of a process."""
+def train(plan: TrainerPlan, said: Any, links: process_group.Links) -> None:
+    """Be the rank; the target of a process. `links` lead to the other ranks of a process group."""
     with plan.log.open("ab") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -121,6 +124,8 @@ def train(plan: TrainerPlan, said: Any) -> None:
     # A laboratory that finds it stuck asks where.
     faulthandler.register(signal.SIGUSR1)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", force=True)
+    if links:
+        process_group.join(plan.rank, plan.world_size, links)
     error = ("", "")
     with (
         HistoryWriter(plan.history, plan.who) as history,
@@ -146,13 +151,14 @@ def _train(plan: TrainerPlan, history: HistoryWriter, say: Callable[[Any], None]
         key=plan.key,
         rank=plan.rank,
         world_size=plan.world_size,
+        reporter=plan.reporters if len(plan.reporters) > 1 else plan.reporters[0],
         mode="leader" if plan.leads else "independent",
         resume_at=plan.resume_at,
         outage_timeout_s=60.0,
     ) as pilot:
         optimizer = Optimizer(len(plan.spec.get("groups", [None])))
         state = None if plan.state is None else json.loads(plan.state.read_text())
-        if plan.world_size == 1:
+        if plan.key is None:
             # Ranks that share a key alone cannot agree on where to go back to.
             pilot.on_directive("rollback", lambda directive: _roll_back(pilot, directive, plan))
         scheduler = pilot.scheduler(optimizer, state)
