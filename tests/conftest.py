@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from tests.postgres import Cluster
+
+# What `pytest --hypothesis-profile=long` asks of the properties that leave their number open.
+settings.register_profile("long", max_examples=2000)
 
 _PACKAGES = {"postgres": "postgresql", "promtool": "prometheus"}
 """Debian's package of a program, where it is named otherwise."""
