@@ -99,12 +99,15 @@ class StoreMachine(RuleBasedStateMachine):
                 found = (result.run, result.seq, result.last_seq)
                 assert found == (append.run, append.rows[0].seq, last)
 
-    @rule(run=RUNS, data=st.data(), limit=LIMITS)
-    def read(self, run: str, data: st.DataObject, limit: int | None) -> None:
+    @rule(run=RUNS, data=st.data(), limits=st.lists(LIMITS, min_size=1, max_size=5))
+    def read(self, run: str, data: st.DataObject, limits: list[int | None]) -> None:
         log = self.logs.get(run, [])
         last = log[-1].seq if log else 0
-        after = data.draw(st.integers(-2, last + 2) | st.sampled_from([MAX_SEQ, MAX_SEQ + 1]))
-        assert self.store.read(run, after, limit) == [row for row in log if row.seq > after][:limit]
+        begins = st.integers(-2, last + 2) | st.sampled_from([MAX_SEQ, MAX_SEQ + 1])
+        for limit in limits:
+            after = data.draw(begins)
+            rows = [row for row in log if row.seq > after]
+            assert self.store.read(run, after, limit) == rows[:limit]
 
     @rule(runs=st.lists(RUNS))
     def heads(self, runs: Sequence[str]) -> None:
@@ -134,22 +137,29 @@ class StoreMachine(RuleBasedStateMachine):
         assert self.store.compact(run, through) == 0
 
     @precondition(lambda self: self.logs)
-    @rule(data=st.data(), floor=st.integers(0, 5), is_there=st.booleans())
-    def save_snapshot(self, data: st.DataObject, floor: int, is_there: bool) -> None:
+    @rule(data=st.data(), size=st.integers(1, 5))
+    def save_snapshots(self, data: st.DataObject, size: int) -> None:
         run = data.draw(st.sampled_from(sorted(self.logs)))
-        row = data.draw(st.sampled_from(self.logs[run]))
-        digest = row.digest if is_there else "another"
-        self.count += 1
-        snapshot = Snapshot(row.seq, digest, floor, b"%d" % self.count)
-        assert self.store.save_snapshot(run, snapshot) == is_there
-        if is_there:
-            saved = self.snapshots.setdefault(run, {})
-            saved[row.seq] = snapshot
-            kept: list[int] = []
-            for seq in sorted(saved):
-                if not kept or seq - kept[-1] >= MILESTONE_ROWS or seq == max(saved):
-                    kept.append(seq)
-            self.snapshots[run] = {seq: saved[seq] for seq in kept}
+        for _ in range(size):
+            row = data.draw(st.sampled_from(self.logs[run]))
+            is_there = data.draw(st.integers(0, 5)) > 0
+            digest = row.digest if is_there else "another"
+            self.count += 1
+            floor = data.draw(st.integers(0, 5))
+            snapshot = Snapshot(row.seq, digest, floor, b"%d" % self.count)
+            assert self.store.save_snapshot(run, snapshot) == is_there
+            if is_there:
+                self.keep(run, snapshot)
+
+    def keep(self, run: str, snapshot: Snapshot) -> None:
+        """Save a snapshot in the model, and drop those that are not to be kept."""
+        saved = self.snapshots.setdefault(run, {})
+        saved[snapshot.seq] = snapshot
+        kept: list[int] = []
+        for seq in sorted(saved):
+            if not kept or seq - kept[-1] >= MILESTONE_ROWS or seq == max(saved):
+                kept.append(seq)
+        self.snapshots[run] = {seq: saved[seq] for seq in kept}
 
     @rule(
         run=RUNS,
@@ -171,6 +181,11 @@ class StoreMachine(RuleBasedStateMachine):
     @invariant()
     def all_is_there(self) -> None:
         assert {run: self.store.read(run) for run in self.store.runs()} == self.logs
+        for run, saved in self.snapshots.items():
+            found: list[Snapshot] = []
+            while one := self.store.snapshot(run, before_seq=found[-1].seq if found else None):
+                found.append(one)
+            assert found == [one for _, one in sorted(saved.items(), reverse=True)]
         self.store.check()
         assert self.store.size() >= 0
 
