@@ -8,17 +8,18 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from lrpilot.server import _postgres, _sql_store
-from lrpilot.server._schema import metadata
+from lrpilot.server import _packing, _postgres, _segments, _sql_store
+from lrpilot.server._schema import REVISION, metadata
 from lrpilot.server._sql_store import SqlStore, open_store
 from lrpilot.server._store import (
     Append,
@@ -26,6 +27,7 @@ from lrpilot.server._store import (
     News,
     SchemaTooNew,
     SeqTaken,
+    Snapshot,
     Store,
     StoreError,
     StoreUnavailable,
@@ -577,6 +579,143 @@ class TestAddress:
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
         with pytest.raises(StoreUnavailable, match=r"pip install 'lrpilot\[postgres\]'"):
             open_store("postgresql://me@host/runs")
+
+
+class TestCompact:
+    @pytest.fixture(autouse=True)
+    def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make segments short."""
+        monkeypatch.setattr(_packing, "SEGMENT_ROWS", 2)
+
+    @pytest.mark.parametrize(
+        ("name", "statement", "is_older"),
+        [
+            ("lrpilot", "SELECT 1", True),
+            # Release 0.2.0 as its address names it.
+            ("mine", "LISTEN lrpilot", True),
+            ("pg_dump", "SELECT 1", False),
+            ("lrpilot/9000", "LISTEN lrpilot", False),
+        ],
+    )
+    def test_nothing_is_packed_while_an_older_server_is_connected(
+        self, opened: Opened, postgres: str, name: str, statement: str, is_older: bool
+    ) -> None:
+        store = opened()
+        put(store, "a", 1, 2, 3, 4, 5, create=True)
+        address = postgres.replace("+psycopg", "")
+        with psycopg.connect(address, autocommit=True, application_name=name) as other:
+            other.execute(statement)
+            assert store.compact("a", 3) == (0 if is_older else 2)
+        wait_until(lambda: store.compact("a", 5) or not is_older)
+        assert store.read("a") == [row(seq) for seq in range(1, 6)]
+
+    def test_one_that_connects_while_rows_are_packed(
+        self, opened: Opened, postgres: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        store = opened()
+        put(store, "a", 1, 2, 3, create=True)
+        older: list[psycopg.Connection[Any]] = []
+
+        def pack(rows: list[LogRow]) -> bytes:
+            address = postgres.replace("+psycopg", "")
+            older.append(psycopg.connect(address, application_name="lrpilot"))
+            return _segments.pack(rows)
+
+        monkeypatch.setattr(_sql_store, "pack", pack)
+        assert store.compact("a", 3) == 0
+        assert len(older) == 1
+        older[0].close()
+
+    def test_a_server_says_what_it_is(
+        self, opened: Opened, postgres: str, postgres_cluster: Cluster
+    ) -> None:
+        named = open_store(f"{postgres}?application_name=mine")
+        one, two = opened(), opened()
+        two.follow(Heard())
+        put(named, "a", 1, 2, 3, create=True)
+        for name in (f"lrpilot/{REVISION}", f"lrpilot/{REVISION} mine"):
+            assert postgres_cluster.backends(name_of(postgres), f"application_name = '{name}'")
+        wait_until(lambda: postgres_cluster.backends(name_of(postgres), "query LIKE 'LISTEN%'"))
+        assert one.compact("a", 3) == 2
+        named.close()
+
+    def test_a_seq_whose_row_was_packed_meanwhile_is_taken_all_the_same(
+        self, opened: Opened, postgres: str, postgres_cluster: Cluster
+    ) -> None:
+        """The append of one server stands still between its look at the log and its rows."""
+        slow, other = opened(), opened()
+        put(slow, "a", 1, create=True)
+        packing: list[Future[int]] = []
+
+        with ThreadPoolExecutor(1) as pool:
+
+            @sa.event.listens_for(slow._engine, "before_cursor_execute")
+            def meanwhile(connection: Any, cursor: Any, statement: str, *_: object) -> None:
+                if statement.startswith("INSERT INTO events") and not packing:
+                    put(other, "a", 2, 3, 4)
+                    packing.append(pool.submit(other.compact, "a", 3))
+                    # It packs, or it waits for the slow one to end.
+                    waiting = "wait_event_type = 'Lock'"
+                    database = name_of(postgres)
+                    wait_until(
+                        lambda: packing[0].done() or postgres_cluster.backends(database, waiting)
+                    )
+
+            (conflict,) = slow.append([Append("a", (row(2, "slow-"),))])
+            assert packing[0].result(DEADLINE_S) == 2
+        assert isinstance(conflict, SeqTaken)
+        assert conflict.last_seq == 4
+        assert other.read("a") == [row(seq) for seq in range(1, 5)]
+
+    def test_a_run_deleted_and_made_again_while_its_rows_are_packed(
+        self, opened: Opened, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one, two = opened(), opened()
+        put(one, "a", 1, 2, 3, create=True)
+
+        def pack(rows: list[LogRow]) -> bytes:
+            if rows[0] == row(1):
+                assert two.delete("a")
+                again = tuple(row(seq, "again-") for seq in (1, 2, 3))
+                assert two.append([Append("a", again, create=True)]) == [None]
+            return _segments.pack(rows)
+
+        monkeypatch.setattr(_sql_store, "pack", pack)
+        assert one.compact("a", 3) == 2
+        assert one.read("a") == [row(seq, "again-") for seq in (1, 2, 3)]
+
+    def test_runs_are_packed_deleted_and_made_again_at_once(self, opened: Opened) -> None:
+        stores = [opened() for _ in range(3)]
+        ended = threading.Event()
+
+        def pack(store: SqlStore) -> int:
+            count = 0
+            while not ended.is_set():
+                count += store.compact("a", 100)
+            return count
+
+        def write() -> None:
+            for number in range(30):
+                made = tuple(row(seq, f"{number}-") for seq in range(1, 8))
+                assert stores[0].append([Append("a", made, create=True)]) == [None]
+                assert stores[0].save_snapshot("a", Snapshot(3, f"digest-{number}-3", 0, b""))
+                if number % 2:
+                    stores[0].compact("a", 4)
+                assert stores[0].read("a") == list(made)
+                assert stores[0].delete("a")
+            ended.set()
+
+        with ThreadPoolExecutor(3) as pool:
+            packing = [pool.submit(pack, store) for store in stores[1:]]
+            try:
+                write()
+            finally:
+                ended.set()
+            for one in packing:
+                one.result(DEADLINE_S)
+        with stores[0]._engine.connect() as connection:
+            for table in metadata.tables:
+                assert connection.exec_driver_sql(f"SELECT * FROM {table}").all() == []
 
 
 class Heard:

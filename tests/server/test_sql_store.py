@@ -22,15 +22,18 @@ import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
-from lrpilot.server import _migrate, _sqlite
+from lrpilot import core
+from lrpilot.server import _migrate, _packing, _segments, _sql_store, _sqlite
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._schema import REVISION, metadata
 from lrpilot.server._sql_store import SqlStore, open_store
 from lrpilot.server._store import (
     Append,
+    CorruptSegment,
     LogRow,
     SchemaTooNew,
     SeqTaken,
+    Snapshot,
     Store,
     StoreLocked,
     StoreUnavailable,
@@ -297,6 +300,125 @@ class TestTwoWriters:
                 connection.exec_driver_sql(insert.format(run_id + 1, 1))
             with pytest.raises(sa.exc.IntegrityError, match="FOREIGN KEY"):
                 connection.exec_driver_sql("DELETE FROM runs")
+
+
+@pytest.fixture
+def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SqlStore]:
+    """A run `a` of 12 rows, of which 10 are in two segments."""
+    monkeypatch.setattr(_packing, "SEGMENT_ROWS", 5)
+    store = opened(tmp_path)
+    put(store, "a", *range(1, 13), create=True)
+    assert store.compact("a", 12) == 10
+    yield store
+    store.close()
+
+
+class TestSegments:
+    def change(self, store: SqlStore, statement: str) -> None:
+        with store._engine.begin() as connection:
+            connection.exec_driver_sql(statement)
+
+    @pytest.mark.parametrize(
+        ("change", "why"),
+        [
+            ("data = CAST(data || x'00' AS BLOB)", "its content does not fit its checksum"),
+            (
+                "data = CAST(substr(data, 1, 60) || x'5a5b' || substr(data, 63) AS BLOB)",
+                "does not fit its checks",
+            ),
+            ("data = x''", "this is no block of rows"),
+            (
+                "data = CAST(substr(data, 1, 4) || x'02' || substr(data, 6) AS BLOB)",
+                "its format is 2",
+            ),
+            ("checksum = 'another'", "another block, with rows 6 to 10, is in their place"),
+            (
+                "(data, checksum) = (SELECT data, checksum FROM segments WHERE last_seq = 5)",
+                "another block, with rows 1 to 5, is in their place",
+            ),
+        ],
+    )
+    def test_one_that_is_damaged_gives_no_rows(
+        self, packed: SqlStore, change: str, why: str
+    ) -> None:
+        self.change(packed, f"UPDATE segments SET {change} WHERE last_seq = 10")
+        for after_seq, limit in [(0, None), (5, 1), (9, 2), (0, 6)]:
+            with pytest.raises(CorruptSegment, match=why) as caught:
+                packed.read("a", after_seq, limit)
+            assert str(caught.value).startswith("run 'a': packed rows 6 to 10 cannot be read: ")
+            assert (caught.value.first_seq, caught.value.last_seq) == (6, 10)
+        with pytest.raises(CorruptSegment):
+            packed.save_snapshot("a", Snapshot(7, "digest-7", 0, b""))
+        assert packed.read("a", 0, 5) == [row(seq) for seq in range(1, 6)]
+        assert packed.read("a", 10) == [row(11), row(12)]
+        assert packed.head("a") == (12, "digest-12")
+        put(packed, "a", 13)
+        assert packed.delete("a")
+
+    def test_a_log_read_row_by_row_is_unpacked_once(
+        self, packed: SqlStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        unpacked = []
+
+        def unpack(block: bytes) -> list[LogRow]:
+            unpacked.append(block)
+            return _segments.unpack(block)
+
+        monkeypatch.setattr(_packing, "unpack", unpack)
+        for _ in range(2):
+            for seq in range(1, 13):
+                assert packed.read("a", seq - 1, 1) == [row(seq)]
+        assert len(unpacked) == 2
+        # Another log, though its run has the same id.
+        packed.delete("a")
+        again = tuple(row(seq, "again-") for seq in range(1, 13))
+        packed.append([Append("a", again, create=True)])
+        packed.compact("a", 12)
+        assert packed.read("a") == list(again)
+        assert len(unpacked) == 4
+
+    def test_a_run_deleted_and_made_again_while_its_rows_are_packed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """SQLite gives the new run the id of the old one."""
+        monkeypatch.setattr(_packing, "SEGMENT_ROWS", 2)
+        store = opened(tmp_path)
+        put(store, "a", 1, 2, 3, create=True)
+
+        def pack(rows: list[LogRow]) -> bytes:
+            if rows[0] == row(1):
+                assert store.delete("a")
+                # All is as before, but for what one row holds.
+                again = (LogRow(1, b"other", "digest-1", 1), row(2), row(3))
+                assert store.append([Append("a", again, create=True)]) == [None]
+            return _segments.pack(rows)
+
+        monkeypatch.setattr(_sql_store, "pack", pack)
+        assert store.compact("a", 3) == 2
+        assert store.read("a") == [LogRow(1, b"other", "digest-1", 1), row(2), row(3)]
+        store.close()
+
+    def test_a_long_run_takes_little_of_the_disk(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_packing, "SEGMENT_ROWS", 500)
+        store = opened(tmp_path)
+        digest = "0" * 64
+        sizes: list[int] = []
+        for begin in range(1, 6001, 500):
+            rows = []
+            for seq in range(begin, begin + 500):
+                payload = b'{"kind":"reported","reports":[[%d,%r,1.0,%d]]}' % (seq, seq**0.5, seq)
+                digest = core.chain(digest, payload)
+                rows.append(LogRow(seq, payload, digest, 10**18 + seq * 10**9))
+            assert store.append([Append("a", tuple(rows), create=not sizes)]) == [None]
+            store.compact("a", begin)
+            with store._engine.connect() as connection:
+                pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
+                sizes.append(pages * connection.exec_driver_sql("PRAGMA page_size").scalar_one())
+        # What a segment leaves free is taken by the next rows: only what is packed is added.
+        assert sizes[-1] - sizes[2] < 9 * 500 * 20
+        store.close()
 
 
 class TestLock:
