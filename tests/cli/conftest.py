@@ -119,8 +119,9 @@ class FakeServer:
     """Answers each method of RunService with what the test put under its name."""
 
     address: str = ""
-    answers: dict[str, Callable[[Any], Message]] = field(default_factory=dict)
-    requests: list[Message] = field(default_factory=list)
+    answers: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
+    """Method to what answers a request; a stream is taken and given as a list of its parts."""
+    requests: list[Any] = field(default_factory=list)
     deadlines_s: list[float | None] = field(default_factory=list)
     details_key: str = "grpc-status-details-bin"
 
@@ -132,7 +133,9 @@ class FakeServer:
 
         self.answers[method] = refused
 
-    def serve(self, method: str, request: Message, context: grpc.ServicerContext) -> Message:
+    def serve(self, method: str, request: Any, context: grpc.ServicerContext) -> Any:
+        if not isinstance(request, Message):
+            request = list(request)
         self.requests.append(request)
         self.deadlines_s.append(context.time_remaining())
         try:
@@ -151,7 +154,12 @@ def server() -> Iterator[FakeServer]:
     handlers = {}
     for method in service.methods:
         request_class = getattr(runs_pb2, method.input_type.name)
-        handlers[method.name] = grpc.unary_unary_rpc_method_handler(
+        kind = {
+            (False, False): grpc.unary_unary_rpc_method_handler,
+            (False, True): grpc.unary_stream_rpc_method_handler,
+            (True, False): grpc.stream_unary_rpc_method_handler,
+        }[method.client_streaming, method.server_streaming]
+        handlers[method.name] = kind(
             lambda request, context, name=method.name: fake.serve(name, request, context),
             request_deserializer=request_class.FromString,
             response_serializer=lambda answer: answer.SerializeToString(),

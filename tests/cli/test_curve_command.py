@@ -287,7 +287,7 @@ def test_names_are_no_formulas(cli: Cli, spec_file: SpecFile, tmp_path: Path) ->
 def test_a_picture_is_nothing_for_a_terminal(
     cli: Cli, spec_file: SpecFile, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_output, "_is_terminal", lambda: True)
+    monkeypatch.setattr(_output, "is_terminal", lambda: True)
     result = cli("curve", spec_file(), "--format", form)
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr == (

@@ -314,7 +314,7 @@ def test_a_logarithmic_axis_needs_losses_above_zero(cli: Cli, files: Files, tmp_
 def test_a_picture_is_nothing_for_a_terminal(
     cli: Cli, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_output, "_is_terminal", lambda: True)
+    monkeypatch.setattr(_output, "is_terminal", lambda: True)
     spec, losses = files()
     result = cli("simulate", spec, "--losses", losses, "--format", "png")
     assert (result.exit_code, result.stdout) == (2, "")

@@ -108,8 +108,8 @@ class FaultyStore:
     def runs(self, after_name: str = "", limit: int | None = None) -> list[str]:
         return self._store.runs(after_name, limit)
 
-    def delete(self, run: str) -> bool:
-        return self._store.delete(run)
+    def delete(self, run: str, after: str | None = None) -> bool:
+        return self._store.delete(run, after)
 
     def recent(self, since_ns: int) -> list[str]:
         return self._store.recent(since_ns)

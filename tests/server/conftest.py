@@ -16,7 +16,15 @@ import sys
 import threading
 import time
 from base64 import b64encode
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -127,6 +135,28 @@ class Client:
         """Call a method that must be refused."""
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await self.call(method, **fields)
+        return Refusal.of(caught.value)
+
+    def stream(self, method: str, /, **fields: Any) -> AsyncIterator[Any]:
+        """Call a method whose answer has parts; `fields` are those of its request."""
+        stub, request = self._methods[method]
+        parts: AsyncIterator[Any] = aiter(stub(request(**fields), timeout=DEADLINE_S))
+        return parts
+
+    @staticmethod
+    def request(method: str) -> Any:
+        """Return the class of a method's requests."""
+        return getattr(runs_pb2, f"{method}Request")
+
+    async def send(self, method: str, parts: Iterable[Any] | AsyncIterable[Any]) -> Any:
+        """Call a method whose request has parts."""
+        stub, _ = self._methods[method]
+        return await stub(parts, timeout=DEADLINE_S)
+
+    async def refused_call(self, call: Awaitable[Any]) -> Refusal:
+        """Return how a call was refused."""
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
         return Refusal.of(caught.value)
 
     async def refused(self, method: str, /, **fields: Any) -> Refusal:
@@ -277,6 +307,14 @@ class Replica(Client):
     def live(self, name: str = "small") -> LiveRun:
         """Return a run as the server holds it."""
         return self.ledger._runs[name]
+
+    async def refused_stream(self, method: str, parts: Iterable[Any]) -> Refusal:
+        """Call a method with parts that must be refused, and change nothing in the store."""
+        before = self.logs()
+        refusal = await self.refused_call(self.send(method, parts))
+        assert self.logs() == before
+        assert refusal.metadata_bytes < METADATA_BYTES
+        return refusal
 
     async def refused(self, method: str, /, **fields: Any) -> Refusal:
         """Call a method that must be refused, and change nothing in the store."""

@@ -46,9 +46,9 @@ class GatedStore(MemoryStore):
         self._fail()
         return super().append(batch)
 
-    def delete(self, run: str) -> bool:
+    def delete(self, run: str, after: str | None = None) -> bool:
         self._fail()
-        return super().delete(run)
+        return super().delete(run, after)
 
     def _fail(self) -> None:
         failure = self.failures.pop(0) if self.failures else None

@@ -53,9 +53,9 @@ class Fragile(MemoryStore):
         self._fail()
         return super().append(batch)
 
-    def delete(self, run: str) -> bool:
+    def delete(self, run: str, after: str | None = None) -> bool:
         self._fail()
-        return super().delete(run)
+        return super().delete(run, after)
 
     def probe(self) -> None:
         self.probes += 1

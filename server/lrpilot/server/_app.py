@@ -6,7 +6,7 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from prometheus_client import start_http_server
 from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._metrics import Metrics
+from lrpilot.server._retention import Retention
 from lrpilot.server._rpc import Service, handlers
 from lrpilot.server._run_service import RunService
 from lrpilot.server._sql_store import open_store
@@ -77,6 +78,8 @@ class ServerConfig:
     """HOST:PORT for metrics; None: not served."""
     insecure: bool = False
     """Whether to listen beyond loopback although nothing is encrypted."""
+    keep_finished_days: float | None = None
+    """How long finished runs are kept after their last event; None: for ever."""
 
 
 class StartupError(Exception):
@@ -166,6 +169,10 @@ class Server:
             asyncio.create_task(self._check_store()),
             asyncio.create_task(self._measure_store()),
         ]
+
+    def begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something in the background until the server drains."""
+        self._tasks.append(asyncio.create_task(work))
 
     async def _check_store(self) -> None:
         """Say who may send calls here: those that need the store find another replica.
@@ -292,6 +299,9 @@ async def _serve(
         await server.start()
         print(f"lrpilot ready grpc={grpc_address} http={http_address}", flush=True)  # noqa: T201
         warming = asyncio.create_task(server.ledger.warm_up())
+        if config.keep_finished_days is not None:
+            keep_s = config.keep_finished_days * 86400.0
+            server.begin(Retention(store, server.ledger, keep_s, metrics).run())
         await stop.wait()
         logger.info("draining: calls under way have %g s to end", DRAIN_S)
         warming.cancel()

@@ -36,6 +36,7 @@ class CommitObserver(Protocol):
 @dataclass(frozen=True, slots=True)
 class _Delete:
     run: str
+    after: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,12 +94,12 @@ class GroupCommitter:
         """
         await self._submit(Append(run, tuple(rows), create, after))
 
-    async def delete(self, run: str) -> bool:
-        """Remove a run with its whole log; return whether there was one.
+    async def delete(self, run: str, after: str | None = None) -> bool:
+        """Remove a run with its whole log; return whether there was one. See Store.delete.
 
         Raises StoreUnavailable where the store fails or the committer is closed.
         """
-        return await self._submit(_Delete(run))
+        return await self._submit(_Delete(run, after))
 
     async def probe(self) -> None:
         """Return once a write has shown that writes succeed. Raises as `delete` does."""
@@ -174,7 +175,7 @@ class GroupCommitter:
     def _carry_out(self, work: _Work) -> bool | Exception:
         try:
             if isinstance(work, _Delete):
-                return self._store.delete(work.run)
+                return self._store.delete(work.run, work.after)
             self._store.probe()
         except Exception as error:
             return _unavailable(error)

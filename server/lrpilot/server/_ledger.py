@@ -524,8 +524,12 @@ class Ledger:
 
     async def _delete(self, run: LiveRun, check: Callable[[core.RunState], None]) -> None:
         async with run.lock:
-            check(run.state)
-            await self._committer.delete(run.state.name)
+            while True:
+                # What other replicas did meanwhile counts too, also that they deleted it.
+                await self._read(run)
+                check(run.state)
+                if await self._committer.delete(run.state.name, run.state.digest):
+                    break
             self._runs.pop(run.state.name, None)
             run.reset()
             run.wake()

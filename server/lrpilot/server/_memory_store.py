@@ -82,12 +82,16 @@ class MemoryStore:
             self._check_open()
             return sorted(name for name in self._logs if name > after_name)[:limit]
 
-    def delete(self, run: str) -> bool:
+    def delete(self, run: str, after: str | None = None) -> bool:
         """Remove a run with its whole log, for good; return whether there was one."""
         with self._lock:
             self._check_open()
+            log = self._logs.get(run)
+            if log is None or after not in {None, log[-1].digest}:
+                return False
             self._snapshots.pop(run, None)
-            return self._logs.pop(run, None) is not None
+            del self._logs[run]
+            return True
 
     def recent(self, since_ns: int) -> list[str]:
         """Return the names of the runs whose last row was recorded at or after `since_ns`."""

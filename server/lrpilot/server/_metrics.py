@@ -73,6 +73,11 @@ class Metrics:
         self._failed_commits = Counter(
             "lrpilot_failed_commits", "Commits that the store failed.", registry=self.registry
         )
+        self._expired_runs = Counter(
+            "lrpilot_expired_runs",
+            "Finished runs that were deleted for their age.",
+            registry=self.registry,
+        )
         self._writable = Gauge(
             "lrpilot_store_writable",
             "1 while writes to the store succeed, 0 from one that failed to one that succeeds.",
@@ -122,6 +127,10 @@ class Metrics:
     def store_failed(self, reason: Reason) -> None:
         """Count one failure of the store."""
         self._failures.labels(reason).inc()
+
+    def run_expired(self) -> None:
+        """Count one finished run that was deleted for its age."""
+        self._expired_runs.inc()
 
     def call_finished(self, method: str, code: str, seconds: float) -> None:
         """Count one finished call."""

@@ -211,11 +211,11 @@ class SqlStore:
         )
         return self._transact(self._reader, lambda one: list(one.scalars(statement)))
 
-    def delete(self, run: str) -> bool:
+    def delete(self, run: str, after: str | None = None) -> bool:
         """Remove a run with its whole log, for good; return whether there was one."""
 
         def work(connection: sa.Connection) -> bool:
-            existed = _delete(connection, run)
+            existed = _delete(connection, run, after)
             if existed:
                 self._announce(connection, [News(run, None)])
             return existed
@@ -539,9 +539,11 @@ def _append(connection: sa.Connection, batch: Sequence[Append]) -> list[AppendRe
     return results
 
 
-def _delete(connection: sa.Connection, name: str) -> bool:
+def _delete(connection: sa.Connection, name: str, after: str | None = None) -> bool:
     run_id = _hold(connection, name)
     if run_id is None:
+        return False
+    if after is not None and _heads(connection, [name])[name].digest != after:
         return False
     connection.execute(sa.delete(events).where(events.c.run_id == run_id))
     # What else belongs to the run goes with it, by its foreign keys.

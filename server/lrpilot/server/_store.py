@@ -233,10 +233,11 @@ class Store(Protocol):
         """
         ...
 
-    def delete(self, run: str) -> bool:
+    def delete(self, run: str, after: str | None = None) -> bool:
         """Remove a run with its whole log, for good; return whether there was one.
 
-        The name is free afterwards, and a run made under it has nothing of the old one.
+        `after`: digest of its last row; another log of that name stays (False). None: whichever
+        is there. The name is free afterwards, and a run made under it has nothing of the old one.
         """
         ...
 

@@ -127,7 +127,7 @@ class Wish:
         """The fields that every request of an operator has."""
         return {
             "reason": self.reason,
-            "author": _caller() if self.author is None else self.author,
+            "author": caller() if self.author is None else self.author,
             "dry_run": self.dry_run,
             "etag": self.etag,
         }
@@ -517,7 +517,7 @@ def _words(option: str, value: Any) -> tuple[str, ...]:
     return (option, value.value if isinstance(value, enum.Enum) else str(value))
 
 
-def _caller() -> str:
+def caller() -> str:
     """Return who calls, for the log."""
     try:
         user = getpass.getuser()

@@ -83,6 +83,7 @@ TimeoutS = Annotated[
         help="Longest wait for each answer of the server.",
     ),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Although its ranks are active.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON instead of text for people.")]
 
 SERVER = "127.0.0.1:50051"

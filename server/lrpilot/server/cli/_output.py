@@ -36,7 +36,7 @@ def format_of(output: str | None) -> Format:
 
 def check_picture_target(form: Format, output: str | None, stem: str) -> None:
     """Refuse to write a picture to a terminal."""
-    if output is None and _is_terminal():
+    if output is None and is_terminal():
         raise CommandError(
             f"a picture is nothing for a terminal: give a file, such as -o {stem}.{form.value}",
             INVALID,
@@ -136,7 +136,8 @@ def group_text(names: Sequence[str]) -> str:
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
-def _is_terminal() -> bool:
+def is_terminal() -> bool:
+    """Return whether standard output goes to a person."""
     return sys.stdout.isatty()
 
 

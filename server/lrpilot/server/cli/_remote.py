@@ -104,18 +104,39 @@ class Runs:
         """Remove a run and its log."""
         self._change(self._stub.DeleteRun, runs_pb2.DeleteRunRequest(run=run, force=force))
 
+    def export(self, run: str, *, force: bool) -> Iterator[runs_pb2.ExportRunResponse]:
+        """Yield the parts of a run's file; the first one has no data yet."""
+        request = runs_pb2.ExportRunRequest(run=run, force=force)
+        try:
+            yield from self._stub.ExportRun(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise failure(error, self._server, self._timeout_s) from None
+
+    def import_(
+        self, first: runs_pb2.ImportRunRequest, parts: Iterator[runs_pb2.ImportRunRequest]
+    ) -> runs_pb2.ImportRunResponse:
+        """Take over a run from the parts of its file, of which `first` is signed and the first."""
+        first.request_id = _request_id()
+        answer: runs_pb2.ImportRunResponse = self._change(self._stub.ImportRun, parts)
+        return answer
+
     def _operate(self, method: Callable[..., Any], request: Any) -> Any:
         if request.dry_run:
             return self._call(method, request)
         request.request_id = _request_id()
         return self._change(method, request)
 
-    def _change(self, method: Callable[..., Any], request: Message) -> Any:
+    def _change(self, method: Callable[..., Any], request: Message | Iterator[Message]) -> Any:
         return self._call(
             method, request, "the server may have done it all the same: look before you repeat it"
         )
 
-    def _call(self, method: Callable[..., Any], request: Message, doubt: str | None = None) -> Any:
+    def _call(
+        self,
+        method: Callable[..., Any],
+        request: Message | Iterator[Message],
+        doubt: str | None = None,
+    ) -> Any:
         try:
             return method(request, timeout=self._timeout_s)
         except grpc.RpcError as error:

@@ -1,7 +1,6 @@
 """`lrpilot run …`: everything about the runs on a server."""
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -14,6 +13,7 @@ from lrpilot.server.cli._options import (
     SERVER,
     TIMEOUT_S,
     AsJson,
+    Force,
     RunArgument,
     Server,
     SpecArgument,
@@ -24,18 +24,17 @@ from lrpilot.server.cli._output import table_lines, write_json
 from lrpilot.server.cli._remote import connected
 from lrpilot.server.cli._show import event_lines, list_row, panel
 from lrpilot.server.cli._specs import spec_document
+from lrpilot.server.cli._transfer import export, import_
 
 WIDTH = 120
 """Columns of a panel that does not go to a terminal."""
 
 app = typer.Typer(
     name="run",
-    help="Create, look at, change and end the runs of a server.",
+    help="Create, look at, change, move and end the runs of a server.",
     no_args_is_help=True,
     context_settings=CONTEXT,
 )
-
-Force = Annotated[bool, typer.Option("--force", help="Although its ranks are active.")]
 
 
 @app.command(
@@ -175,3 +174,17 @@ def delete(
         write_json({"deleted": name})
     else:
         typer.echo(f"deleted {name}")
+
+
+app.command(
+    epilog=examples(
+        "lrpilot run export my-run",
+        "lrpilot run export my-run -o - | zcat | jq -c .payload.kind",
+    )
+)(export)
+app.command(
+    "import",
+    epilog=examples(
+        "lrpilot run import my-run.jsonl.gz --server 10.0.0.8:50051 --reason 'a new cluster'"
+    ),
+)(import_)

@@ -3,6 +3,7 @@
 import asyncio
 import enum
 import logging
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,6 +44,8 @@ class Settings(BaseModel):
     """HOST:PORT for metrics; None: not served."""
     insecure: bool = Field(default=False, strict=True)
     """Whether to listen beyond loopback although nothing is encrypted."""
+    keep_finished: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
+    """Days that finished runs are kept after their last event; None: for ever."""
     log_level: LogLevel = LogLevel.INFO
     """From which severity on lines are logged, to stderr."""
 
@@ -50,6 +53,12 @@ class Settings(BaseModel):
     @classmethod
     def _address(cls, value: str | None) -> str | None:
         return None if value is None else address(value)
+
+
+def _read_days(value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value:g} is no number of days above 0; never: leave it out")
+    return value
 
 
 @command
@@ -100,6 +109,15 @@ def serve(
         bool,
         typer.Option("--insecure", help="Listen beyond loopback although nothing is encrypted."),
     ] = False,
+    keep_finished: Annotated[
+        float | None,
+        typer.Option(
+            "--keep-finished",
+            metavar="DAYS",
+            callback=_read_days,
+            help="Delete finished runs so long after their last event. [never]",
+        ),
+    ] = None,
     log_level: Annotated[
         LogLevel | None,
         typer.Option("--log-level", help="From which severity on lines are logged. [info]"),
@@ -111,7 +129,14 @@ def serve(
     http=HOST:PORT. Logs go to standard error.
     """
     settings = read_settings(config) if config is not None else Settings()
-    given = {"data": data, "store": store, "listen": listen, "http": http, "log_level": log_level}
+    given = {
+        "data": data,
+        "store": store,
+        "listen": listen,
+        "http": http,
+        "keep_finished": keep_finished,
+        "log_level": log_level,
+    }
     settings = settings.model_copy(
         update={name: value for name, value in given.items() if value is not None}
         | ({"insecure": True} if insecure else {})
@@ -130,6 +155,7 @@ def serve(
         listen=settings.listen,
         http=settings.http,
         insecure=settings.insecure,
+        keep_finished_days=settings.keep_finished,
     )
     try:
         asyncio.run(_app.serve(server_config))

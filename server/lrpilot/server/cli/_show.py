@@ -153,6 +153,11 @@ def _facts(run: runs_pb2.Run) -> Table:
     )
     if run.attempt:
         facts.add_row("attempt", f"{run.attempt:,}, opened at {run.begin:,}")
+    if run.imported_from:
+        facts.add_row(
+            "imported",
+            Text(f"from {run.imported_from}: its job goes on here from its checkpoint"),
+        )
     if run.leader:
         facts.add_row("leader mode", _leader_text(run))
     facts.add_row("created", when(run.created_at))
