@@ -35,8 +35,8 @@ def _now(board: dashboard.Dashboard) -> None:
         ),
         (
             "Ranks wait",
-            "Runs in which training threads are blocked for longer than 15 s.",
-            f"count({state()} >= 4) or vector(0)",
+            "Runs in which training threads are blocked for longer than 15 s, or whose log forgot.",
+            f"count(({state()}) >= 4) or vector(0)",
             ALARM_ANY,
         ),
         (

@@ -1,6 +1,7 @@
 """The dashboard of one run: whether it is well, what lrpilot did and why, and what comes next."""
 
 from grafana_foundation_sdk.builders import dashboard
+from grafana_foundation_sdk.models.common import BigValueTextMode
 from panels import ALARM_ANY, WATCH_ANY, Mark, base, choice, graph, number, ranges, timeline
 from states import STATES, state
 
@@ -17,6 +18,7 @@ def run() -> dashboard.Dashboard:
     ).with_variable(choice("run", "Run", "label_values(lrpilot_run_progress, run)"))
     _marks(board)
     _now(board)
+    _more(board)
     _curves(board)
     _decisions(board)
     _pace(board)
@@ -117,6 +119,86 @@ def _now(board: dashboard.Dashboard) -> None:
             {"advice": f"max by (run) (lrpilot_run_pending_advice{{{RUN}}})"},
             mappings=ranges((0, 0, "none", "green")),
             steps=WATCH_ANY,
+        )
+    )
+
+
+def _more(board: dashboard.Dashboard) -> None:
+    """Add the second line of numbers."""
+    board.with_panel(
+        number(
+            "Adjustments in the last hour",
+            "Changes of LR and WD by policies and operators. lrpilot run history has the reasons.",
+            {
+                "adjustments": "sum(max by (source, kind) "
+                f"(increase(lrpilot_run_adjustments_total{{{RUN}}}[1h])))"
+            },
+            mappings=ranges((0, 0, "none", "green")),
+            steps=[(None, "blue")],
+            decimals=0,
+        )
+    )
+    board.with_panel(
+        number(
+            "Values ahead",
+            "Share of the delay that is fixed ahead of the ranks: what an outage may use up. With "
+            "a delay of 1 there is none.",
+            {"left": f"max by (run) (run:lrpilot_run_horizon_left:ratio{{{RUN}}})"},
+            unit="percentunit",
+            steps=[(None, "orange"), (0.25, "green")],
+            decimals=0,
+        )
+    )
+    board.with_panel(
+        number(
+            "Calls that wait",
+            "Of blocked training threads, now.",
+            {"waiting": f"sum by (run) (lrpilot_run_ranks_waiting{{{RUN}}})"},
+            mappings=ranges((0, 0, "none", "green")),
+            steps=WATCH_ANY,
+        )
+    )
+    board.with_panel(
+        number(
+            "Last report",
+            "How long ago a loss came.",
+            {"ago": f"time() - max by (run) (lrpilot_run_last_report_timestamp_seconds{{{RUN}}})"},
+            unit="dtdurations",
+            steps=[(None, "green"), (300, "orange"), (900, "red")],
+            decimals=0,
+            missing="none yet",
+        )
+    )
+    board.with_panel(
+        number(
+            "Pace now",
+            "Progress per second, in the unit of the run, over 5 minutes.",
+            {"pace": f"max by (run) (run:lrpilot_run_progress:deriv5m{{{RUN}}})"},
+            decimals=2,
+        )
+    )
+    board.with_panel(
+        number(
+            "Phase",
+            "Phase of the base schedule, after the stage where the spec has some.",
+            {"{{stage}} {{phase}}": f"max by (stage, phase) (lrpilot_run_stage_info{{{RUN}}})"},
+            text=BigValueTextMode.NAME,
+        )
+    )
+    board.with_panel(
+        number(
+            "It counts in",
+            "Unit of progress, delay and lag; and who asks the server: each rank, or a leader.",
+            {"{{unit}} ({{mode}})": f"max by (unit, mode) (lrpilot_run_info{{{RUN}}})"},
+            text=BigValueTextMode.NAME,
+        )
+    )
+    board.with_panel(
+        number(
+            "Attempt",
+            "Number of the current one: each restart of the trainers is one.",
+            {"attempt": f"max by (run) (lrpilot_run_attempt{{{RUN}}})"},
+            steps=[(None, "blue")],
         )
     )
 

@@ -7,14 +7,16 @@ STATES = ranges(
     (1, 1, "is held", "blue"),
     (2, 3, "is silent", "orange"),
     (4, 7, "ranks wait", "red"),
+    (8, 15, "log forgot", "red"),
 )
 """Words for the values of `state`."""
 
 
 def state(matcher: str = "") -> str:
-    """Return a query for the state of the runs that match, in bits: ranks wait, silent, held."""
+    """Return a query for the state of the runs that match, in bits: forgot, waits, silent, held."""
     return f"""
-4 * (sum by (run) (lrpilot_run_ranks_waiting{{{matcher}}}) > bool 0)
+8 * max by (run) (lrpilot_run_forgotten{{{matcher}}})
++ 4 * (sum by (run) (lrpilot_run_ranks_waiting{{{matcher}}}) > bool 0)
   * (max by (run) (lrpilot_run_blocked_seconds{{{matcher}}}) > bool 15)
 + 2 * (time() - max by (run) (lrpilot_run_updated_timestamp_seconds{{{matcher}}}) > bool 900)
 + max by (run) (lrpilot_run_held{{{matcher}}})

@@ -20,6 +20,11 @@ from tests.server.conftest import Program
 DATA = "/var/lib/lrpilot"
 
 
+def tool(name: str) -> str:
+    """Return a program that a package of ours brings."""
+    return str(Path(sys.executable).parent / name)
+
+
 @pytest.fixture(scope="module")
 def dockerfile(root: Path) -> str:
     """The Dockerfile, with its lines joined."""
@@ -30,7 +35,7 @@ def dockerfile(root: Path) -> str:
 def compose(root: Path) -> dict[str, Any]:
     """The compose file as docker-compose resolves it."""
     done = subprocess.run(
-        ["docker-compose", "-f", "deploy/compose.yml", "config", "--format", "json"],
+        [tool("docker-compose"), "-f", "deploy/compose.yml", "config", "--format", "json"],
         cwd=root,
         capture_output=True,
         text=True,
@@ -50,7 +55,7 @@ def instruction(dockerfile: str, name: str) -> str:
 
 def test_hadolint_finds_nothing(root: Path) -> None:
     done = subprocess.run(
-        ["hadolint", "deploy/docker/Dockerfile"],
+        [tool("hadolint"), "deploy/docker/Dockerfile"],
         cwd=root,
         capture_output=True,
         text=True,

@@ -207,7 +207,8 @@ def test_the_first_row_answers_in_colours_and_words(board: dict[str, Any]) -> No
     assert len(first) >= 6
     assert {panel["type"] for panel in first} == {"stat"}
     assert all(panel["fieldConfig"]["defaults"]["thresholds"]["steps"] for panel in first)
-    assert {panel["gridPos"]["y"] for panel in first} == {1}
+    # At most two lines: they fit above the fold.
+    assert {panel["gridPos"]["y"] for panel in first} <= {1, 5}
 
 
 def test_the_axis_of_learning_rates_is_logarithmic(root: Path) -> None:

@@ -87,7 +87,7 @@ def prometheus(
     root: Path, program: Program, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Prometheus]:
     """A Prometheus with our rules that has seen two attempts of a run, the second under way."""
-    rules = sorted((root / "deploy/prometheus").glob("*ing.yml"))
+    rules = [root / "deploy/prometheus" / name for name in ("recording.yml", "alerts.yml")]
     prometheus = Prometheus(tmp_path_factory.mktemp("prometheus") / "data", program.http, rules)
 
     def seen(expression: str) -> bool:
@@ -152,6 +152,29 @@ def test_each_variable_has_values(
         series = prometheus.get("series", **{"match[]": found.group(1)})
         expected = {"run": RUN, "job": "lrpilot", "instance": program.http}
         assert {item[found.group(2)] for item in series} == {expected[found.group(2)]}
+
+
+async def found(prometheus: Prometheus, expression: str) -> set[tuple[str, str]]:
+    """Wait, bounded, until a query finds one series; return its labels."""
+    for _ in range(600):
+        for labels in await prometheus.query(expression):
+            return set(labels)
+        await asyncio.sleep(0.1)
+    raise AssertionError(f"nothing found: {expression}")
+
+
+async def test_an_alert_fires_on_a_real_loss(prometheus: Prometheus, program: Program) -> None:
+    alert = 'ALERTS{alertname="LrpilotNonfiniteLosses", alertstate="firing"}'
+    async with program.connected():
+        job = await program.start_job("broken", **program.feedback())
+        await found(prometheus, 'lrpilot_run_nonfinite_losses{run="broken"} == 0')
+        assert await prometheus.query(alert) == {}
+        await job.report((0, math.nan))
+        labels = await found(prometheus, alert)
+        assert labels >= {("run", "broken"), ("severity", "warning")}
+        # The other tests ask for numbers.
+        await program.call("FinishRun", run="broken", force=True, request_id="finish")
+        await found(prometheus, 'absent(lrpilot_run_loss{run="broken"})')
 
 
 def test_each_query_of_the_page_of_metrics_is_understood(
