@@ -70,6 +70,13 @@ def end(progress: int) -> float:
     return int(text)
 
 
+def save(scheduler: lrpilot.Scheduler, name: str) -> None:
+    """Write a checkpoint, which appears complete."""
+    partial = FOLDER / "state.part"
+    partial.write_text(json.dumps(scheduler.state_dict()))
+    partial.replace(FOLDER.parent / name)
+
+
 def train(pilot: lrpilot.Pilot) -> None:
     stub = pilot._session.link.stub
     for method in ("OpenAttempt", "GetValues", "ReportLosses", "SaveState"):
@@ -84,10 +91,11 @@ def train(pilot: lrpilot.Pilot) -> None:
                 used.write(json.dumps([pilot.attempt, here, optimizer.values]) + "\n")
                 time.sleep(pauses.uniform(0.0, PAUSE_S))
                 scheduler.step(loss=loss_at(here, SALT))
-                if RANK == 0 and scheduler.progress == PLAN.get("save_at"):
-                    partial = FOLDER / "state.part"
-                    partial.write_text(json.dumps(scheduler.state_dict()))
-                    partial.replace(FOLDER.parent / "state.json")
+                here = scheduler.progress
+                if RANK == 0 and here == PLAN.get("save_at"):
+                    save(scheduler, "state.json")
+                if RANK == 0 and here in PLAN.get("saves", ()):
+                    save(scheduler, f"state-{here}.json")
     except lrpilot.LrpilotError as error:
         names = [type(error).__name__]
         # It stays refused, whatever it tries; nothing opens the run again.
@@ -111,5 +119,6 @@ with lrpilot.connect(
     key=PLAN["key"],
     rank=RANK,
     world_size=PLAN["world_size"],
+    reporter=PLAN.get("reporter", 0),
 ) as connected:
     train(connected)
