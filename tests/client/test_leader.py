@@ -200,6 +200,28 @@ def test_offers_are_topped_up_as_they_are_used(
     assert {request.count for request in calls} == {64}
 
 
+def test_what_is_handed_back_follows_what_is_used(leader: Leading) -> None:
+    """What came and was not used is not handed back; what was declared is."""
+    trainer = leader.trainer
+    leader.open()
+    leader.to(20)
+    leader.cut()
+    leader.to(60)
+    alone = min(at for at in leader.used if not leader.is_fixed(at))
+    leader.restore()
+    trainer.wait_calls("DeclareValues", 1)
+    leader.until(lambda: leader.holder._is_back)
+    leader.step()
+    declared, offered = trainer.calls["DeclareValues"][0], trainer.calls["OfferValues"]
+    held = declared.held
+    assert held.begin + held.steps <= alone == declared.blocks[0].begin
+    assert 0 < held.offer <= len(offered)
+    assert [item.held.offer for item in offered] == sorted(item.held.offer for item in offered)
+    link = leader.pilot._session.link
+    # Until the next values come, what was declared is the newest that the server has recorded.
+    assert link.got.last >= max(at for at in trainer.declared if at in leader.used)
+
+
 def test_what_was_offered_under_another_plan_is_not_used(leader: Leading) -> None:
     leader.open(offered=4)
     trainer = leader.trainer
@@ -509,7 +531,7 @@ def test_a_superseded_holder_raises(leader: Leading, refuse: Refuse) -> None:
     assert trainer.declared == {}
 
 
-@pytest.mark.parametrize("reason", ["BeyondPermit", "ValuesConflict", "NotHolder"])
+@pytest.mark.parametrize("reason", ["BeyondPermit", "LogForgotten", "ValuesConflict", "NotHolder"])
 def test_a_refused_declaration_ends_the_training(
     leader: Leading, refuse: Refuse, reason: str
 ) -> None:
