@@ -50,7 +50,7 @@ def _now(board: dashboard.Dashboard) -> None:
     board.with_panel(
         number(
             "Progress",
-            "Share of the planned length. On the way at 100 %: the plan ends before the job does.",
+            "Share of the planned length; above 100 % the job goes on past the end of its plan.",
             {"progress": f"max by (run) (run:lrpilot_run_progress:ratio{{{RUN}}})"},
             unit="percentunit",
             decimals=1,

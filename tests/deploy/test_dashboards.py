@@ -211,6 +211,52 @@ def test_the_first_row_answers_in_colours_and_words(board: dict[str, Any]) -> No
     assert {panel["gridPos"]["y"] for panel in first} <= {1, 5}
 
 
+@pytest.mark.needs_program("promtool")
+def test_the_state_of_a_run_is_the_right_word(root: Path, tmp_path: Path) -> None:
+    [panel] = [item for item in panels(committed(root, "run")) if item["title"] == "The run"]
+    [target] = panel["targets"]
+    ranges = [item["options"] for item in panel["fieldConfig"]["defaults"]["mappings"]]
+    # Of each word: forgotten, ranks waiting, seconds blocked, seconds since the last event, held.
+    situations = {
+        "trains": (0, 8, 14, 899, 0),
+        "is held": (0, 0, 90, 0, 1),
+        "is silent": (0, 0, 0, 901, 1),
+        "ranks wait": (0, 1, 16, 1000, 1),
+        "log forgot": (1, 0, 0, 0, 0),
+    }
+    assert [item["result"]["text"] for item in ranges] == list(situations)
+    names = ("forgotten", "ranks_waiting", "blocked_seconds", "updated_timestamp_seconds", "held")
+    tests = []
+    for word, (forgotten, waiting, blocked, age, held) in situations.items():
+        values = (forgotten, waiting, blocked, 1200 - age, held)
+        [low, high] = next(
+            (item["from"], item["to"]) for item in ranges if item["result"]["text"] == word
+        )
+        state = target["expr"].replace("$run", word)
+        tests.append(
+            {
+                "interval": "1m",
+                "input_series": [
+                    {"series": f'lrpilot_run_{name}{{run="{word}"}}', "values": f"{value}x30"}
+                    for name, value in zip(names, values, strict=True)
+                ],
+                "promql_expr_test": [
+                    {
+                        "expr": f"({state}) >= bool {low} and ({state}) <= {high}",
+                        "eval_time": "20m",
+                        "exp_samples": [{"labels": f'{{run="{word}"}}', "value": 1}],
+                    }
+                ],
+            }
+        )
+    path = tmp_path / "states.yml"
+    path.write_text(yaml.safe_dump({"tests": tests}))
+    done = subprocess.run(
+        ["promtool", "test", "rules", path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_axis_of_learning_rates_is_logarithmic(root: Path) -> None:
     for name, title in (("run", "Learning rate"), ("fleet", "LR")):
         [panel] = [item for item in panels(committed(root, name)) if item["title"] == title]
