@@ -26,6 +26,7 @@ class Config:
     listen: str
     http: str | None
     insecure: bool
+    keep_finished_days: float | None
 
 
 class StartupFailedError(Exception):
@@ -64,6 +65,7 @@ def test_the_defaults_are_loopback_and_a_folder_here(cli: Cli, app: Any) -> None
             listen="127.0.0.1:50051",
             http="127.0.0.1:50052",
             insecure=False,
+            keep_finished_days=None,
         )
     ]
 
@@ -72,11 +74,17 @@ def test_every_option_reaches_the_server(cli: Cli, app: Any) -> None:
     result = cli(
         "serve", "--data", "d", "--store", "sqlite:///x", "--listen", "0.0.0.0:0",
         "--http", "[::]:0", "--insecure", "--log-level", "debug",
+        "--keep-finished", "30.5",
     )  # fmt: skip
     assert (result.exit_code, result.stdout) == (0, "")
     assert app.served == [
         Config(
-            data=Path("d"), store="sqlite:///x", listen="0.0.0.0:0", http="[::]:0", insecure=True
+            data=Path("d"),
+            store="sqlite:///x",
+            listen="0.0.0.0:0",
+            http="[::]:0",
+            insecure=True,
+            keep_finished_days=30.5,
         )
     ]
     assert logging.getLogger().level == logging.DEBUG
@@ -88,6 +96,7 @@ store: sqlite:////var/lib/lrpilot/other.db
 listen: 127.0.0.1:1234
 http: null
 insecure: true
+keep_finished: 90
 log_level: error
 """
 
@@ -101,6 +110,7 @@ def test_a_file_says_the_same(cli: Cli, app: Any, spec_file: SpecFile) -> None:
             listen="127.0.0.1:1234",
             http=None,
             insecure=True,
+            keep_finished_days=90.0,
         )
     ]
     assert logging.getLogger().level == logging.ERROR
@@ -126,17 +136,29 @@ def test_a_file_may_say_part(cli: Cli, app: Any, spec_file: SpecFile) -> None:
 
 
 def test_everything_wrong_in_a_file_is_named(cli: Cli, app: Any, spec_file: SpecFile) -> None:
-    path = spec_file("listn: a\nlisten: here\nhttp: 1\ninsecure: 'yes'\nlog_level: loud\ndata: 3")
+    path = spec_file(
+        "listn: a\nlisten: here\nhttp: 1\ninsecure: 'yes'\nlog_level: loud\ndata: 3\n"
+        "keep_finished: 0"
+    )
     result = cli("serve", "--config", path)
     assert (result.exit_code, result.stdout, app.served) == (2, "", [])
     message, *lines = result.stderr.splitlines()
     assert message == f"error: {path}: the configuration is invalid"
     assert {line.split(":")[0].strip() for line in lines} == {
         "listn", "listen", "http", "insecure", "log_level", "data",
+        "keep_finished",
     }  # fmt: skip
     assert (
-        "  listn: got 'a'; allowed: one of data, store, listen, http, insecure, log_level" in lines
+        "  listn: got 'a'; allowed: one of data, store, listen, http, insecure, keep_finished, "
+        "log_level" in lines
     )
+
+
+@pytest.mark.parametrize("days", ["0", "-1", "nan", "inf"])
+def test_finished_runs_are_kept_for_some_time(cli: Cli, app: Any, days: str) -> None:
+    result = cli("serve", "--keep-finished", days)
+    assert (result.exit_code, app.served) == (2, [])
+    assert "is no number of days above 0" in result.stderr
 
 
 @pytest.mark.parametrize("text", ["", "- a", "a: [", "data: a\ndata: b"])

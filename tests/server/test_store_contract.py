@@ -271,6 +271,14 @@ class TestRuns:
 
 
 class TestDelete:
+    def test_another_log_of_that_name_stays(self, store: Store) -> None:
+        put(store, "a", 1, 5, create=True)
+        assert not store.delete("a", "digest-4")
+        assert store.read("a") == list(rows(1, 5))
+        assert not store.delete("b", "digest-5")
+        assert store.delete("a", "digest-5")
+        assert store.runs() == []
+
     def test_nothing_is_left(self, store: Store) -> None:
         put(store, "a", 1, 5, create=True)
         put(store, "b", 1, 2, create=True)
