@@ -43,6 +43,13 @@ def _program(name: str) -> str:
     return found
 
 
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
 def _identity() -> dict[str, Any]:
     """Return as whom the programs run."""
     if os.geteuid() != 0:
@@ -63,9 +70,7 @@ class Cluster:
         self._data = self._folder / "data"
         self._process: subprocess.Popen[bytes] | None = None
         self._count = 0
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = _free_port()
         if os.geteuid() == 0:
             os.chown(self._folder, NOBODY, NOBODY)
         secret = self._folder / "password"
@@ -139,6 +144,48 @@ class Cluster:
     @property
     def _is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    def standby(self, name: str) -> "Cluster":
+        """Return a copy that is not started; it will follow this one until it is promoted."""
+        other = object.__new__(Cluster)
+        other._folder = Path(tempfile.mkdtemp(prefix="lrpilot-postgres-"))
+        other._data = other._folder / "data"
+        other._process, other._count = None, 0
+        other.port = _free_port()
+        if os.geteuid() == 0:
+            os.chown(other._folder, NOBODY, NOBODY)
+        with self.connected() as connection:
+            connection.execute(f"SELECT pg_create_physical_replication_slot('{name}')")
+        subprocess.run(
+            [
+                _program("pg_basebackup"),
+                f"--dbname={self.address('postgres', driver='', application_name=name)}",
+                f"--pgdata={other._data}",
+                f"--slot={name}",
+                "--write-recovery-conf",
+                "--checkpoint=fast",
+                "--no-sync",
+            ],
+            check=True,
+            cwd=other._folder,
+            **_identity(),
+        )
+        with (other._data / "postgresql.auto.conf").open("a") as file:
+            file.write(f"port = {other.port}\nunix_socket_directories = '{other._folder}'\n")
+            # Promoted, it has no standby of its own yet.
+            file.write("synchronous_standby_names = ''\n")
+        return other
+
+    def confirm(self, names: str) -> None:
+        """Acknowledge nothing any more that standbys have not confirmed; empty: acknowledge it."""
+        with self.connected() as connection:
+            connection.execute(f"ALTER SYSTEM SET synchronous_standby_names = '{names}'")
+            connection.execute("SELECT pg_reload_conf()")
+
+    def promote(self) -> None:
+        """Make a standby a primary; return once it takes writes."""
+        with self.connected() as connection:
+            assert connection.execute("SELECT pg_promote(true, 60)").fetchone() == (True,)
 
     def log(self) -> str:
         """Return what it wrote."""

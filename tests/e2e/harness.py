@@ -21,6 +21,7 @@ import grpc
 
 from lrpilot.v1 import runs_pb2 as pb
 from lrpilot.v1.runs_pb2_grpc import RunServiceStub
+from tests.e2e.training import loss_at
 from tests.rules.reference import Decided, Hex, Reference, Version
 from tests.server.conftest import Program
 
@@ -346,3 +347,32 @@ def one_value(ranks: Sequence[Rank]) -> dict[tuple[int, int], Hex]:
             known = values.setdefault((used.attempt, used.progress), used.values)
             assert known == used.values, f"rank {rank.rank} differs: {used}, not {known}"
     return values
+
+
+def hold_to_the_promise(
+    spec: Spec, salt: str, addresses: Sequence[str], ranks: Sequence[Rank], steps: int
+) -> None:
+    """Hold a job that came to its end in one attempt, rank 0 reporting, against the promise.
+
+    Every server at `addresses` is asked; the job made at least so many steps.
+    """
+    # One value for each progress, on every rank, and no gap.
+    values = one_value(ranks)
+    for rank in ranks:
+        used = [(used.attempt, used.progress) for used in rank.used()]
+        assert used == [(1, n) for n in range(len(used))]
+    made = len(ranks[0].used())
+    assert made >= steps
+    for address in addresses:
+        with Runs(address) as runs:
+            run, log = runs.run(spec["name"]), runs.losses(spec["name"])
+        assert (run.attempt, run.waivers, run.late_losses) == (1, 0, 0)
+        # Every acknowledged loss is in the log, once, and every loss was acknowledged in the end.
+        logged = {n: "none" if loss is None else loss.hex() for n, loss in log[1].items()}
+        assert logged == {n: loss_at(n, salt).hex() for n in range(made)}
+        assert ranks[0].acknowledged() == logged
+    # The values are what the losses in the log say.
+    reference = Expected.of(spec)
+    reference.open(0)
+    reference.feed(log[1])
+    assert values == {(1, n): reference.expected(n) for n in range(len(values))}

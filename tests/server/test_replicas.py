@@ -22,8 +22,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from lrpilot import core
 from lrpilot.server import _app, _ledger, _postgres
 from lrpilot.server._sql_store import open_store
-from tests.e2e.harness import Expected, Rank, Runs, ask_to_end, make_spec, one_value, wait_until
-from tests.e2e.training import loss_at
+from tests.e2e.harness import Rank, ask_to_end, hold_to_the_promise, make_spec, wait_until
 from tests.postgres import PASSWORD, Cluster
 from tests.server.test_postgresql import closed, name_of
 
@@ -471,32 +470,10 @@ class TestRealJobs:
             for rank in ranks:
                 assert rank.wait() == 0, rank.log
                 assert rank.outcome() == []
-            self.check(spec, salt, servers, ranks)
+            hold_to_the_promise(spec, salt, [one.grpc for one in servers], ranks, self.STEPS)
         finally:
             for program in servers:
                 program.dispose()
             cluster.dispose()
         for program in servers:
             assert PASSWORD not in program.log()
-
-    def check(
-        self, spec: dict[str, Any], salt: str, servers: list[Program], ranks: list[Rank]
-    ) -> None:
-        """Hold what happened against the promise."""
-        values = one_value(ranks)
-        for rank in ranks:
-            used = [(used.attempt, used.progress) for used in rank.used()]
-            assert used == [(1, n) for n in range(len(used))]
-        steps = len(ranks[0].used())
-        assert steps >= self.STEPS
-        for server in servers:
-            with Runs(server.grpc) as runs:
-                run, log = runs.run(spec["name"]), runs.losses(spec["name"])
-            assert (run.attempt, run.waivers, run.late_losses) == (1, 0, 0)
-            logged = {n: "none" if loss is None else loss.hex() for n, loss in log[1].items()}
-            assert logged == {n: loss_at(n, salt).hex() for n in range(steps)}
-            assert ranks[0].acknowledged() == logged
-        reference = Expected.of(spec)
-        reference.open(0)
-        reference.feed(log[1])
-        assert values == {(1, n): reference.expected(n) for n in range(len(values))}

@@ -11,13 +11,15 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import URL
 
+from lrpilot.server._hosts import Hosts
 from lrpilot.server._schema import REVISION, metadata
 from lrpilot.server._store import Heard, News, Reason, StoreUnavailable
 
@@ -93,10 +95,10 @@ _REASONS: dict[str, Reason] = {
 """SQLSTATE to reason."""
 
 
-def postgres_reason(error: BaseException) -> Reason | None:
-    """Return why the database refused; None: an error of psycopg it is not."""
+def postgres_reason(error: BaseException) -> Reason:
+    """Return why the database refused."""
     if not type(error).__module__.startswith("psycopg"):
-        return None
+        return "other"
     state = getattr(error, "sqlstate", None)
     if state in _REASONS:
         return _REASONS[state]
@@ -172,6 +174,9 @@ class Postgres:
         self.engine = _engine(url, self._arguments)
         self._password = url.password or url.query.get("password")
         self._watchdog = Watchdog()
+        self._hosts = Hosts()
+        self._warnings: dict[Any, str] = {}
+        """What a connection was warned of in its last transaction."""
         self._refuse_until_s = 0.0
         self._silent = ""
         self._ended = threading.Event()
@@ -198,8 +203,10 @@ class Postgres:
     def watched(self, connection: sa.Connection) -> Iterator[None]:
         """Bound every wait for the database inside. Raises StoreUnavailable."""
         raw = connection.connection.dbapi_connection
+        self._warnings.pop(raw, None)
         try:
             yield
+            self._refuse_warned(connection, raw)
         except sa.exc.SQLAlchemyError as error:
             if not self._watchdog.forget(raw):
                 raise
@@ -207,6 +214,18 @@ class Postgres:
             raise StoreUnavailable(self._silent, "no_answer") from error
         finally:
             self._watchdog.forget(raw)
+
+    def _refuse_warned(self, connection: sa.Connection, raw: Any) -> None:
+        """Raise StoreUnavailable where a commit is said to be done, and a standby may lack it.
+
+        Somebody cancelled the wait for the standby. What is in the log then is found out anew, on
+        connections that are held to a write of their own.
+        """
+        warning = self._warnings.pop(raw, None)
+        if warning is not None:
+            connection.invalidate()
+            self.engine.dispose()
+            raise StoreUnavailable(f"{self.name}: committed with a warning: {warning}")
 
     def _refuse(self, why: str) -> None:
         self._silent = f"{self.name}: {why}"
@@ -319,9 +338,32 @@ class Postgres:
 
     def _connect(self) -> Any:
         """Return a connection that the pool knows nothing of."""
-        positional, named = self.engine.dialect.create_connect_args(self.engine.url)
-        connect: Any = self.engine.dialect.connect
-        return connect(*positional, **{**named, **self._arguments, "autocommit": True})
+        _, named = self.engine.dialect.create_connect_args(self.engine.url)
+        return self._open({**named, **self._arguments, "autocommit": True})
+
+    def _open(self, named: dict[str, Any]) -> Any:
+        """Return a connection to the host that is to be trusted."""
+        opened: list[Any] = []
+
+        def open_one(arguments: Mapping[str, Any]) -> Any:
+            connect: Any = self.engine.dialect.connect
+            connection = connect(**arguments)
+            self._watchdog.expect(connection, ANSWER_S)
+            opened.append(connection)
+            return connection
+
+        try:
+            connection = self._hosts.connect(named, open_one)
+        finally:
+            for one in opened:
+                self._watchdog.forget(one)
+        connection.add_notice_handler(partial(self._heed, connection))
+        return connection
+
+    def _heed(self, connection: Any, diagnostic: Any) -> None:
+        # Code 01000 is that of warnings without a code of their own, as this one is.
+        if diagnostic.severity_nonlocalized == "WARNING" and diagnostic.sqlstate == "01000":
+            self._warnings[connection] = str(diagnostic.message_primary)
 
     def _pass_on(self, connection: Any, heard: Heard) -> None:
         while not self._ended.is_set():
@@ -332,8 +374,8 @@ class Postgres:
         listens = sa.event.listens_for
 
         @listens(self.engine, "do_connect")
-        def connect(dialect: Any, _record: object, arguments: Any, named: Any) -> Any:
-            connection = dialect.connect(*arguments, **named)
+        def connect(_dialect: Any, _record: object, _arguments: Any, named: Any) -> Any:
+            connection = self._open(named)
             # SQLAlchemy asks a new connection this and that.
             self._watchdog.expect(connection, ANSWER_S)
             return connection

@@ -438,12 +438,23 @@ class SqlStore:
         text = str(cause)
         if self._postgres is not None:
             self._postgres.was_silent(cause)
+            if is_committing:
+                # What the log holds now is to be read on connections that were held to a write of
+                # their own: what can be read on the old ones, a standby may lack.
+                self._engine.dispose()
             text = self._postgres.describe(cause)
         is_lost = isinstance(error, DBAPIError) and error.connection_invalidated
         kind = _ConnectionLost if is_lost and not is_committing else StoreUnavailable
-        reason = _reason(error, cause)
+        reason = self._reason(error, cause)
         words = f"{_WORDS[reason]}: " if reason in _WORDS else ""
         return kind(f"{words}{self._name}: {text}", reason)
+
+    def _reason(self, error: SQLAlchemyError, cause: BaseException) -> Reason:
+        if isinstance(error, PoolTimeout):
+            return "too_many"
+        if self._path is None:
+            return postgres_reason(cause)
+        return sqlite_reason(cause, self._path.parent)
 
 
 _WORDS: dict[Reason, str] = {
@@ -452,12 +463,6 @@ _WORDS: dict[Reason, str] = {
     "io_error": "I/O error",
 }
 """What databases say each in their own words."""
-
-
-def _reason(error: SQLAlchemyError, cause: BaseException) -> Reason:
-    if isinstance(error, PoolTimeout):
-        return "too_many"
-    return postgres_reason(cause) or sqlite_reason(cause)
 
 
 class _Conflict(Exception):

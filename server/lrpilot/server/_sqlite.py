@@ -1,5 +1,6 @@
 """What is peculiar to SQLite: engines whose commits are on disk, and the lock on a data folder."""
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -24,6 +25,9 @@ WAL_BYTES = 64 << 20
 SQLite does so by itself at 4 MiB, but not while somebody reads, and there is always somebody where
 many do."""
 
+_LEAST_BYTES = 1 << 16
+"""A disk with less room than this is full: no write can count on it."""
+
 _REASONS: dict[str, Reason] = {
     "database or disk is full": "disk_full",
     "attempt to write a readonly database": "read_only",
@@ -34,9 +38,18 @@ _REASONS: dict[str, Reason] = {
 """Text of SQLite's to reason."""
 
 
-def sqlite_reason(error: BaseException) -> Reason:
-    """Return why SQLite refused."""
-    return _REASONS.get(str(error), "other")
+def sqlite_reason(error: BaseException, folder: Path) -> Reason:
+    """Return why SQLite refused; `folder` is that of the database."""
+    reason = _REASONS.get(str(error), "other")
+    if reason == "io_error":
+        # It says no more where the file fails that connections share, or an open one is protected.
+        with contextlib.suppress(OSError):
+            found = os.statvfs(folder)
+            if found.f_flag & os.ST_RDONLY:
+                return "read_only"
+            if found.f_bavail * found.f_frsize < _LEAST_BYTES:
+                return "disk_full"
+    return reason
 
 
 class FolderLock:
