@@ -98,13 +98,19 @@ def failing(program: Program, calls: str, error: str) -> Iterator[None]:
             assert tracer.poll() is None
             yield
         finally:
-            tracer.send_signal(signal.SIGINT)
+            # Asked to end, it may wait for ever for a thread that ends too; the kernel does not.
+            tracer.kill()
             tracer.wait(DEADLINE_S)
 
 
 def is_traced(pid: int) -> bool:
     """Return whether every thread of a process is traced."""
-    states = [task.joinpath("status").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+        states = [task.joinpath("status").read_text() for task in tasks]
+    except (FileNotFoundError, ProcessLookupError):
+        # A thread has ended meanwhile.
+        return False
     return all("TracerPid:\t0\n" not in state for state in states)
 
 
