@@ -438,10 +438,6 @@ class SqlStore:
         text = str(cause)
         if self._postgres is not None:
             self._postgres.was_silent(cause)
-            if is_committing:
-                # What the log holds now is to be read on connections that were held to a write of
-                # their own: what can be read on the old ones, a standby may lack.
-                self._engine.dispose()
             text = self._postgres.describe(cause)
         is_lost = isinstance(error, DBAPIError) and error.connection_invalidated
         kind = _ConnectionLost if is_lost and not is_committing else StoreUnavailable
