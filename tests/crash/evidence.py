@@ -167,6 +167,8 @@ class Attempt:
     passed_over: int = 0
     """Losses below it may have been made late after they had come, by a waiver or declaration."""
     permitted: int = 0
+    declared: int = 0
+    """What lies below it may have been declared already."""
 
     @property
     def number(self) -> int:
@@ -400,6 +402,14 @@ class Story:
                 f"{attempt.permitted} was permitted",
                 seq,
             )
+        if begin < attempt.declared:
+            self._complain(
+                "request repeated",
+                f"attempt {event.attempt}: the declaration {seq} begins at {begin}, and what lies "
+                f"below {attempt.declared} was declared before",
+                seq,
+            )
+        attempt.declared = max(attempt.declared, end)
         # What was recorded there never arrived; else it would not be declared.
         attempt.values = {at: item for at, item in attempt.values.items() if at < begin}
         for block in event.blocks:

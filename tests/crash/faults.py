@@ -23,6 +23,7 @@ import psycopg
 from lrpilot.server._store import LogRow
 from tests.crash.cluster import Cluster, Server, SqliteCluster, StoreKind
 from tests.crash.meddler import Meddling
+from tests.crash.power import PowerLoss
 from tests.crash.relay import Direction, Relay
 
 BOTH: tuple[StoreKind, ...] = ("sqlite", "postgresql")
@@ -129,6 +130,29 @@ class ServerKilled(Fault):
     def end(self) -> None:
         for server in self._servers:
             server.start()
+
+
+@_known
+class PowerLost(Fault):
+    """The machine of the server loses its power: what was not synced is gone."""
+
+    name = "power lost"
+    stores = ("sqlite",)
+    programs = ("strace",)
+
+    def prepare(self) -> None:
+        self._server = self.pick_server()
+        self._power = PowerLoss(self._server.pid, self.scene.cluster.disk / "data")
+
+    def begin(self) -> None:
+        self._server.end()
+        self._power.cut()
+
+    def end(self) -> None:
+        self._server.start()
+
+    def clear(self) -> None:
+        self._power.close()
 
 
 @_known

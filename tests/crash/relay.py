@@ -62,10 +62,12 @@ class Network:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
+        self._relays: list[Relay] = []
 
     def relay(self, make_finder: Callable[[], FindsAnswer]) -> "Relay":
         """Return a relay that listens, and that has no target yet."""
         relay = Relay(self, make_finder)
+        self._relays.append(relay)
         self.run(relay.listen())
         return relay
 
@@ -78,6 +80,8 @@ class Network:
         """End every connection."""
 
         async def cancel() -> None:
+            for relay in self._relays:
+                relay.close()
             tasks = asyncio.all_tasks() - {asyncio.current_task()}
             for task in tasks:
                 task.cancel()
@@ -121,13 +125,17 @@ class Relay:
         """Begin to take connections."""
         for opened in self.open.values():
             opened.set()
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
-        self.port = server.sockets[0].getsockname()[1]
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        self.port = self._server.sockets[0].getsockname()[1]
 
     def lead_to(self, address: str) -> None:
         """Pass connections on to HOST:PORT from now on."""
         host, _, port = address.rpartition(":")
         self._target = (host, int(port))
+
+    def close(self) -> None:
+        """Take no more connections."""
+        self._server.close()
 
     def hold(self, *directions: Direction) -> None:
         """Let nothing pass in some directions; it comes after `heal`."""

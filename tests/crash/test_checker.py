@@ -517,6 +517,11 @@ class TestLeaderMode:
         record["learning_rates"] = [next_bit(float.fromhex(record["learning_rates"][0])).hex()]
         assert "one value" in stage.kinds()
 
+    def test_a_declaration_comes_twice(self) -> None:
+        stage = led()
+        stage.events.append(stage.events[last_event(stage, core.Declared)])
+        assert "request repeated" in stage.kinds()
+
     def test_a_declaration_beyond_its_permit(self) -> None:
         stage = led()
         index = last_event(stage, core.Permitted)
@@ -533,6 +538,7 @@ class TestSecondOpinions:
         stage = trained()
         stage.adjust(0.5)
         stage.waive()
+        stage.values(12)
         stage.open(10, who="r0.1")
         stage.values(10, who="r0.1")
         story = Story(RUN, rechained(stage.events))
@@ -540,7 +546,7 @@ class TestSecondOpinions:
         assert {number: set(values) for number, values in said.items()} == {
             number: set(attempt.values) for number, attempt in story.attempts.items()
         }
-        assert len(said[1]) == 12
+        assert len(said[1]) == 20
         assert len(said[2]) == 4
 
     def test_a_decision_that_comes_a_step_early(self, monkeypatch: pytest.MonkeyPatch) -> None:

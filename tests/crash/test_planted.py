@@ -1,0 +1,134 @@
+"""The laboratory catches every planted bug, where the right server has no violation.
+
+That a round passes on the right server is what `test_directed` proves.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.crash.checker import KINDS
+from tests.crash.cluster import StoreKind
+from tests.crash.directed import ROUNDS, play
+from tests.crash.faults import FAULTS
+from tests.crash.laboratory import Laboratory
+from tests.crash.server_program import BUGS
+from tests.crash.test_directed import param
+
+CAUGHT = [
+    ("reply-before-commit", "killed after an answer", "loss lost"),
+    ("synchronous-off", "power lost after an answer", "loss lost"),
+    ("fence-dropped", "two replicas open at once", "superseded"),
+    ("horizon-off-by-one", "other losses after a resume", "beyond the horizon"),
+    ("dedup-dropped", "a report is sent again to the other replica", "loss repeated"),
+    ("recompute-instead-of-record", "the same losses again after an operator", "not recorded"),
+    ("rewind-keeps-decisions", "other losses after a resume", "n + D"),
+    ("request-id-forgotten", "the same losses again after an operator", "request repeated"),
+    ("zombies-heard", "a zombie speaks", "not recorded"),
+    ("late-losses-observed", "a late loss after a waiver", "n + D"),
+    ("attempt-opened-twice", "the answer to an opening is lost", "request repeated"),
+    ("declared-twice", "the answer to a declaration is lost", "request repeated"),
+]
+"""Bug, the round that catches it, and a kind of violation that the checker finds there."""
+
+
+SEEDS: list[tuple[str, StoreKind, str, int, str]] = [
+    ("reply-before-commit", "sqlite", "server killed", 2, "request lost"),
+    ("synchronous-off", "sqlite", "power lost", 3, "loss lost"),
+    ("fence-dropped", "postgresql", "rolling restart", 2, "superseded"),
+    ("horizon-off-by-one", "sqlite", "server killed", 2, "beyond the horizon"),
+    ("dedup-dropped", "sqlite", "duplicated reports", 2, "loss repeated"),
+    ("recompute-instead-of-record", "sqlite", "server killed", 2, "not recorded"),
+    ("rewind-keeps-decisions", "sqlite", "client killed", 1, "replay"),
+]
+"""Bug, and the store, fault and seed of a random round that catches it, with a kind it finds."""
+
+
+@pytest.mark.parametrize(
+    ("name", "bug", "kind"), [param(name, bug, kind) for bug, name, kind in CAUGHT]
+)
+def test_a_planted_bug_is_caught(name: str, bug: str, kind: str) -> None:
+    violations, _ = play(name, bug=bug)
+    assert kind in {item.kind for item in violations}, violations
+
+
+TRIES = 3
+
+SEEDED = [
+    pytest.param(
+        *case,
+        marks=[
+            pytest.mark.needs_program(
+                *(["postgres"] if case[1] == "postgresql" else []), *FAULTS[case[2]].programs
+            )
+        ],
+    )
+    for case in SEEDS
+]
+
+
+@pytest.fixture(scope="module")
+def right_servers() -> Iterator[Callable[[StoreKind], Laboratory]]:
+    """Return a laboratory without a bug, one for each store."""
+    with ExitStack() as stack:
+
+        @cache
+        def get(store: StoreKind) -> Laboratory:
+            return stack.enter_context(Laboratory(store, namespaces=False))
+
+        yield get
+
+
+@pytest.mark.parametrize(("bug", "store", "fault", "seed", "kind"), SEEDED)
+def test_a_random_round_catches_a_planted_bug(
+    bug: str,
+    store: StoreKind,
+    fault: str,
+    seed: int,
+    kind: str,
+    right_servers: Callable[[StoreKind], Laboratory],
+    tmp_path: Path,
+) -> None:
+    # What the machine makes of a seed is not the same each time.
+    for _ in range(TRIES):
+        with Laboratory(store, namespaces=False, bug=bug, kept=tmp_path) as laboratory:
+            violations = laboratory.play(seed, fault).violations
+        if any(item.startswith(f"{kind}: ") for item in violations):
+            break
+    else:
+        raise AssertionError(violations)
+    assert right_servers(store).play(seed, fault).violations == []
+
+
+def test_every_bug_is_caught() -> None:
+    assert {bug for bug, _, _ in CAUGHT} == set(BUGS)
+    assert {name for _, name, _ in CAUGHT} <= set(ROUNDS)
+    assert {kind for _, _, kind in CAUGHT} <= set(KINDS)
+
+
+def test_an_unknown_bug_is_refused() -> None:
+    program = [sys.executable, "-m", "tests.crash.server_program", "--bug", "nonsense", "serve"]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "the first arguments are --bug NAME; known: attempt-opened-twice, " in done.stderr
+
+
+def test_the_page_lists_what_is_caught() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "crash-laboratory.md").read_text()
+    stores = {"sqlite": "SQLite", "postgresql": "PostgreSQL"}
+    for bug, name, kind in CAUGHT:
+        (row,) = re.findall(rf"^\| `{bug}`: .*\|$", page, re.MULTILINE)
+        assert row.endswith(f" | {name} | {kind} |")
+    for bug, store, fault, seed, kind in SEEDS:
+        assert f"\n| `{bug}` | {stores[store]} | {fault} | {seed} | {kind} |\n" in page
+    assert page.count("\n| `") == len(CAUGHT) + len(SEEDS)
+    for kind in KINDS:
+        assert f"\n| {kind} | " in page
+    for name in ROUNDS:
+        assert f"\n| {name}" in page
