@@ -38,16 +38,29 @@ CAUGHT = [
 """Bug, the round that catches it, and a kind of violation that the checker finds there."""
 
 
-SEEDS: list[tuple[str, StoreKind, str, int, str]] = [
-    ("reply-before-commit", "sqlite", "server killed", 2, "request lost"),
-    ("synchronous-off", "sqlite", "power lost", 3, "loss lost"),
-    ("fence-dropped", "postgresql", "rolling restart", 2, "superseded"),
-    ("horizon-off-by-one", "sqlite", "server killed", 2, "beyond the horizon"),
-    ("dedup-dropped", "sqlite", "duplicated reports", 2, "loss repeated"),
-    ("recompute-instead-of-record", "sqlite", "server killed", 2, "not recorded"),
-    ("rewind-keeps-decisions", "sqlite", "client killed", 1, "replay"),
+SEEDS: list[tuple[str, StoreKind, str, int, tuple[str, ...]]] = [
+    (
+        "reply-before-commit",
+        "sqlite",
+        "server killed",
+        2,
+        ("request lost", "loss lost", "not recorded"),
+    ),
+    ("synchronous-off", "sqlite", "power lost", 3, ("loss lost",)),
+    (
+        "fence-dropped",
+        "postgresql",
+        "rolling restart",
+        2,
+        ("superseded", "horizon", "beyond the horizon", "request lost"),
+    ),
+    ("horizon-off-by-one", "sqlite", "server killed", 2, ("beyond the horizon",)),
+    ("dedup-dropped", "sqlite", "duplicated reports", 2, ("loss repeated",)),
+    ("recompute-instead-of-record", "sqlite", "server killed", 2, ("not recorded",)),
+    ("rewind-keeps-decisions", "sqlite", "client killed", 1, ("replay",)),
 ]
-"""Bug, and the store, fault and seed of a random round that catches it, with a kind it finds."""
+"""Bug, and the store, fault and seed of a random round that catches it, with kinds that it finds:
+which of them depends on how the machine interleaves the processes."""
 
 
 @pytest.mark.parametrize(
@@ -85,13 +98,13 @@ def right_servers() -> Iterator[Callable[[StoreKind], Laboratory]]:
         yield get
 
 
-@pytest.mark.parametrize(("bug", "store", "fault", "seed", "kind"), SEEDED)
+@pytest.mark.parametrize(("bug", "store", "fault", "seed", "kinds"), SEEDED)
 def test_a_random_round_catches_a_planted_bug(
     bug: str,
     store: StoreKind,
     fault: str,
     seed: int,
-    kind: str,
+    kinds: tuple[str, ...],
     right_servers: Callable[[StoreKind], Laboratory],
     tmp_path: Path,
 ) -> None:
@@ -99,7 +112,7 @@ def test_a_random_round_catches_a_planted_bug(
     for _ in range(TRIES):
         with Laboratory(store, namespaces=False, bug=bug, kept=tmp_path) as laboratory:
             violations = laboratory.play(seed, fault).violations
-        if any(item.startswith(f"{kind}: ") for item in violations):
+        if {item.partition(": ")[0] for item in violations} & {*kinds}:
             break
     else:
         raise AssertionError(violations)
@@ -125,8 +138,9 @@ def test_the_page_lists_what_is_caught() -> None:
     for bug, name, kind in CAUGHT:
         (row,) = re.findall(rf"^\| `{bug}`: .*\|$", page, re.MULTILINE)
         assert row.endswith(f" | {name} | {kind} |")
-    for bug, store, fault, seed, kind in SEEDS:
-        assert f"\n| `{bug}` | {stores[store]} | {fault} | {seed} | {kind} |\n" in page
+    for bug, store, fault, seed, kinds in SEEDS:
+        row = f"| `{bug}` | {stores[store]} | {fault} | {seed} | {' or '.join(kinds)} |"
+        assert f"\n{row}\n" in page
     assert page.count("\n| `") == len(CAUGHT) + len(SEEDS)
     for kind in KINDS:
         assert f"\n| {kind} | " in page
