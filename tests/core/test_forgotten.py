@@ -1,10 +1,11 @@
 """A log that was put back from an older copy: what shows it, and the way back from a checkpoint."""
 
 import hashlib
+import json
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -162,17 +163,56 @@ def test_a_rank_cannot_join_what_the_log_has_forgotten() -> None:
 # The way back.
 
 
-def test_a_state_of_an_old_release_is_refused_with_the_way_out() -> None:
-    log = make_log()
-    copy = len(log.rows)
-    log.report(0, [1.0] * 3)
-    state = saved(log, 3)
-    state = replace(state, fold={k: v for k, v in state.fold.items() if k != "log"})
-    older = copy_of(log.rows[:copy])
-    with pytest.raises(core.StateMismatch, match="give resume_at=3 without the state"):
-        resume(older, state)
-    # Where the log has it, it is as good as any.
-    assert resume(log, state).lost_seq == 0
+class TestStatesOfRelease:
+    """A log and a state in it as release 0.2.0 wrote them, and what it resumed with."""
+
+    @pytest.fixture
+    def written(self) -> dict[str, Any]:
+        path = Path(__file__).parents[1] / "golden" / "saved_state_0.2.0.json"
+        content: dict[str, Any] = json.loads(path.read_text())
+        return content
+
+    def log(self, written: dict[str, Any], count: int | None = None) -> Log:
+        return copy_of([row.encode() for row in written["rows"][:count]])
+
+    def state(self, written: dict[str, Any]) -> core.SavedState:
+        return core.read_state(written["state"].encode(), "run")
+
+    def resumed(self, log: Log) -> list[list[str]]:
+        values = [log.state.values(at) for at in range(6, 30)]
+        return [[x.hex() for x in (*rates, *(decays or ()))] for rates, decays in values]
+
+    def test_in_its_own_log_it_resumes_as_it_did(self, written: dict[str, Any]) -> None:
+        log = self.log(written)
+        assert log.state.digest == written["digest"]
+        resume(log, self.state(written))
+        assert self.resumed(log) == written["resumed"]
+
+    def test_a_lost_log_is_restored_from_it(self, written: dict[str, Any]) -> None:
+        lost = Log()
+        lost.rows, lost.state = [], core.RunState("run")
+        state = self.state(written)
+        request = core.OpenRequest(request_id="open", token="1" * 32, saved=state)
+        lost.write(core.open_attempt(lost.state, request))
+        assert self.resumed(lost) == written["resumed"]
+        # And what this release saves of it names the log, and all that was done in the old one.
+        lost.report(6, [1.0] * 3)
+        copy, later = len(lost.rows), saved(lost, 9)
+        lost.report(9, [2.0])
+        end = saved(lost, 10)
+        for begun in (later, end):
+            older = copy_of(lost.rows[: copy - 1])
+            assert resume(older, begun).adopted
+            assert done(older) == done(lost)
+            assert len(older.state.plan.revisions) == len(lost.state.plan.revisions)
+
+    def test_in_an_older_copy_it_is_refused_with_the_way_out(self, written: dict[str, Any]) -> None:
+        log = self.log(written, written["copy"])
+        with pytest.raises(core.StateMismatch, match="give resume_at=6 without the state") as error:
+            resume(log, self.state(written))
+        assert "older checkpoint, or the run another name" in str(error.value)
+        log.open(6)
+        assert log.state.begin == 6
 
 
 def test_the_spec_that_trainers_gave_in_the_lost_part_counts() -> None:
