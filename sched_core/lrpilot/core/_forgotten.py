@@ -59,6 +59,10 @@ def values_digest(rates: Sequence[float], decays: Iterable[float]) -> bytes:
 
 def recorded_digest(state: RunState, begin: int, stride: int, steps: int) -> bytes | None:
     """Return the digest of a block as it is recorded, or None where not all of it is."""
+    whole = state.records.from_on(begin, stride, steps)
+    if whole is not None and whole.steps == steps:
+        return values_digest(whole.learning_rates, whole.weight_decays or ())
+    # On another stride than it was recorded on.
     values = [state.records.at(begin + step * stride) for step in range(steps)]
     if None in values:
         return None
