@@ -106,6 +106,19 @@ def test_create_sends_the_text_and_says_what_was_created(
     assert all(len(request.request_id) == 32 for request in server.requests)
 
 
+def test_a_log_that_has_forgotten_is_shown_first(run: Cli, server: Any, specs: Any) -> None:
+    text = "the log of run 'small' has forgotten what it gave: rank 7 holds values up to 9"
+    message = run_message(specs.plain, forgotten=text, state=runs_pb2.RUN_STATE_RUNNING)
+    server.answers["GetRun"] = lambda _: runs_pb2.GetRunResponse(run=message)
+    server.answers["ListRuns"] = lambda _: runs_pb2.ListRunsResponse(runs=[message])
+    shown = run("show", "small").stdout
+    first = text.partition(":")[0]
+    assert first in shown
+    assert shown.index(first) < shown.index("progress")
+    assert "running" not in shown
+    assert " forgotten " in run("list").stdout
+
+
 def test_json_of_a_run(run: Cli, server: Any, specs: Any) -> None:
     message = run_message(specs.grouped, loss=math.nan, smoothed_loss=math.inf)
     message.values[0].learning_rate = 5.9999999999999995e-05
@@ -173,6 +186,7 @@ def test_json_of_a_run(run: Cli, server: Any, specs: Any) -> None:
         "declaration": None,
         "declared_steps": 0,
         "imported_from": "",
+        "forgotten": "",
     }
     # JSON readers that know only doubles are not our concern: the digits are all there.
     assert '"seq": 9007199254740993' in result.stdout
