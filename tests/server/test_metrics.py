@@ -6,6 +6,7 @@ import asyncio
 import math
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,8 +20,6 @@ from lrpilot.server._store import LogRow, StoreUnavailable
 from lrpilot.v1 import trainer_pb2
 
 if TYPE_CHECKING:
-    import pytest
-
     from tests.server.conftest import Replica, Until
 
 LR = 1e-3
@@ -364,10 +363,12 @@ async def test_a_policy_shows_how_near_it_is_to_a_decision(server: Replica) -> N
     assert await standing() == (0, 1)
 
 
+@pytest.mark.parametrize(("limit", "value"), [("MAX_RUNS", 2), ("MAX_SERIES", 50)])
 async def test_the_newest_runs_are_shown_and_the_others_counted(
-    server: Replica, monkeypatch: pytest.MonkeyPatch
+    server: Replica, monkeypatch: pytest.MonkeyPatch, limit: str, value: int
 ) -> None:
-    monkeypatch.setattr("lrpilot.server._run_metrics.MAX_RUNS", 2)
+    # One of these runs has about 30 series.
+    monkeypatch.setattr(f"lrpilot.server._run_metrics.{limit}", value)
     for name in ("first", "second", "third"):
         await server.start_job(name)
     for scrapes in (1, 2):

@@ -27,6 +27,10 @@ PREFIX = "lrpilot_run"
 MAX_RUNS = 1000
 """Most runs in one scrape, the newest. Which they are changes only when a run begins or ends."""
 
+MAX_SERIES = 100_000
+"""Once a scrape has so many series of runs, it takes no further run: one may have thousands of
+parameter groups."""
+
 READ_TIMEOUT_S = 5.0
 """Longest that a scrape waits for the event loop; Prometheus itself gives up after 10 s."""
 
@@ -170,7 +174,8 @@ class RunCollector(Collector):
         yield GaugeMetricFamily("lrpilot_live_runs", "Runs that are shown or left out.", live)
         yield CounterMetricFamily(
             "lrpilot_left_out_runs",
-            f"Live runs beyond {MAX_RUNS}, which a scrape left out, added up over scrapes.",
+            "Live runs that a scrape left out, added up over scrapes: it shows the newest "
+            f"{MAX_RUNS:,}, and begins none past {MAX_SERIES:,} series.",
             self._left_out,
         )
 
@@ -179,14 +184,18 @@ class RunCollector(Collector):
         live = self._ledger.live()
         newest = sorted(live, key=lambda run: run.created_ns, reverse=True)[:MAX_RUNS]
         readings: dict[str, list[Reading]] = {}
+        series = 0
         began_s = time.monotonic()
         for run in newest:
+            if series >= MAX_SERIES:
+                break
             if time.monotonic() - began_s > SLICE_S:
                 await asyncio.sleep(0)
                 began_s = time.monotonic()
             # It may have ended meanwhile.
             if run.state.exists:
                 readings[run.state.name] = list(_readings(run))
+                series += len(readings[run.state.name])
         return len(live), readings
 
 
