@@ -833,6 +833,34 @@ class TestReportLosses:
             "run": "small", "progress": "0", "recorded": repr(recorded), "got": named,
         }  # fmt: skip
 
+    async def test_a_loss_after_a_step_that_had_none_is_late(self, server: Replica) -> None:
+        """Whatever else was said of the step; and it is no repeat of a skipped update."""
+        job = await server.start_job(**server.feedback())
+        skip = pb.LossReport(progress=1, loss=1.0, moves_to=1, skipped=True)
+        done = pb.LossReport(progress=1, moves_to=2, **{"try": 1})
+        evaluated = pb.LossReport(progress=0, moves_to=1, validation_losses={"val": 3.0})
+        await job.report(reports=[evaluated, skip, done])
+        for at, loss in ((0, 2.0), (1, 1.0)):
+            for _ in range(2):
+                assert list((await job.report((at, loss))).outcomes) == [LATE]
+            refusal = await job.refused_report((at, 5.0))
+            assert refusal.reason == "LossConflict"
+        # Said once more, what came first is what it was.
+        assert list((await job.report(reports=[evaluated, skip, done])).outcomes) == [REPEATED] * 3
+        shown = await job.shown()
+        assert (shown.losses, shown.skipped, shown.late_losses) == (0, 1, 2)
+
+    async def test_another_loss_for_a_step_whose_first_update_was_skipped(
+        self, server: Replica
+    ) -> None:
+        job = await server.start_job(**server.feedback())
+        skip = pb.LossReport(progress=0, loss=1.0, moves_to=0, skipped=True)
+        done = pb.LossReport(progress=0, loss=2.0, moves_to=1, **{"try": 1})
+        await job.report(reports=[skip, done])
+        assert list((await job.report((0, 2.0))).outcomes) == [REPEATED]
+        refusal = await job.refused_report((0, 1.0))
+        assert (refusal.reason, refusal.facts["recorded"]) == ("LossConflict", "2.0")
+
     async def test_a_batch_goes_in_whole_or_not_at_all(self, server: Replica) -> None:
         job = await server.start_job(**server.feedback())
         await job.report((0, 1.0))

@@ -1030,6 +1030,8 @@ def report_losses(
             )
         outcome, kept = Outcome.RECORDED, report
         known = seen.get((at, report.tries)) or _known(state, rank, report)
+        if at < passed and loss is not None and not report.skipped:
+            known = _loss_known(state, rank, report, known)
         if known is not None:
             _refuse_conflict(state, at, known.loss, loss)
             for name, value in report.validation.items():
@@ -1078,6 +1080,21 @@ def _known(state: RunState, rank: int, report: Report) -> Report | Observation |
         return found
     members = reporters.members.get(at, {})
     return Observation(at, members[rank]) if rank in members else None
+
+
+def _loss_known(
+    state: RunState, rank: int, report: Report, known: Report | Observation | None
+) -> Report | Observation | None:
+    """Return what brought the loss of a completed step before; None: nothing did.
+
+    Of the step may be known that it has none, though a validation loss, say; or that an update
+    before it was skipped. A loss then comes late, and contradicts neither.
+    """
+    tries = report.tries
+    while known is not None and (known.skipped if isinstance(known, Report) else known.is_skipped):
+        tries += 1
+        known = _known(state, rank, replace(report, tries=tries))
+    return None if known is None or known.loss is None else known
 
 
 def _bare(report: Report) -> Report:
