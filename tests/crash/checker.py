@@ -335,6 +335,9 @@ class _Round:
                     by_key[logged.key].append(logged)
                 self._check_source(attempt, logged, sources)
             for logs in by_key.values():
+                if len(logs) == 2 and logs[0].report.loss is None and logs[1].late:
+                    # Something else was known of the step in its time; its loss came late.
+                    continue
                 if len(logs) > 1:
                     one = logs[0].report
                     seqs = ", ".join(str(item.seq) for item in logs)

@@ -26,8 +26,11 @@ from tests.crash.history import HistoryWriter, Record, read_history
 from tests.crash.operators import ACTIONS, Operator
 from tests.crash.trainer import TrainerPlan, train
 
-DEADLINE_S = 45.0
+DEADLINE_S = 240.0
 """A job that has not come to its end by then is stuck."""
+
+STUCK_S = 30.0
+"""So is one in which no rank has made a step for so long."""
 
 SHARES = {"skipped": 0.1, "no loss": 0.3, "late": 0.1, "validation": 0.1}
 """How often a step is one of them, in a job that has such steps; see `TrainerPlan.odds`."""
@@ -333,6 +336,8 @@ class _Job:
         self._state = folder / "state.json"
         self._has_resumed = False
         """Whether a start of the job has resumed from a state."""
+        self._moved_s = 0.0
+        """When a rank has last said something."""
         self._fault_thread: threading.Thread | None = None
         self._fault_ends, self._fault_ended = PROCESSES.Pipe(duplex=False)
         self._is_over = False
@@ -345,12 +350,14 @@ class _Job:
             self.fault.meddling(self._plan.fault_at) if isinstance(self.fault, _Meddled) else None
         )
         self._start()
-        end_s = time.monotonic() + DEADLINE_S
+        self._moved_s = time.monotonic()
+        deadline_s = self._moved_s + DEADLINE_S
         while not self._is_done():
-            if time.monotonic() > end_s:
+            left_s = min(deadline_s, self._moved_s + STUCK_S) - time.monotonic()
+            if left_s <= 0:
                 self._stuck()
                 break
-            self._hear(end_s - time.monotonic())
+            self._hear(left_s)
         if self._fault_thread is not None:
             self._fault_thread.join(DEADLINE_S)
         self._await_zombies()
@@ -441,6 +448,7 @@ class _Job:
                 continue
             rank = listened[heard]  # type: ignore[index]
             rank.hear()
+            self._moved_s = time.monotonic()
             if rank in self.starts[-1]:
                 self._follow(rank)
             elif rank.ended is not None:

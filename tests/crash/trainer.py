@@ -187,17 +187,14 @@ def _train(plan: TrainerPlan, history: HistoryWriter, say: Callable[[Any], None]
             chance = random.Random(f"{plan.salt}/{attempt}/{here}")
             loss: float | None = loss_at(here, rates[0], plan.salt)
             begun_s = time.monotonic()
-            skipped = validation = False
             while chance.random() < plan.odds.get("skipped", 0.0):
-                skipped = True
                 scheduler.step(loss=loss, skipped=True)
             if chance.random() < plan.odds.get("no loss", 0.0):
                 loss = None
-            elif loss is not None and not skipped and chance.random() < plan.odds.get("late", 0.0):
+            elif loss is not None and chance.random() < plan.odds.get("late", 0.0):
                 late.append((here, loss))
                 loss = None
-            else:
-                validation = chance.random() < plan.odds.get("validation", 0.0)
+            validation = chance.random() < plan.odds.get("validation", 0.0)
             scheduler.step(
                 plan.increment,
                 loss=loss,
