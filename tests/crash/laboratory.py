@@ -58,6 +58,8 @@ class Laboratory:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
+                # An interrupt from the keyboard is for whoever hands out the rounds.
+                start_new_session=True,
             )
 
     def __enter__(self) -> "Laboratory":

@@ -82,6 +82,11 @@ class Torture:
         with self._lock:
             return next(self._rounds, None)
 
+    def stop(self) -> None:
+        """Begin no more rounds."""
+        with self._lock:
+            self._rounds = iter(())
+
     def add(self, result: RoundResult) -> None:
         """Take what came of a round."""
         with self._lock:
@@ -180,10 +185,19 @@ def _play(torture: Torture, jobs: int, namespaces: bool, bug: str) -> None:
     workers = [threading.Thread(target=work, daemon=True) for _ in range(jobs)]
     for worker in workers:
         worker.start()
-    for _ in workers:
-        while (result := done.get()) is not None:
-            if isinstance(result, BaseException):
-                raise result
+    left = jobs
+    while left:
+        try:
+            result = done.get()
+        except KeyboardInterrupt:
+            console.print("no more rounds; those under way come to their end")
+            torture.stop()
+            continue
+        if isinstance(result, BaseException):
+            raise result
+        if result is None:
+            left -= 1
+        else:
             _say(torture, result)
 
 
