@@ -159,6 +159,7 @@ class _Round:
 
     def _values(self) -> None:
         """One value, the recorded one."""
+        offered = self._offered()
         first: dict[tuple[int, int], tuple[Hex, tuple[Any, ...]]] = {}
         for number, at, values, records, is_use in self._handed_out():
             attempt = self.story.attempts.get(number)
@@ -183,8 +184,27 @@ class _Round:
                     self._add("not recorded", f"{where}: it got {values}", *records)
             elif fixed is None:
                 self._add("not recorded", f"{where}: it has {values}", *records)
-            elif fixed != values:
+            elif fixed != values and not (
+                # It went on with what it was offered, and ended before it could declare that.
+                is_use and at >= attempt.declared and values in offered.get((number, at), ())
+            ):
                 self._add("one value", f"{where}: {values}, and the log has {fixed}", *records)
+
+    def _offered(self) -> dict[tuple[int, int], set[Hex]]:
+        """Return attempt and progress to the values that a holder was offered for it."""
+        offered: dict[tuple[int, int], set[Hex]] = defaultdict(set)
+        for call in self._answered("OfferValues"):
+            block, attempt = call.response.block, self.story.attempts.get(call.attempt)
+            if attempt is not None:
+                for at, values in values_of(
+                    block.begin,
+                    block.stride,
+                    attempt.groups,
+                    block.learning_rates,
+                    block.weight_decays,
+                ):
+                    offered[call.attempt, at].add(values)
+        return offered
 
     def _handed_out(self) -> Iterator[tuple[int, int, Hex, tuple[Record, ...], bool]]:
         """Yield attempt, progress, values, what shows it, and whether a step used it."""
