@@ -837,7 +837,8 @@ class TestReportLosses:
         """Whatever else was said of the step; and it is no repeat of a skipped update."""
         job = await server.start_job(**server.feedback())
         skip = pb.LossReport(progress=1, loss=1.0, moves_to=1, skipped=True)
-        done = pb.LossReport(progress=1, moves_to=2, **{"try": 1})
+        done = pb.LossReport(progress=1, moves_to=2)
+        setattr(done, "try", 1)  # A word of Python.
         evaluated = pb.LossReport(progress=0, moves_to=1, validation_losses={"val": 3.0})
         await job.report(reports=[evaluated, skip, done])
         for at, loss in ((0, 2.0), (1, 1.0)):
@@ -855,7 +856,8 @@ class TestReportLosses:
     ) -> None:
         job = await server.start_job(**server.feedback())
         skip = pb.LossReport(progress=0, loss=1.0, moves_to=0, skipped=True)
-        done = pb.LossReport(progress=0, loss=2.0, moves_to=1, **{"try": 1})
+        done = pb.LossReport(progress=0, loss=2.0, moves_to=1)
+        setattr(done, "try", 1)  # A word of Python.
         await job.report(reports=[skip, done])
         assert list((await job.report((0, 2.0))).outcomes) == [REPEATED]
         refusal = await job.refused_report((0, 1.0))
