@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import grpc
 import grpc.aio
 from google.protobuf.descriptor import MethodDescriptor, ServiceDescriptor
+from google.protobuf.descriptor_pb2 import MethodDescriptorProto
 from google.protobuf.message import Message
 
 from lrpilot import core
@@ -81,11 +82,20 @@ def require(field: str, value: str) -> None:
         )
 
 
+def _streams(method: MethodDescriptor) -> tuple[bool, bool]:
+    """Return whether the client streams, and whether the server does."""
+    # Descriptors of the oldest protobuf say so only as messages.
+    message = MethodDescriptorProto()
+    method.CopyToProto(message)
+    return message.client_streaming, message.server_streaming
+
+
 def _kind(method: MethodDescriptor) -> Any:
     """Return what makes the handler of a method."""
-    if method.client_streaming:
+    client_streams, server_streams = _streams(method)
+    if client_streams:
         return grpc.stream_unary_rpc_method_handler
-    if method.server_streaming:
+    if server_streams:
         return grpc.unary_stream_rpc_method_handler
     return grpc.unary_unary_rpc_method_handler
 
@@ -111,9 +121,10 @@ def _served(method: MethodDescriptor, behaviour: Any, observer: CallObserver) ->
         async with _answered(name, context, observer):
             await _bounded(send(), STREAM_S)
 
-    if method.client_streaming:
+    client_streams, server_streams = _streams(method)
+    if client_streams:
         return serve_client_stream
-    return serve_server_stream if method.server_streaming else serve
+    return serve_server_stream if server_streams else serve
 
 
 class _TooSlow(Exception):
