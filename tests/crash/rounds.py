@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from lrpilot import core
 from lrpilot.server._store import LogRow
 from tests.crash.checker import check
 from tests.crash.cluster import PROCESSES, Cluster, ServerEnded, StoreKind
@@ -196,7 +198,10 @@ class RoundResult:
     seconds: float = 0.0
     steps: int = 0
     """Steps that ranks made, all together."""
-    attempts: int = 0
+    starts: int = 0
+    """How often the job was started."""
+    events: dict[str, int] = field(default_factory=dict)
+    """Kinds of events to how many the log holds: what the round met."""
     violations: list[str] = field(default_factory=list)
     command: str = ""
     """What plays the round again."""
@@ -243,7 +248,8 @@ def _judge(
         (item["seconds"] for item in records if item["what"] == "stall"), default=0
     )
     result.steps = sum(record["what"] == "used" for record in records)
-    result.attempts = len(job.starts)
+    result.starts = len(job.starts)
+    result.events = dict(Counter(core.decode(row.payload).kind for row in log))
     _write_log(folder / "log.json", log)
     result.violations = job.problems + _checked(histories, run, log)
 

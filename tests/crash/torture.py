@@ -12,6 +12,7 @@ import queue
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
@@ -136,9 +137,12 @@ def main() -> int:
     minutes = (time.monotonic() - begun_s) / 60
     violations = sum(row.violations for row in rows)
     counted = sum(row.count for row in rows)
+    events = sum((Counter(result.events) for result in results), Counter[str]())
+    said = ", ".join(f"{number:,} {kind}" for kind, number in events.most_common())
     console.print(
         f"{counted:,} faults in {len(results):,} rounds, {violations} violations, "
-        f"{minutes:.0f} minutes"
+        f"{minutes:.0f} minutes\n"
+        f"{sum(result.steps for result in results):,} steps of ranks; events in the logs: {said}"
     )
     options.report.mkdir(parents=True, exist_ok=True)
     (options.report / "torture.md").write_text(markdown(rows))
