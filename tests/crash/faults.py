@@ -695,7 +695,7 @@ class Late(_Meddled):
 def missing(kind: type[Fault], *, has_namespaces: bool) -> str:
     """Return why a kind cannot happen here; empty: it can."""
     if kind.namespaces and not has_namespaces:
-        return "needs root"
+        return "needs the right to make namespaces, which root has"
     for program in kind.programs:
         if shutil.which(program) is None:
             return f"needs the program {program}"
