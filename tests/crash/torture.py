@@ -26,7 +26,10 @@ from tests.crash.faults import BOTH, FAULTS, kinds, missing
 from tests.crash.laboratory import KEPT, Laboratory, has_namespaces
 from tests.crash.rounds import RoundResult
 
-console = Console(highlight=False, soft_wrap=True)
+WIDTH = 100
+"""Columns of the table, whatever it is written to."""
+
+console = Console(highlight=False, soft_wrap=True, width=WIDTH)
 
 MOST_MISSES = 3
 """A kind that did not take hold in so many times as many rounds as asked for is given up."""
