@@ -97,6 +97,12 @@ def _questions(at: int) -> dict[str, Question]:
         "resume": lambda state: core.open_attempt(
             state, core.OpenRequest(request_id="another", progress=at, token="0" * 32)
         ),
+        "what a client holds": lambda state: core.missing(
+            state,
+            state.attempt,
+            state.token,
+            core.Held(begin=at, steps=2, digest=b"another", offer=max(0, state.seq - at)),
+        ),
         "declaration": lambda state: [
             core.declare_values(state, [_block(state, at)], holder=state.holder, offer=offer)
             for offer in (0, *[item.seq for item in state.permits[-2:]])

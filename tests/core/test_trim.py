@@ -188,12 +188,13 @@ def test_what_a_snapshot_holds_is_pinned_to_its_format() -> None:
     content = json.loads(a_run(3).state.snapshot())
     assert (_state.SNAPSHOT_FORMAT, " ".join(content)) == (
         1,
-        "adjustments advice answers approved attempt begin declared digest dropped dropped_late "
-        "dropped_loss dropped_permit extras finished floor forgotten format frontier holder "
-        "imported_from in_use key keys last_record_below_floor late loss_progress loss_values "
-        "lost_digest lost_seq made "
-        "marks may_revise moved name observers origin origin_observers outcomes pending_spec "
-        "permits records reporters revisions rewinds rollbacks seq token trainer_spec waivers",
+        "adjustments advice answers approved attempt begin declared digest done dropped "
+        "dropped_late dropped_loss dropped_permit extras finished floor forgot forgotten "
+        "format frontier greatest_attempt holder imported_from in_use key keys "
+        "last_record_below_floor late log loss_progress loss_values lost_digest lost_seq made "
+        "marks may_revise moved name observers origin origin_observers origins outcomes "
+        "pending_spec permits records reporters revised_by revisions rewinds rollbacks seq "
+        "token trainer_spec waivers",
     )
 
 

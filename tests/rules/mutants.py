@@ -23,7 +23,8 @@ from lrpilot.core.policies import Observation
 from lrpilot.core.policies._plateau import Plateau
 from lrpilot.server import _trainer_service
 from lrpilot.server._commit import GroupCommitter
-from lrpilot.server._ledger import Ledger, LiveRun
+from lrpilot.server._ledger import Ledger
+from lrpilot.server._live_run import LiveRun
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._store import LogRow, SeqTaken
 from lrpilot.server._trainer_service import TrainerService
@@ -1072,6 +1073,23 @@ def an_answer_leaves_before_its_commit(patch: pytest.MonkeyPatch) -> None:
         await append(self, run, rows, **options)
 
     patch.setattr(GroupCommitter, "append", later)
+
+
+@mutant("a_late_loss_is_recorded_and_observed_by_nobody")
+def a_trimmed_state_answers_what_it_dropped(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(RunState, "refuse_dropped", lambda *_: None)
+
+
+@mutant("the_same_losses_give_the_same_values_after_a_resume")
+def a_trimmed_state_replays_from_further_on(patch: pytest.MonkeyPatch) -> None:
+    trim = RunState.trim
+
+    def without_a_mark(self: RunState, progress: int) -> None:
+        trim(self, progress)
+        if self.dropped:
+            del self.marks[0]
+
+    patch.setattr(RunState, "trim", without_a_mark)
 
 
 @mutant("what_is_acknowledged_outlives_the_servers")

@@ -3,7 +3,7 @@
 import pytest
 
 from lrpilot import core
-from lrpilot.server._ledger import CorruptLog
+from lrpilot.server._live_run import CorruptLog
 from tests.rules.cases import CASES
 from tests.rules.mutants import MUTANTS
 from tests.rules.world import BrokenPromise

@@ -37,7 +37,8 @@ import pytest
 
 from lrpilot.server._app import Server
 from lrpilot.server._commit import GroupCommitter
-from lrpilot.server._ledger import Ledger, LiveRun
+from lrpilot.server._ledger import Ledger
+from lrpilot.server._live_run import LiveRun
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._metrics import Metrics
 from lrpilot.server._store import LogRow

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lrpilot import core
-from lrpilot.server import _ledger
+from lrpilot.server import _ledger, _live_run
 from lrpilot.server._commit import GroupCommitter
-from lrpilot.server._ledger import CorruptLog, Ledger, LiveRun
+from lrpilot.server._history import History
+from lrpilot.server._ledger import Ledger
+from lrpilot.server._live_run import CorruptLog, LiveRun
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._store import Append, AppendResult, LogRow, StoreUnavailable
 
@@ -516,16 +518,16 @@ class TestFinding:
         """Calls have deadlines; were the reading theirs, a long log would never be read."""
         async with opened_ledger(store) as ledger:
             await create(ledger, "a")
-        fold, gate, begun = LiveRun.folded, threading.Event(), threading.Event()
+        load, gate, begun = History.load, threading.Event(), threading.Event()
         folds = []
 
-        def slow(name: str, rows: list[LogRow]) -> LiveRun:
+        def slow(history: History, name: str) -> LiveRun | None:
             folds.append(name)
             begun.set()
             assert gate.wait(60)
-            return fold(name, rows)
+            return load(history, name)
 
-        monkeypatch.setattr(LiveRun, "folded", slow)
+        monkeypatch.setattr(History, "load", slow)
         async with opened_ledger(store) as ledger:
             for _ in range(3):
                 caller = asyncio.create_task(ledger.run("a"))
@@ -596,7 +598,7 @@ class TestBlockedTime:
     @pytest.fixture
     def clock(self, monkeypatch: pytest.MonkeyPatch) -> Any:
         clock: Any = SimpleNamespace(now_s=100.0, monotonic=lambda: clock.now_s)
-        monkeypatch.setattr(_ledger, "time", clock)
+        monkeypatch.setattr(_live_run, "time", clock)
         return clock
 
     def advance(self, run: LiveRun, *events: core.Event) -> None:

@@ -11,7 +11,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from lrpilot.server._commit import GroupCommitter
-from lrpilot.server._ledger import LiveRun
+from lrpilot.server._live_run import LiveRun
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._metrics import Metrics
 from lrpilot.server._recent import RecentMaximum
@@ -45,6 +45,8 @@ SERVER_SERIES = {
     "lrpilot_committed_events_total",
     "lrpilot_failed_commits_total",
     "lrpilot_store_size_bytes",
+    "lrpilot_compacted_events_total",
+    "lrpilot_snapshot_failures_total",
 }
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -93,7 +95,7 @@ async def trained(server: Replica) -> Any:
 async def test_every_series_of_a_run(server: Replica) -> None:
     job = await trained(server)
     seen = await scrape(server)
-    assert seen.series_of("small") == RUN_SERIES
+    assert seen.series_of("small") == RUN_SERIES - {"lrpilot_run_snapshot_timestamp_seconds"}
     shown = await job.shown()
     # The cut on the loss at 1 shows at 4, where the run is now.
     assert seen.value("lrpilot_run_learning_rate", run="small", group="a") == LR / 2
@@ -221,6 +223,7 @@ async def test_what_is_not_known_has_no_sample(server: Replica) -> None:
         "gradient_norm",
         "slowest_rank_lag",
         "last_report_timestamp_seconds",
+        "snapshot_timestamp_seconds",
         "policy_cooldown_reports",
     }
     assert seen.series_of("small") == RUN_SERIES - {f"lrpilot_run_{name}" for name in missing}
@@ -421,7 +424,7 @@ async def test_runs_end_with_their_series(server: Replica) -> None:
     await server.call("FinishRun", run="finished", force=True, request_id="f")
     await server.call("DeleteRun", run="deleted", force=True)
     seen = await scrape(server)
-    assert seen.series_of("small") == RUN_SERIES
+    assert seen.series_of("small") == RUN_SERIES - {"lrpilot_run_snapshot_timestamp_seconds"}
     assert seen.series_of("finished") == seen.series_of("deleted") == set()
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from lrpilot import core
 from lrpilot.server._changes import shown_change
-from lrpilot.server._ledger import LiveRun
+from lrpilot.server._live_run import LiveRun
 from lrpilot.v1 import trainer_pb2
 from tests.core.test_requests import PLATEAU, Log
 

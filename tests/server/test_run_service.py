@@ -16,7 +16,7 @@ from lrpilot.v1 import runs_pb2 as pb
 from lrpilot.v1 import trainer_pb2
 
 if TYPE_CHECKING:
-    from lrpilot.server._ledger import LiveRun
+    from lrpilot.server._live_run import LiveRun
     from tests.server.conftest import Job, Replica, Until
 
 LR = 1e-3

@@ -92,8 +92,7 @@ def missing(
         return None
     if held.frontier > state.frontier:
         return Forgot(attempt, held.rank, "losses", held.frontier)
-    # What lies below the floor was recorded, and dropped from this state.
-    if held.steps and held.begin >= state.records.floor:
+    if held.steps:
         block = (held.begin, held.stride, held.steps)
         found = recorded_digest(state, *block) if digest is None else digest(*block)
         if found != held.digest:
@@ -104,9 +103,8 @@ def missing(
 
 
 def _knows_permit(state: RunState, seq: int) -> bool:
-    # Older ones than the first may have been dropped.
-    permits = [item.seq for item in state.permits]
-    return seq in permits or bool(permits and seq < permits[0])
+    state.refuse_dropped_permit(seq)
+    return any(item.seq == seq for item in state.permits)
 
 
 def _reach(held: Held) -> int:

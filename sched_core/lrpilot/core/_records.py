@@ -117,9 +117,19 @@ class Records:
     def trim(self, progress: int) -> "Records":
         """Return the records without those below `progress`, which becomes the floor."""
         trimmed = Records(progress, self.last_below_floor)
-        for block in self._blocks:
+        first = bisect_left(self._blocks, progress, key=lambda item: item.begin)
+        trimmed._blocks, trimmed._widest = self._blocks[first:], self._widest
+        for block in self._blocks[:first]:
             trimmed.add(block)
         return trimmed
+
+    def begin_of_last(self, steps: int) -> int:
+        """Return a progress from which on about so many steps are recorded; 0: fewer are."""
+        for block in reversed(self._blocks):
+            steps -= block.steps
+            if steps <= 0:
+                return block.begin
+        return 0
 
     def forget(self, progress: int) -> None:
         """Drop what is recorded from `progress` on."""

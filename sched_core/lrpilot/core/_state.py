@@ -383,6 +383,15 @@ class RunState:
         self.floor = progress
         self._drop_permits()
 
+    def begin_of_last(self, steps: int) -> int:
+        """Return a progress from which on lie the last `steps` steps, by values or by losses.
+
+        0: there are not so many.
+        """
+        kept = self.loss_progress[-steps:]
+        observed = kept[0] if len(kept) == steps else 0
+        return max(observed, self.records.begin_of_last(steps))
+
     def _drop_permits(self) -> None:
         """Drop the permits that ended below the floor, save the last one."""
         ended = [item for item in self.permits[:-1] if item.end <= self.floor]

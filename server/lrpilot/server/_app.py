@@ -19,6 +19,7 @@ from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
 from lrpilot.server._commit import GroupCommitter
+from lrpilot.server._history import History
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._metrics import Metrics
 from lrpilot.server._retention import Retention
@@ -112,7 +113,7 @@ class Server:
     """The services of one replica on one gRPC server."""
 
     def __init__(self, store: Store, committer: GroupCommitter, metrics: Metrics) -> None:
-        self.ledger = Ledger(store, committer)
+        self.ledger = Ledger(store, committer, History(store, metrics))
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
         self._store = store
         self._committer = committer

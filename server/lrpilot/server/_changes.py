@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lrpilot import core
-from lrpilot.server._ledger import LiveRun
+from lrpilot.server._live_run import LiveRun
 from lrpilot.server._messages import adjustment_message
 from lrpilot.v1 import runs_pb2 as pb
 

@@ -13,16 +13,14 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from itertools import islice
+from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from lrpilot import core
 from lrpilot.server._commit import GroupCommitter
-from lrpilot.server._recent import RecentMaximum
+from lrpilot.server._history import History
+from lrpilot.server._live_run import LiveRun
 from lrpilot.server._store import LogRow, News, SeqTaken, Store, StoreUnavailable
-from lrpilot.v1.trainer_pb2 import SaveStateResponse
 
 T = TypeVar("T")
 
@@ -34,15 +32,9 @@ logger = logging.getLogger("lrpilot.server")
 ABANDONED_S = 6 * 3600.0
 """A run from whose ranks nothing came for so long is no longer shown among the live ones."""
 
-LAG_S = 60.0
-"""How long the lag of a rank that asked is remembered, at least."""
-
 WARM_NS = 24 * 3600 * 10**9
 """A run with an event within this time is read when the server starts."""
 
-
-MAX_DIGESTS = 4096
-"""Digests of blocks kept per run; dropped all at once, since they are cheap to make again."""
 
 POLL_S = 1.0
 """Time between two looks at what other replicas wrote, for word of it that was lost."""
@@ -52,187 +44,21 @@ ASKED_S = 60.0
 more than one call may wait."""
 
 
-class CorruptLog(Exception):
-    """The log in the store does not match its own digests."""
-
-
-class LiveRun:
-    """One run in memory."""
-
-    def __init__(self, name: str) -> None:
-        self.state = core.RunState(name)
-        self.lock = asyncio.Lock()
-        self.changed = asyncio.Event()
-        """Set and replaced whenever the state changes."""
-        self.created_ns = 0
-        self.updated_ns = 0
-        """When the first and the last event were recorded, Unix nanoseconds."""
-        self.seen_s: float | None = None
-        """When a rank last asked for something, on the monotonic clock; None: not yet."""
-        self.blocks: dict[tuple[int, int, int, int], bytes] = {}
-        """Serialized blocks of the current attempt."""
-        self._digests: dict[tuple[int, int, int], bytes] = {}
-        """Digests of recorded blocks of the current attempt, by begin, stride and steps."""
-        self.saved: tuple[tuple[str, int], SaveStateResponse] | None = None
-        """The answer with the state saved last, by digest of the log and progress."""
-        self.late: set[tuple[int, int]] = set()
-        """(seq, progress) of each loss that came after its step was final."""
-        self.reported_ns: int | None = None
-        """When the last report was recorded, Unix nanoseconds; None: there is none."""
-        self.gradient_norm: float | None = None
-        """The last one that was reported; None: there is none."""
-        self.lag = RecentMaximum(LAG_S)
-        """How far the ranks that asked lately were behind the one that is farthest."""
-        self.superseded_calls = 0
-        """Calls of an older attempt that this server refused."""
-        self._blocked = 0
-        self._blocked_since_s = 0.0
-        self._blocked_before_s = 0.0
-        self._horizon = 0
-
-    @property
-    def ranks_waiting(self) -> int:
-        """Number of blocked requests that wait now."""
-        return self._blocked
-
-    def blocked_s(self) -> float:
-        """Return for how long, since the horizon last moved, a training thread was blocked."""
-        running = time.monotonic() - self._blocked_since_s if self._blocked else 0.0
-        return self._blocked_before_s + running
-
-    @asynccontextmanager
-    async def blocked(self) -> AsyncIterator[None]:
-        """Count the time inside as time in which a training thread is blocked on the run."""
-        if not self._blocked:
-            self._blocked_since_s = time.monotonic()
-        self._blocked += 1
-        try:
-            yield
-        finally:
-            self._blocked -= 1
-            if not self._blocked:
-                self._blocked_before_s += time.monotonic() - self._blocked_since_s
-
-    def excuse(self) -> None:
-        """Count blocked time from now on: what was before is not the reporter's fault."""
-        self._blocked_before_s = 0.0
-        self._blocked_since_s = time.monotonic()
-
-    async def wait_for_change(self, timeout_s: float) -> None:
-        """Return when the state changes, or after `timeout_s`."""
-        try:
-            await asyncio.wait_for(self.changed.wait(), timeout_s)
-        except asyncio.TimeoutError:
-            return
-
-    def advance(self, rows: list[LogRow]) -> None:
-        """Apply rows of the log and wake everyone who waits.
-
-        Raises CorruptLog, and whatever a fold of what is no event raises; the run is empty then.
-        """
-        attempt = self.state.attempt
-        try:
-            for row in rows:
-                self.apply(row)
-        except BaseException:
-            # Half of a log is no state: nobody must be answered from it.
-            self.reset()
-            raise
-        self._moved(attempt)
-
-    @classmethod
-    def folded(cls, name: str, rows: list[LogRow]) -> "LiveRun":
-        """Return a run after the rows of its whole log. Raises as `advance` does."""
-        run = cls(name)
-        for row in rows:
-            run.apply(row)
-        return run
-
-    def adopt(self, other: "LiveRun") -> None:
-        """Take over what another one has from the log, and wake everyone who waits."""
-        attempt = self.state.attempt
-        self.reset()
-        self.state, self.late = other.state, other.late
-        self.reported_ns, self.gradient_norm = other.reported_ns, other.gradient_norm
-        self.created_ns, self.updated_ns = other.created_ns, other.updated_ns
-        self._moved(attempt)
-
-    def _moved(self, attempt: int) -> None:
-        """Act on a state that changed; `attempt` was the current one before."""
-        if self.state.attempt != attempt:
-            self._drop_blocks()
-            self.lag = RecentMaximum(LAG_S)
-        if self.state.horizon != self._horizon or self.state.attempt != attempt:
-            self._horizon = self.state.horizon
-            self.excuse()
-        self.wake()
-
-    def apply(self, row: LogRow) -> None:
-        """Apply a row of the log, and wake nobody. Raises as `advance` does; then half of it may
-        be applied.
-        """
-        event = core.decode(row.payload)
-        late = len(self.state.late)
-        self.state.apply(event, row.payload)
-        if isinstance(event, core.Reported):
-            # New ones stand at the end.
-            new = islice(reversed(self.state.late), len(self.state.late) - late)
-            self.late.update((row.seq, progress) for progress, _ in new)
-            self.reported_ns = row.recorded_at_ns
-            for report in event.reports:
-                if report.gradient_norm is not None:
-                    self.gradient_norm = report.gradient_norm
-        elif isinstance(event, core.Declared):
-            # It undoes what was recorded behind it.
-            self._drop_blocks()
-        if (self.state.seq, self.state.digest) != (row.seq, row.digest):
-            raise CorruptLog(
-                f"event {row.seq} of run {self.state.name!r}: the log says digest "
-                f"{row.digest}, its content gives {self.state.digest} at {self.state.seq}"
-            )
-        self.created_ns = self.created_ns or row.recorded_at_ns
-        self.updated_ns = row.recorded_at_ns
-
-    def reset(self) -> None:
-        """Forget everything that came from the log."""
-        self.state = core.RunState(self.state.name)
-        self.created_ns = self.updated_ns = 0
-        self.reported_ns = self.gradient_norm = None
-        self._drop_blocks()
-        self.late.clear()
-
-    def _drop_blocks(self) -> None:
-        self.blocks.clear()
-        self._digests.clear()
-
-    def digest(self, begin: int, stride: int, steps: int) -> bytes | None:
-        """Return the digest of a block as it is recorded; None: not all of it is."""
-        key = (begin, stride, steps)
-        found = self._digests.get(key)
-        if found is None:
-            found = core.recorded_digest(self.state, begin, stride, steps)
-            if len(self._digests) >= MAX_DIGESTS:
-                self._digests.clear()
-            if found is not None:
-                self._digests[key] = found
-        return found
-
-    def wake(self) -> None:
-        """Wake everyone who waits."""
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-
 class Ledger:
     """The runs of one server. Use it from one event loop."""
 
-    def __init__(self, store: Store, committer: GroupCommitter) -> None:
+    def __init__(
+        self, store: Store, committer: GroupCommitter, history: History | None = None
+    ) -> None:
         self._store = store
         self._committer = committer
+        self._history = history or History(store)
         self._runs: dict[str, LiveRun] = {}
         self._tasks: set[asyncio.Task[object]] = set()
         self._told: dict[str, float] = {}
         """Run to the last `seq` that another replica may have written and nobody read yet."""
+        self._tended: set[str] = set()
+        """Runs of which a snapshot is being written."""
         self._is_suspended = False
 
     @property
@@ -312,13 +138,11 @@ class Ledger:
     async def warm_up(self) -> None:
         """Read the runs that ranks may be waiting for, one after the other: after a restart."""
         since_ns = time.time_ns() - WARM_NS
-        for name in await self.names():
+        for name in await asyncio.to_thread(self._store.recent, since_ns):
             try:
                 head = await asyncio.to_thread(self._store.head, name)
                 rows = await self.history(name, head[0] - 1, 1) if head is not None else []
-                if not rows or rows[0].recorded_at_ns < since_ns:
-                    continue
-                if core.decode(rows[0].payload).kind != core.Finished.kind:
+                if rows and core.decode(rows[0].payload).kind != core.Finished.kind:
                     await self.find(name)
             except Exception:
                 logger.exception("run %s cannot be read", name)
@@ -413,15 +237,28 @@ class Ledger:
         have opened the attempt that this one does not know yet.
         """
         try:
-            return evaluate(run.state)
+            return await self._evaluated(run, evaluate)
         except core.LrpilotError:
             # Also when nothing is read: the state may have moved on while this one waited.
             await self.refresh(run)
             try:
-                return evaluate(run.state)
+                return await self._evaluated(run, evaluate)
             except core.AttemptSuperseded:
                 run.superseded_calls += 1
                 raise
+
+    async def _evaluated(self, run: LiveRun, evaluate: Callable[[core.RunState], T]) -> T:
+        """Evaluate, with as much of the history as that takes."""
+        while True:
+            try:
+                return evaluate(run.state)
+            except core.HistoryNeeded as error:
+                await self._finish(self._locked_recall(run, error.progress))
+
+    async def _locked_recall(self, run: LiveRun, progress: int) -> None:
+        async with run.lock:
+            if run.state.floor > progress:
+                await self._recall(run, progress)
 
     async def delete(self, run: LiveRun, check: Callable[[core.RunState], None]) -> None:
         """Remove a run and its log for good, unless `check` raises."""
@@ -446,6 +283,9 @@ class Ledger:
             while True:
                 try:
                     events, answer = evaluate(run.state)
+                except core.HistoryNeeded as error:
+                    await self._recall(run, error.progress)
+                    continue
                 except core.LrpilotError as error:
                     # See `look`.
                     if await self._read(run):
@@ -473,7 +313,7 @@ class Ledger:
                     run.excuse()
                     raise
                 self._runs.setdefault(name, run)
-                run.advance(rows)
+                await self._advance(run, rows)
                 return answer
 
     async def take_over(
@@ -520,6 +360,7 @@ class Ledger:
                     folded.apply(row)
                 self._runs.setdefault(name, run)
                 run.adopt(folded)
+                self._tend(run)
                 return answer
 
     async def _delete(self, run: LiveRun, check: Callable[[core.RunState], None]) -> None:
@@ -549,13 +390,59 @@ class Ledger:
             return True
         del rows[0]
         if rows:
-            run.advance(rows)
+            await self._advance(run, rows)
         return bool(rows)
 
     async def _load(self, run: LiveRun) -> bool:
-        """Read a whole log and fold it on a thread: a long one must keep no other run waiting."""
+        """Find the fold of a run's log on a thread: a long one must keep no other run waiting."""
+        found = await asyncio.to_thread(self._history.load, run.state.name)
+        if found is not None:
+            run.adopt(found)
+            self._tend(run)
+        return found is not None
+
+    async def _advance(self, run: LiveRun, rows: list[LogRow]) -> None:
+        """Apply rows that are in the log. Holds the lock."""
+        try:
+            run.advance(rows)
+        except core.HistoryNeeded as error:
+            await self._recall(run, error.progress)
+        self._tend(run)
+
+    # The history of long runs.
+
+    async def _recall(self, run: LiveRun, progress: int) -> None:
+        """Fold the log again so that what lies at `progress` is known. Holds the lock."""
         name = run.state.name
-        rows = await asyncio.to_thread(self._store.read, name)
-        if rows:
-            run.adopt(await asyncio.to_thread(LiveRun.folded, name, rows))
-        return bool(rows)
+        logger.info("run %s: what lies at %d is asked for; read the log again", name, progress)
+        found = await asyncio.to_thread(self._history.load, name, progress)
+        if found is None:
+            run.reset()
+            run.wake()
+            return
+        run.adopt(found)
+        # It is trimmed again with the next snapshot: who asks once may ask again.
+        run.unsaved = 0
+
+    def _tend(self, run: LiveRun) -> None:
+        """Have a snapshot written, and what lies behind it packed, where that is due."""
+        if self._history.is_due(run) and run.state.name not in self._tended:
+            self._tended.add(run.state.name)
+            self._begin(self._keep(run))
+
+    async def _keep(self, run: LiveRun) -> None:
+        name = run.state.name
+        try:
+            async with run.lock:
+                if not run.state.exists:
+                    return
+                self._history.trim(run)
+                snapshot = await asyncio.to_thread(self._history.snapshot, run)
+                run.snapshot_seq, run.unsaved, updated_ns = snapshot.seq, 0, run.updated_ns
+            # The run goes on meanwhile: a snapshot is of the log as it was.
+            if await asyncio.to_thread(self._history.keep, name, snapshot):
+                run.snapshot_ns = updated_ns
+        except Exception:
+            logger.exception("run %s: no snapshot can be made", name)
+        finally:
+            self._tended.discard(name)

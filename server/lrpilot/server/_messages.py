@@ -6,7 +6,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from lrpilot import core
 from lrpilot.server._documents import dump_document
-from lrpilot.server._ledger import LiveRun
+from lrpilot.server._live_run import LiveRun
 from lrpilot.server._store import LogRow
 from lrpilot.v1 import runs_pb2 as pb
 

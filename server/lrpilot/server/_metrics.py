@@ -99,6 +99,16 @@ class Metrics:
             registry=self.registry,
         )
 
+        self._compacted_rows = Counter(
+            "lrpilot_compacted_events",
+            "Events whose rows this server packed.",
+            registry=self.registry,
+        )
+        self._snapshot_failures = Counter(
+            "lrpilot_snapshot_failures",
+            "Snapshots of runs that could not be written, or rows that could not be packed.",
+            registry=self.registry,
+        )
         self._queue_depth = Gauge(
             "lrpilot_commit_queue_depth",
             "Appends and deletes that wait for the next commit.",
@@ -131,6 +141,14 @@ class Metrics:
     def run_expired(self) -> None:
         """Count one finished run that was deleted for its age."""
         self._expired_runs.inc()
+
+    def rows_compacted(self, rows: int) -> None:
+        """Count rows that were packed."""
+        self._compacted_rows.inc(rows)
+
+    def snapshot_failed(self) -> None:
+        """Count a snapshot that could not be written, or rows that could not be packed."""
+        self._snapshot_failures.inc()
 
     def call_finished(self, method: str, code: str, seconds: float) -> None:
         """Count one finished call."""

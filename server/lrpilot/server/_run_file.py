@@ -22,7 +22,7 @@ from importlib import metadata
 from typing import Any
 
 from lrpilot import core
-from lrpilot.server._ledger import LiveRun
+from lrpilot.server._live_run import LiveRun
 from lrpilot.server._store import MAX_SEQ, LogRow
 
 FORMAT = 1

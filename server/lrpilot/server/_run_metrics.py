@@ -20,7 +20,8 @@ from prometheus_client.metrics_core import (
 from prometheus_client.registry import Collector
 
 from lrpilot import core
-from lrpilot.server._ledger import Ledger, LiveRun
+from lrpilot.server._ledger import Ledger
+from lrpilot.server._live_run import LiveRun
 
 PREFIX = "lrpilot_run"
 
@@ -132,6 +133,9 @@ FAMILIES: Mapping[str, Family] = {
     "updated_timestamp_seconds": Family(
         "gauge", "When the run's last event was recorded, Unix seconds."
     ),
+    "snapshot_timestamp_seconds": Family(
+        "gauge", "When the last event in the run's newest snapshot was recorded, Unix seconds."
+    ),
 }
 """Every name after the prefix, in the order of a scrape."""
 
@@ -240,6 +244,7 @@ def _readings(run: LiveRun) -> Iterator[Reading]:
         "gradient_norm": run.gradient_norm,
         "slowest_rank_lag": run.lag.greatest(time.monotonic()),
         "last_report_timestamp_seconds": run.reported_ns and run.reported_ns / 1e9,
+        "snapshot_timestamp_seconds": run.snapshot_ns and run.snapshot_ns / 1e9,
     }
     yield from (Reading(name, value) for name, value in known.items() if value is not None)
     yield Reading("progress", progress)

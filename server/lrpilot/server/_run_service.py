@@ -10,7 +10,8 @@ from google.protobuf.message import Message
 from lrpilot import core
 from lrpilot.server._changes import Change, read_action, repeated_change, shown_change
 from lrpilot.server._documents import read_spec
-from lrpilot.server._ledger import Ledger, LiveRun
+from lrpilot.server._ledger import Ledger
+from lrpilot.server._live_run import LiveRun
 from lrpilot.server._messages import adjustment_messages, event_message, run_message
 from lrpilot.server._rpc import Behaviour, require
 from lrpilot.server._run_file import LogChanged, RunFileReader, RunFileWriter

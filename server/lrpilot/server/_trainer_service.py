@@ -11,7 +11,8 @@ from google.protobuf.message import Message
 
 from lrpilot import core
 from lrpilot.server._documents import read_spec
-from lrpilot.server._ledger import Ledger, LiveRun
+from lrpilot.server._ledger import Ledger
+from lrpilot.server._live_run import LiveRun
 from lrpilot.server._rpc import Behaviour, require
 from lrpilot.server._trainer_messages import (
     block_message,
@@ -435,7 +436,11 @@ class TrainerService:
         where this replica has not read all of the log: one that lags accuses nobody.
         """
         number, token = attempt.number, attempt.token.hex()
-        if not core.missing(run.state, number, token, held, run.digest):
+
+        def compare(state: core.RunState) -> core.Forgot | None:
+            return core.missing(state, number, token, held, run.digest)
+
+        if await self._ledger.look(run, compare) is None:
             return
 
         def say(state: core.RunState) -> tuple[list[core.Event], core.Forgot | None]:
