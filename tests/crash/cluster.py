@@ -33,10 +33,8 @@ DEADLINE_S = 30.0
 
 READY = b"lrpilot ready "
 
-SERVER = "lrpilot.server.cli"
-
 PROGRAM = "tests.crash.server_program"
-"""The same with a planted bug."""
+"""What a server is started as."""
 
 PROCESSES = multiprocessing.get_context("forkserver")
 """Starts servers and trainers from a process that has their imports behind it."""
@@ -64,7 +62,7 @@ def _become_server(log: Path, said: Any, bug: str, arguments: Sequence[str]) -> 
     said.close()
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
     sys.argv = [PROGRAM, *_bug_options(bug), *arguments]
-    importlib.import_module(PROGRAM if bug else SERVER).main()
+    importlib.import_module(PROGRAM).main()
 
 
 def _bug_options(bug: str) -> list[str]:
@@ -103,7 +101,7 @@ class Server:
                 with self._log.open("ab") as errors:
                     self._process = subprocess.Popen(
                         [
-                            *(sys.executable, "-m", PROGRAM if self._bug else SERVER),
+                            *(sys.executable, "-m", PROGRAM),
                             *(*_bug_options(self._bug), *self._arguments),
                         ],
                         stdout=said.fileno(),

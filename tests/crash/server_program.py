@@ -1,7 +1,8 @@
-"""`lrpilot` with one planted bug: `python -m tests.crash.server_program --bug NAME serve …`.
+"""The server of the laboratory: `python -m tests.crash.server_program [--bug NAME] serve …`.
 
-Each bug is one that a change of the server could bring in. The crash laboratory proves itself by
-catching them.
+It is `lrpilot`, but that it trims states, writes snapshots and packs rows after a few steps, as a
+server does after thousands. And it may have one planted bug, such as a change of the server could
+bring in: the crash laboratory proves itself by catching them.
 """
 
 import sys
@@ -13,9 +14,9 @@ from typing import Any
 import sqlalchemy as sa
 
 from lrpilot import core
-from lrpilot.core import _canonical, _operators
+from lrpilot.core import _canonical, _operators, _state
 from lrpilot.core.policies import Observation
-from lrpilot.server import _commit, _sql_store, _sqlite
+from lrpilot.server import _commit, _history, _packing, _sql_store, _sqlite
 from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._store import Append, AppendResult
 from lrpilot.server.cli import _main
@@ -25,6 +26,9 @@ COMMITS_AFTER_S = 0.1
 
 LOOKS_BEFORE_S = 0.05
 """How long before it writes a replica without a fence has looked at the log."""
+
+SHORT_HISTORY = {"snapshot_every": 24, "kept_steps": 12, "kept_delays": 1}
+"""Thresholds of the history of runs."""
 
 BUGS: dict[str, Callable[[], None]] = {}
 """Name to what plants the bug in this process."""
@@ -203,13 +207,26 @@ def _set(owner: Any, name: str, value: object) -> None:
     setattr(owner, name, value)
 
 
+def _shorten_history() -> None:
+    """Let a round of some hundred steps go through what a run of thousands does."""
+    _set(_state, "MARK_EVERY", 8)
+    _set(_packing, "SEGMENT_ROWS", 16)
+    thresholds = _history.History.__init__.__kwdefaults__
+    if thresholds is None or not thresholds.keys() >= SHORT_HISTORY.keys():
+        raise AttributeError("the history of runs has other thresholds")
+    thresholds.update(SHORT_HISTORY)
+
+
 def main() -> None:
-    """Be `lrpilot` with the bug that the first arguments name."""
-    option, name, *rest = sys.argv[1:]
-    if option != "--bug" or name not in BUGS:
-        raise SystemExit(f"the first arguments are --bug NAME; known: {', '.join(sorted(BUGS))}")
-    BUGS[name]()
-    sys.argv[1:] = rest
+    """Be `lrpilot`, with the bug that the first arguments name, if any."""
+    arguments = sys.argv[1:]
+    _shorten_history()
+    if arguments[:1] == ["--bug"]:
+        _, name, *arguments = arguments
+        if name not in BUGS:
+            raise SystemExit(f"--bug {name}: known are {', '.join(sorted(BUGS))}")
+        BUGS[name]()
+    sys.argv[1:] = arguments
     _main.main()
 
 

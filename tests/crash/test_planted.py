@@ -130,7 +130,7 @@ def test_an_unknown_bug_is_refused() -> None:
     program = [sys.executable, "-m", "tests.crash.server_program", "--bug", "nonsense", "serve"]
     done = subprocess.run(program, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
-    assert "the first arguments are --bug NAME; known: attempt-opened-twice, " in done.stderr
+    assert "--bug nonsense: known are attempt-opened-twice, " in done.stderr
 
 
 def test_the_page_lists_what_is_caught() -> None:
