@@ -1,6 +1,6 @@
 """What a trimmed state owes: it does and answers what the whole one does, or asks for history."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
@@ -74,8 +74,11 @@ def check_answers(part: core.RunState, whole: core.RunState) -> None:
             assert repr(question(part)) == repr(question(whole)), name
     if not whole.attempt:
         return
+    # Also by a permit that the trimmed one dropped.
+    permits = [item.seq for item in whole.permits]
+    offers = {0, *permits[:1], *permits[-2:]}
     for at in range(whole.progress + 12):
-        for name, question in _questions(at).items():
+        for name, question in _questions(at, offers).items():
             expected = _answer(question, whole)
             got, needed = _tried(part, partial(_answer, question, part))
             if needed is None:
@@ -83,8 +86,9 @@ def check_answers(part: core.RunState, whole: core.RunState) -> None:
     assert part.snapshot() == before
 
 
-def _questions(at: int) -> dict[str, Question]:
+def _questions(at: int, offers: Iterable[int]) -> dict[str, Question]:
     return {
+        **{f"declaration by offer {offer}": _declare(at, offer) for offer in offers},
         "observation": lambda state: [state.observation(at, tries) for tries in range(3)],
         "record": lambda state: state.records.at(at),
         "last record": lambda state: state.records.last_below(at),
@@ -103,10 +107,6 @@ def _questions(at: int) -> dict[str, Question]:
             state.token,
             core.Held(begin=at, steps=2, digest=b"another", offer=max(0, state.seq - at)),
         ),
-        "declaration": lambda state: [
-            core.declare_values(state, [_block(state, at)], holder=state.holder, offer=offer)
-            for offer in (0, *[item.seq for item in state.permits[-2:]])
-        ],
     }
 
 
@@ -115,6 +115,12 @@ def _retry(state: core.RunState, at: int) -> object:
     incarnation = state.reporters.incarnation(rank)
     said = [core.Report(at, 1.0, 1.0, at + 1)]
     return core.report_losses(state, said, rank=rank, incarnation=incarnation)
+
+
+def _declare(at: int, offer: int) -> Question:
+    return lambda state: core.declare_values(
+        state, [_block(state, at)], holder=state.holder, offer=offer
+    )
 
 
 def _block(state: core.RunState, at: int) -> core.Block:

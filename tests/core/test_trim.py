@@ -174,6 +174,12 @@ def test_permits_that_ended_are_dropped_and_one_that_is_named_is_looked_up() -> 
     # One from before the attempt was never a permit of it.
     with pytest.raises(core.BeyondPermit):
         core.declare_values(whole, [block], holder=holder, offer=999)
+    # Once they are declared, and all but the last permit ended.
+    job.declare(block, offer=offers[-1].permit.seq)
+    job.report(whole.frontier, [1.0] * 4)
+    state = trimmed(whole, 44)
+    assert [item.end for item in state.permits] == [60]
+    check_answers(state, whole)
 
 
 def test_an_unknown_format_is_refused_by_its_number() -> None:
