@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from lrpilot import core
 from lrpilot.server import _rpc, _run_file, _run_service
 from lrpilot.server._memory_store import MemoryStore
+from lrpilot.server._packing import PackedLog
 from lrpilot.server._run_file import LogChanged, RunFileReader, RunFileWriter
 from lrpilot.server._sql_store import open_store
 from lrpilot.server._store import LogRow, Store, StoreUnavailable
@@ -278,19 +279,19 @@ class TestImport:
     ) -> None:
         await trained(server)
         file = await export(server)
-        append = other.committer.append
+        adopt = other.store.adopt
         taken = MemoryStore.append
 
-        async def later(run: str, rows: Any, **options: Any) -> None:
+        def later(run: str, log: PackedLog) -> None:
             monkeypatch.undo()
             spec = core.parse_spec(json.loads(other.document()))
             state = core.RunState(run)
             made = core.rows(state, core.create_run(state, spec, "other"))
-            log = tuple(LogRow(*row, 0) for row in made)
-            assert taken(other.store, [_run_append(run, log)]) == [None]
-            await append(run, rows, **options)
+            first = tuple(LogRow(*row, 0) for row in made)
+            assert taken(other.store, [_run_append(run, first)]) == [None]
+            adopt(run, log)
 
-        monkeypatch.setattr(other.committer, "append", later)
+        monkeypatch.setattr(other.store, "adopt", later)
         refusal = await other.refused_call(take(other, file))
         assert refusal.reason == "RunExists"
         assert len(other.store.read("small")) == 1
@@ -305,14 +306,14 @@ class TestImport:
     ) -> None:
         await trained(server)
         file = await export(server)
-        append = other.committer.append
+        adopt = other.store.adopt
 
-        async def lost(*args: Any, **options: Any) -> None:
+        def lost(run: str, log: PackedLog) -> None:
             monkeypatch.undo()
-            await append(*args, **options)
+            adopt(run, log)
             raise StoreUnavailable("the connection broke")
 
-        monkeypatch.setattr(other.committer, "append", lost)
+        monkeypatch.setattr(other.store, "adopt", lost)
         refusal = await other.refused_call(take(other, file))
         assert refusal.code == "UNAVAILABLE"
         rows = other.store.read("small")
@@ -437,6 +438,10 @@ def read(file: bytes, size: int = 1 << 20) -> _run_file.ReadRun:
     return reader.end()
 
 
+def rows_of(got: _run_file.ReadRun) -> list[LogRow]:
+    return [row for part in got.log.parts() for row in part]
+
+
 def fault(file: bytes) -> core.Violation:
     with pytest.raises(core.InvalidRequest, match="not the whole export of a run") as caught:
         read(file)
@@ -456,23 +461,21 @@ class TestReader:
     def test_what_was_written_is_read(self) -> None:
         for size in (1, 7, 1 << 20):
             got = read(FILE, size)
-            assert got.rows == ROWS
+            assert rows_of(got) == ROWS
             assert (
                 got.run.state.snapshot() == core.fold("small", [r.payload for r in ROWS]).snapshot()
             )
             assert (got.exported_at_ns, got.run.updated_ns) == (5, 7)
         # Unpacked, looked at and packed again by other programs.
-        assert read(gzip.compress(TEXT, 1)).rows == ROWS
+        assert rows_of(read(gzip.compress(TEXT, 1))) == ROWS
 
-    @settings(deadline=None)
-    @given(cut=st.integers(0, len(FILE) - 1))
-    def test_a_file_that_was_cut_off(self, cut: int) -> None:
-        fault(FILE[:cut])
+    def test_a_file_that_was_cut_off(self) -> None:
+        for cut in range(len(FILE)):
+            fault(FILE[:cut])
 
-    @settings(deadline=None)
-    @given(cut=st.integers(0, len(TEXT) - 1))
-    def test_a_text_that_was_cut_off(self, cut: int) -> None:
-        assert fault(packed(TEXT[:cut])).field == f"line {TEXT[:cut].count(10) + 1}"
+    def test_a_text_that_was_cut_off(self) -> None:
+        for cut in range(len(TEXT)):
+            assert fault(packed(TEXT[:cut])).field == f"line {TEXT[:cut].count(10) + 1}"
 
     @settings(deadline=None)
     @given(at=st.integers(0, len(TEXT) - 1), bit=st.integers(0, 7))
@@ -494,7 +497,7 @@ class TestReader:
     def test_lines_in_another_order(self, order: list[int]) -> None:
         some = packed(*(LINES[index] for index in order))
         if order == sorted(order):
-            assert read(some).rows == ROWS
+            assert rows_of(read(some)) == ROWS
         else:
             fault(some)
 

@@ -20,6 +20,7 @@ from lrpilot import core
 from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._history import History
 from lrpilot.server._live_run import LiveRun
+from lrpilot.server._packing import PackedLog
 from lrpilot.server._store import LogRow, News, SeqTaken, Store, StoreUnavailable
 
 T = TypeVar("T")
@@ -320,30 +321,30 @@ class Ledger:
         self,
         run: LiveRun,
         folded: LiveRun,
-        rows: list[LogRow],
+        log: PackedLog,
         evaluate: Callable[[core.RunState, str | None], tuple[list[core.Event], T]],
     ) -> T:
-        """Make a run that does not exist from a log that another server wrote: `rows`, and behind
-        them what `evaluate` returns, in one append. `folded` is the run after `rows`.
+        """Make a run that does not exist from a log that another server wrote, and behind it what
+        `evaluate` returns, all at once. `folded` is the run after `log`.
 
-        `evaluate` is given the state here, and the digest here where `rows` end; where the run
+        `evaluate` is given the state here, and the digest here where `log` ends; where the run
         exists, it raises or returns no event. Once begun it is finished, as
         in `transact`.
         """
-        return await self._finish(self._take_over(run, folded, rows, evaluate))
+        return await self._finish(self._take_over(run, folded, log, evaluate))
 
     async def _take_over(
         self,
         run: LiveRun,
         folded: LiveRun,
-        rows: list[LogRow],
+        log: PackedLog,
         evaluate: Callable[[core.RunState, str | None], tuple[list[core.Event], T]],
     ) -> T:
         name = run.state.name
         async with run.lock:
             while True:
                 await self._read(run)
-                digest = await self.digest_at(name, rows[-1].seq)
+                digest = await self.digest_at(name, folded.state.seq)
                 events, answer = evaluate(run.state, digest)
                 if not events:
                     return answer
@@ -353,7 +354,7 @@ class Ledger:
                     for seq, data, digest in core.rows(folded.state, events)
                 ]
                 try:
-                    await self._committer.append(name, [*rows, *more], create=True)
+                    await asyncio.to_thread(self._adopt, name, log, more)
                 except SeqTaken:
                     continue
                 for row in more:
@@ -362,6 +363,10 @@ class Ledger:
                 run.adopt(folded)
                 self._tend(run)
                 return answer
+
+    def _adopt(self, name: str, log: PackedLog, more: list[LogRow]) -> None:
+        # Past the committer: whose appends wait in its queue must not wait for a whole log.
+        self._store.adopt(name, log.followed_by(more))
 
     async def _delete(self, run: LiveRun, check: Callable[[core.RunState], None]) -> None:
         async with run.lock:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from lrpilot.server._packing import PackedLog
 from lrpilot.server._store import (
     MILESTONE_ROWS,
     Append,
@@ -51,6 +52,13 @@ class MemoryStore:
             return SeqTaken(append.run, first, last)
         log.extend(append.rows)
         return None
+
+    def adopt(self, run: str, log: PackedLog) -> None:
+        """Make a run of a whole log, in one transaction."""
+        rows = [row for part in log.parts() for row in part]
+        (conflict,) = self.append([Append(run, tuple(rows), create=True)])
+        if conflict is not None:
+            raise conflict
 
     def read(self, run: str, after_seq: int = 0, limit: int | None = None) -> list[LogRow]:
         """Return the rows of a run with `seq > after_seq` in order, the first `limit` of them."""

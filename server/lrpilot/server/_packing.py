@@ -6,14 +6,14 @@ a segment looks like inside stands in `_segments`.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from lrpilot.server._schema import events, runs, segments
-from lrpilot.server._segments import Corrupt, checksum, unpack
-from lrpilot.server._store import CorruptSegment, LogRow
+from lrpilot.server._segments import Corrupt, checksum, pack, unpack
+from lrpilot.server._store import MAX_SEQ, CorruptSegment, LogRow
 
 SEGMENT_ROWS = 4096
 """Rows of a segment."""
@@ -83,6 +83,57 @@ class Unpacked:
             while len(self._rows) > CACHED_SEGMENTS:
                 self._rows.popitem(last=False)
         return rows
+
+
+class PackedLog:
+    """A whole log in memory, as it stands in a database: packed, but for its last rows.
+
+    So a long one takes some bytes a row, and is written down with few statements. Any thread may
+    use it, one at a time.
+    """
+
+    def __init__(self, rows: Iterable[LogRow] = ()) -> None:
+        self.first: LogRow | None = None
+        """The first row; None: there is none."""
+        self.blocks: list[tuple[int, int, bytes]] = []
+        """First and last `seq` of each segment, and its rows packed."""
+        self.tail: list[LogRow] = []
+        """The rows that are not packed; the last row of a log is always one."""
+        self._tail_bytes = 0
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: LogRow) -> None:
+        """Add a row, and pack those before it where they make a segment.
+
+        Raises ValueError where its `seq` is none, or not that after the last one.
+        """
+        expected = self.tail[-1].seq + 1 if self.tail else row.seq
+        if row.seq != expected or not 1 <= row.seq <= MAX_SEQ:
+            raise ValueError(f"expected seq {max(1, expected)}, got {row.seq}")
+        if len(self.tail) >= SEGMENT_ROWS or self._tail_bytes >= SEGMENT_BYTES:
+            self.blocks.append((self.tail[0].seq, self.tail[-1].seq, pack(self.tail)))
+            self.tail = []
+            self._tail_bytes = 0
+        self.first = self.first or row
+        self.tail.append(row)
+        self._tail_bytes += len(row.payload)
+
+    def followed_by(self, rows: Iterable[LogRow]) -> "PackedLog":
+        """Return a log with these rows behind those of this one, which stays as it is."""
+        log = PackedLog()
+        log.first, log.blocks, log.tail = self.first, list(self.blocks), list(self.tail)
+        log._tail_bytes = self._tail_bytes
+        for row in rows:
+            log.add(row)
+        return log
+
+    def parts(self) -> Iterator[list[LogRow]]:
+        """Yield all rows in order, as many at once as one segment holds."""
+        for _, _, block in self.blocks:
+            yield unpack(block)
+        if self.tail:
+            yield list(self.tail)
 
 
 def packed(
@@ -172,13 +223,20 @@ def replace(connection: sa.Connection, run_id: int, rows: list[LogRow], block: b
     connection.execute(
         sa.delete(events).where(events.c.run_id == run_id, events.c.seq.between(first, last))
     )
+    insert(connection, run_id, first, last, block)
+    return len(rows)
+
+
+def insert(
+    connection: sa.Connection, run_id: int, first_seq: int, last_seq: int, block: bytes
+) -> None:
+    """Write a segment down."""
     connection.execute(
         sa.insert(segments).values(
             run_id=run_id,
-            last_seq=last,
-            first_seq=first,
+            last_seq=last_seq,
+            first_seq=first_seq,
             checksum=checksum(block),
             data=block,
         )
     )
-    return len(rows)

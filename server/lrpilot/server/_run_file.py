@@ -23,14 +23,14 @@ from typing import Any
 
 from lrpilot import core
 from lrpilot.server._live_run import LiveRun
+from lrpilot.server._packing import PackedLog
 from lrpilot.server._store import MAX_SEQ, LogRow
 
 FORMAT = 1
 """Version of the file, one for all that a release writes."""
 
 MAX_BYTES = 1024 * 1024 * 1024
-"""Most bytes of a file that is taken, unpacked: some millions of events, which are held in memory
-until they are in the log."""
+"""Most bytes of a file that is taken, unpacked: some millions of events."""
 
 MAX_LINE_BYTES = core.MAX_STATE_BYTES + 1024 * 1024
 """Most bytes of a line: an event may hold a saved state."""
@@ -125,7 +125,7 @@ class ReadRun:
 
     run: LiveRun
     """The run after its log."""
-    rows: list[LogRow]
+    log: PackedLog
     origin: str
     """Release and machine that exported it."""
     exported_at_ns: int
@@ -151,7 +151,7 @@ class RunFileReader:
         """The run so far; None before the first line."""
         self._release = self._host = ""
         self._exported_at_ns = 0
-        self._rows: list[LogRow] = []
+        self._log = PackedLog()
         self._is_whole = False
 
     def feed(self, data: bytes) -> None:
@@ -182,7 +182,7 @@ class RunFileReader:
         if not is_whole or self._run is None:
             raise self._fault("the end of the file", "the rest of it: it was cut off")
         origin = f"lrpilot {self._release} on {self._host}"
-        return ReadRun(self._run, self._rows, origin, self._exported_at_ns)
+        return ReadRun(self._run, self._log, origin, self._exported_at_ns)
 
     def _take(self, line: bytes) -> None:
         if self._is_whole:
@@ -249,7 +249,7 @@ class RunFileReader:
             raise self._fault(f"seq {seq}, {_shown(payload)}", "'created' first, and only there")
         if is_created and state.spec.name != state.name:
             raise self._fault(f"the spec of run {state.spec.name!r}", f"that of {state.name!r}")
-        self._rows.append(row)
+        self._log.add(row)
 
     def _finish(self, state: core.RunState, body: bytes, check: bytes) -> None:
         trailer = self._read(body)

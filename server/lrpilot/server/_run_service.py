@@ -40,7 +40,7 @@ class RunService:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._importing = asyncio.Lock()
-        """Held while a file is read: its log is kept in memory until it is in the store."""
+        """Held while a file is read: it takes a core, and the state of its run memory."""
 
     @property
     def behaviours(self) -> Mapping[str, Behaviour]:
@@ -344,7 +344,7 @@ class RunService:
                 return made, not made and request_id not in state.answers
 
             run = await self._ledger.find(name)
-            unchanged = await self._ledger.take_over(run, read.run, read.rows, evaluate)
+            unchanged = await self._ledger.take_over(run, read.run, read.log, evaluate)
         if not unchanged:
             logger.info("run %s: imported from %s, %d events", name, read.origin, events)
         return pb.ImportRunResponse(run=run_message(run), events=events, unchanged=unchanged)

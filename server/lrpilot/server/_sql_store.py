@@ -22,7 +22,15 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from lrpilot.server._memory_store import MemoryStore, check_limit, needless
 from lrpilot.server._migrate import is_newest, migrate
-from lrpilot.server._packing import Part, Unpacked, next_segment, packed, replace
+from lrpilot.server._packing import (
+    PackedLog,
+    Part,
+    Unpacked,
+    insert,
+    next_segment,
+    packed,
+    replace,
+)
 from lrpilot.server._postgres import Postgres, is_conflict, postgres_reason
 from lrpilot.server._schema import events, runs, snapshots
 from lrpilot.server._segments import pack
@@ -166,6 +174,15 @@ class SqlStore:
             return results
 
         return self._transact(self._writer, work)
+
+    def adopt(self, run: str, log: PackedLog) -> None:
+        """Make a run of a whole log, in one transaction."""
+
+        def work(connection: sa.Connection) -> None:
+            _adopt(connection, run, log, is_plain=self._is_old(connection))
+            self._announce(connection, [News(run, log.tail[-1].seq)])
+
+        self._transact(self._writer, work)
 
     def read(self, run: str, after_seq: int = 0, limit: int | None = None) -> list[LogRow]:
         """Return the rows of a run with `seq > after_seq` in order, the first `limit` of them."""
@@ -511,10 +528,7 @@ def _append(connection: sa.Connection, batch: Sequence[Append]) -> list[AppendRe
             if head is not None:
                 results[index] = SeqTaken(append.run, first.seq, head.last_seq)
                 continue
-            created = connection.execute(
-                sa.insert(runs).values(name=append.run, created_at_ns=first.recorded_at_ns)
-            )
-            run_id = created.inserted_primary_key[0]  # type: ignore[index]
+            run_id = _create(connection, append.run, first)
             head = heads[append.run] = _Head(run_id, last.seq, last.digest)
         elif (
             head is None
@@ -525,19 +539,49 @@ def _append(connection: sa.Connection, batch: Sequence[Append]) -> list[AppendRe
             results[index] = SeqTaken(append.run, first.seq, last_seq)
             continue
         head.last_seq, head.digest = last.seq, last.digest
-        values.extend(
-            {
-                "run_id": head.run_id,
-                "seq": row.seq,
-                "payload": row.payload,
-                "digest": row.digest,
-                "recorded_at_ns": row.recorded_at_ns,
-            }
-            for row in append.rows
-        )
+        values += _values(head.run_id, append.rows)
     if values:
         connection.execute(sa.insert(events), values)
     return results
+
+
+def _adopt(connection: sa.Connection, run: str, log: PackedLog, *, is_plain: bool) -> None:
+    """Make a run of a log; `is_plain`: no row of it is to be packed. Raises SeqTaken."""
+    if log.first is None:
+        raise ValueError(f"run {run!r}: a log needs at least one row")
+    head = _heads(connection, [run]).get(run)
+    if head is not None:
+        raise SeqTaken(run, log.first.seq, head.last_seq)
+    run_id = _create(connection, run, log.first)
+    if not is_plain:
+        for block in log.blocks:
+            insert(connection, run_id, *block)
+    # No statement writes more rows than a segment has: each is done long before the database, or
+    # who waits for it, gives up.
+    for rows in log.parts() if is_plain else [log.tail]:
+        connection.execute(sa.insert(events), _values(run_id, rows))
+
+
+def _create(connection: sa.Connection, name: str, first: LogRow) -> int:
+    """Make a run whose log begins with `first`; return its id."""
+    values = {"name": name, "created_at_ns": first.recorded_at_ns}
+    created = connection.execute(sa.insert(runs).values(values))
+    run_id: int = created.inserted_primary_key[0]  # type: ignore[index]
+    return run_id
+
+
+def _values(run_id: int, rows: Sequence[LogRow]) -> list[dict[str, Any]]:
+    """Return rows as the columns of the table of events."""
+    return [
+        {
+            "run_id": run_id,
+            "seq": row.seq,
+            "payload": row.payload,
+            "digest": row.digest,
+            "recorded_at_ns": row.recorded_at_ns,
+        }
+        for row in rows
+    ]
 
 
 def _delete(connection: sa.Connection, name: str, after: str | None = None) -> bool:

@@ -9,7 +9,10 @@ one rule alone: a `seq` is given out once.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+if TYPE_CHECKING:
+    from lrpilot.server._packing import PackedLog
 
 MAX_SEQ = 2**63 - 1
 """The greatest `seq`: what a column of 64 bits holds."""
@@ -203,6 +206,18 @@ class Store(Protocol):
 
         When StoreUnavailable is raised, either all appends of the batch that had no conflict were
         carried out or none.
+        """
+        ...
+
+    def adopt(self, run: str, log: "PackedLog") -> None:
+        """Make a run of a whole log, as an append with `create` does, in one transaction.
+
+        However long the log is, it is packed already, and others wait for that to be written down
+        alone. While a server of a release that cannot read packed rows is connected, the rows are
+        written as an append writes them: that takes long, and holds up nobody.
+
+        Raises SeqTaken where the run exists, and ValueError for a log without rows. As with an
+        append, nobody knows what was carried out when StoreUnavailable is raised: all or nothing.
         """
         ...
 
