@@ -19,6 +19,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from lrpilot.server import _packing, _postgres, _segments, _sql_store
+from lrpilot.server._packing import PackedLog
 from lrpilot.server._schema import REVISION, metadata
 from lrpilot.server._sql_store import SqlStore, open_store
 from lrpilot.server._store import (
@@ -608,6 +609,33 @@ class TestCompact:
             assert store.compact("a", 3) == (0 if is_older else 2)
         wait_until(lambda: store.compact("a", 5) or not is_older)
         assert store.read("a") == [row(seq) for seq in range(1, 6)]
+
+    def test_a_log_is_adopted_as_it_is_while_an_older_server_is_connected(
+        self, opened: Opened, postgres: str
+    ) -> None:
+        store, beside = opened(), opened()
+        put(beside, "b", 1, create=True)
+        written: list[int] = []
+
+        @sa.event.listens_for(store._engine, "before_cursor_execute")
+        def count(_a: object, _b: object, statement: str, values: Any, *_: object) -> None:
+            if statement.startswith("INSERT INTO events"):
+                written.append(len(values) if isinstance(values, list) else 1)
+                # The log is half there, and holds up nobody.
+                put(beside, "b", 1 + len(written))
+                assert beside.runs() == ["b"]
+
+        log = PackedLog(row(seq) for seq in range(1, 8))
+        address = postgres.replace("+psycopg", "")
+        with psycopg.connect(address, autocommit=True, application_name="lrpilot") as other:
+            store.adopt("a", log)
+            # As that server reads it.
+            (found,) = other.execute("SELECT count(*) FROM events JOIN runs ON id = run_id"
+                                     " WHERE name = 'a'").fetchall()  # fmt: skip
+        assert found == (7,)
+        assert written == [2, 2, 2, 1]
+        assert store.read("a") == [row(seq) for seq in range(1, 8)]
+        assert beside.read("b") == [row(seq) for seq in range(1, 6)]
 
     def test_one_that_connects_while_rows_are_packed(
         self, opened: Opened, postgres: str, monkeypatch: pytest.MonkeyPatch

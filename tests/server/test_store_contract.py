@@ -13,6 +13,7 @@ import pytest
 
 from lrpilot.server import _memory_store, _packing
 from lrpilot.server._memory_store import MemoryStore
+from lrpilot.server._packing import PackedLog
 from lrpilot.server._sql_store import open_store
 from lrpilot.server._store import (
     MAX_SEQ,
@@ -189,6 +190,75 @@ class TestAppend:
     def test_rows_that_no_log_takes(self, seqs: list[int], text: str) -> None:
         with pytest.raises(ValueError, match=text):
             Append("a", tuple(row(seq) for seq in seqs))
+
+
+class TestAdopt:
+    @pytest.fixture(autouse=True)
+    def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make segments short."""
+        monkeypatch.setattr(_packing, "SEGMENT_ROWS", 5)
+
+    @pytest.mark.parametrize("first", [1, 3])
+    @pytest.mark.parametrize("count", [1, 4, 5, 6, 11, 23])
+    def test_what_goes_in_comes_out(self, store: Store, first: int, count: int) -> None:
+        last = first + count - 1
+        store.adopt("a", PackedLog(rows(first, last)))
+        assert store.head("a") == (last, f"digest-{last}")
+        assert store.read("a") == list(rows(first, last))
+        for after_seq in range(last + 1):
+            assert (
+                store.read("a", after_seq, 2)
+                == list(rows(first, last))[max(0, after_seq + 1 - first) :][:2]
+            )
+        assert store.recent(row(last).recorded_at_ns) == ["a"]
+
+    def test_a_log_goes_on(self, store: Store) -> None:
+        store.adopt("a", PackedLog(rows(1, 13)))
+        assert refused(store, Append("a", rows(3, 3, "late-"))).last_seq == 13
+        assert store.append([Append("a", rows(14, 16), after="digest-13")]) == [None]
+        assert store.compact("a", 16) == (0 if isinstance(store, MemoryStore) else 5)
+        assert store.save_snapshot("a", snap(7))
+        assert store.read("a") == list(rows(1, 16))
+        assert store.delete("a")
+        assert store.read("a") == []
+        put(store, "a", 1, 3, create=True)
+        assert store.read("a") == list(rows(1, 3))
+
+    def test_a_run_that_exists_is_left_alone(self, store: Store) -> None:
+        put(store, "a", 1, 3, create=True)
+        with pytest.raises(SeqTaken) as caught:
+            store.adopt("a", PackedLog(rows(1, 12, "second-")))
+        assert (caught.value.run, caught.value.seq, caught.value.last_seq) == ("a", 1, 3)
+        assert store.read("a") == list(rows(1, 3))
+
+    def test_a_log_without_rows(self, store: Store) -> None:
+        with pytest.raises(ValueError, match="needs at least one row"):
+            store.adopt("a", PackedLog())
+        assert store.runs() == []
+
+    @pytest.mark.parametrize("seqs", [[0], [-1], [MAX_SEQ + 1], [1, 3], [2, 2], [2, 1]])
+    def test_rows_that_no_log_takes(self, seqs: list[int]) -> None:
+        log = PackedLog(row(seq) for seq in seqs[:-1])
+        with pytest.raises(ValueError, match="expected seq"):
+            log.add(row(seqs[-1]))
+
+    def test_heavy_rows(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_packing, "SEGMENT_BYTES", 1000)
+        heavy = [LogRow(seq, bytes([seq]) * 500, "", 0) for seq in range(1, 6)]
+        log = PackedLog(heavy)
+        assert [block[:2] for block in log.blocks] == [(1, 2), (3, 4)]
+        store.adopt("a", log)
+        assert store.read("a") == heavy
+
+    def test_a_log_given_is_not_kept(self, store: Store) -> None:
+        log = PackedLog(rows(1, 10))
+        longer = log.followed_by(rows(11, 17))
+        store.adopt("a", log)
+        store.adopt("b", longer)
+        log.add(row(11, "other-"))
+        log.tail.clear()
+        assert store.read("a") == list(rows(1, 10))
+        assert store.read("b") == list(rows(1, 17))
 
 
 class TestRead:
@@ -527,6 +597,7 @@ class TestClose:
         "use",
         [
             lambda store: store.append([Append("a", rows(1, 1), create=True)]),
+            lambda store: store.adopt("a", PackedLog(rows(1, 1))),
             lambda store: store.read("a"),
             lambda store: store.head("a"),
             lambda store: store.heads(["a"]),
@@ -540,7 +611,7 @@ class TestClose:
             lambda store: store.size(),
         ],
         ids=[
-            *["append", "read", "head", "heads", "runs", "delete", "check"],
+            *["append", "adopt", "read", "head", "heads", "runs", "delete", "check"],
             *["recent", "save_snapshot", "snapshot", "compact", "size"],
         ],
     )
@@ -600,6 +671,20 @@ class TestThreads:
         results = together([partial(store.append, [append]) for append in appends])
         (winner,) = [a for a, result in zip(appends, results, strict=True) if result == [None]]
         assert store.read("a") == list(winner.rows)
+
+    def test_one_makes_a_run_of_a_log(self, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_packing, "SEGMENT_ROWS", 5)
+
+        def adopt(mark: str) -> str | None:
+            try:
+                store.adopt("a", PackedLog(rows(1, 12, mark)))
+            except SeqTaken:
+                return None
+            return mark
+
+        won = together([partial(adopt, f"{n}-") for n in range(self.THREADS)])
+        (winner,) = [mark for mark in won if mark is not None]
+        assert store.read("a") == list(rows(1, 12, winner))
 
     def test_each_its_own_run(self, store: Store) -> None:
         def fill(name: str) -> None:

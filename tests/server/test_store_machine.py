@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from lrpilot import core
 from lrpilot.server import _memory_store, _packing, _sql_store
 from lrpilot.server._memory_store import MemoryStore
+from lrpilot.server._packing import PackedLog
 from lrpilot.server._sql_store import open_store
 from lrpilot.server._store import MAX_SEQ, Append, LogRow, SeqTaken, Snapshot, Store
 
@@ -98,6 +99,22 @@ class StoreMachine(RuleBasedStateMachine):
                 assert isinstance(result, SeqTaken)
                 found = (result.run, result.seq, result.last_seq)
                 assert found == (append.run, append.rows[0].seq, last)
+
+    @rule(run=RUNS, data=st.data(), first=st.sampled_from([1, 1, 3]), size=st.integers(1, 20))
+    def adopt(self, run: str, data: st.DataObject, first: int, size: int) -> None:
+        rows: list[LogRow] = []
+        for seq in range(first, first + size):
+            before = rows[-1].digest if rows else "0" * 64
+            rows.append(self.row(seq, before, data.draw(PAYLOADS), data.draw(TIMES), chained=True))
+        log = PackedLog(rows)
+        if run not in self.logs:
+            self.store.adopt(run, log)
+            self.logs[run] = rows
+            return
+        with pytest.raises(SeqTaken) as caught:
+            self.store.adopt(run, log)
+        found = (caught.value.run, caught.value.seq, caught.value.last_seq)
+        assert found == (run, first, self.logs[run][-1].seq)
 
     @rule(run=RUNS, data=st.data(), limits=st.lists(LIMITS, min_size=1, max_size=5))
     def read(self, run: str, data: st.DataObject, limits: list[int | None]) -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import gzip
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc.aio
 import pytest
+import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrpilot import core
-from lrpilot.server import _rpc, _run_file, _run_service
+from lrpilot.server import _packing, _rpc, _run_file, _run_service
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._packing import PackedLog
 from lrpilot.server._run_file import LogChanged, RunFileReader, RunFileWriter
@@ -27,6 +30,9 @@ from lrpilot.v1 import runs_pb2 as pb
 
 if TYPE_CHECKING:
     from tests.server.conftest import Client, Job, Program, Refusal, Replica, Until
+
+WAIT_S = 30.0
+"""Longest wait for one answer."""
 
 PLATEAU = [{"kind": "plateau", "patience": 0}]
 
@@ -211,6 +217,63 @@ class TestImport:
     test_a_run_from_store_to_store = pytest.mark.needs_program("postgres")(
         test_a_run_from_store_to_store
     )
+
+    @pytest.mark.parametrize(
+        "kind",
+        ["sqlite", pytest.param("postgres", marks=pytest.mark.needs_program("postgres"))],
+    )
+    async def test_a_long_log_holds_up_no_other_run(
+        self,
+        server: Replica,
+        tmp_path: Path,
+        request: pytest.FixtureRequest,
+        monkeypatch: pytest.MonkeyPatch,
+        kind: str,
+    ) -> None:
+        events = 20_000
+        log = log_of(OPENED, *(reported(at) for at in range(events - 2)), total=events)
+        file = file_of(log)
+        address = tmp_path / "data" if kind == "sqlite" else request.getfixturevalue(kind)
+        replica = type(server)(open_store(address))  # type: ignore[arg-type]
+        await replica.start()
+        job = await trained(replica, name="other")
+        steps = itertools.count(6)
+        loop = asyncio.get_running_loop()
+
+        def report() -> None:
+            """Return once a loss of the other run is acknowledged; not on the loop."""
+            at = next(steps)
+            reported = job.report((at, 1.0))
+            asyncio.run_coroutine_threadsafe(reported, loop).result(WAIT_S)
+
+        pack, adopt = _packing.pack, replica.store.adopt
+        packed_seqs: list[int] = []
+
+        def slow_pack(rows: list[LogRow]) -> bytes:
+            report()
+            packed_seqs.append(rows[-1].seq)
+            return pack(rows)
+
+        def slow_adopt(run: str, log: PackedLog) -> None:
+            report()
+            statements: list[int] = []
+            count = partial(count_rows, statements)
+            sa.event.listen(replica.store._engine, "before_cursor_execute", count)
+            adopt(run, log)
+            sa.event.remove(replica.store._engine, "before_cursor_execute", count)
+            # What others wait for, where one writes at a time: some statements, and few rows.
+            assert len(statements) < 20
+            assert sum(statements) <= len(packed_seqs) + _packing.SEGMENT_ROWS + 5
+
+        monkeypatch.setattr(_packing, "pack", slow_pack)
+        monkeypatch.setattr(replica.store, "adopt", slow_adopt)
+        answer = await take(replica, file)
+        assert (answer.events, answer.unchanged) == (events, False)
+        assert packed_seqs == [4096, 8192, 12288, 16384]
+        assert next(steps) == 6 + 4 + 1
+        assert replica.store.read("small")[:-1] == log
+        await replica.stop()
+        replica.store.close()
 
     async def test_ranks_of_an_imported_attempt(self, server: Replica, other: Replica) -> None:
         job = await trained(server)
@@ -411,10 +474,20 @@ def _run_append(run: str, rows: tuple[LogRow, ...]) -> Any:
     return Append(run, rows, create=True)
 
 
-def log_of(*events: core.Event, name: str = "small") -> list[LogRow]:
+def reported(progress: int) -> core.Event:
+    return core.Reported(1, "one", (core.Report(progress, 1 / (progress + 1), 1.0, progress + 1),))
+
+
+def count_rows(counts: list[int], *call: Any) -> None:
+    """Count the rows that a statement is given, as SQLAlchemy tells of it."""
+    values = call[3]
+    counts.append(len(values) if isinstance(values, list) else 1)
+
+
+def log_of(*events: core.Event, name: str = "small", total: int = 9) -> list[LogRow]:
     """Return a log that a release could have written."""
     state = core.RunState(name)
-    spec = {"name": "small", "total": 9, "learning_rate": {"peak": 1e-3}}
+    spec = {"name": "small", "total": total, "learning_rate": {"peak": 1e-3}}
     created = core.create_run(state, core.parse_spec(spec), "create")
     return [LogRow(*row, 7) for row in core.rows(state, [*created, *events])]
 
