@@ -21,6 +21,7 @@ from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._history import History
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._memory_store import MemoryStore
+from lrpilot.server._packing import PackedLog
 from lrpilot.server._run_service import RunService
 from lrpilot.server._store import (
     Append,
@@ -96,6 +97,15 @@ class FaultyStore:
             self.fault = "none"
             raise StoreUnavailable("told to fail after the commit")
         return results
+
+    def adopt(self, run: str, log: PackedLog) -> None:
+        if self.fault == "lost request":
+            self.fault = "none"
+            raise StoreUnavailable("told to fail")
+        self._store.adopt(run, log)
+        if self.fault == "lost answer":
+            self.fault = "none"
+            raise StoreUnavailable("told to fail after the commit")
 
     def read(self, run: str, after_seq: int = 0, limit: int | None = None) -> list[LogRow]:
         return self._store.read(run, after_seq, limit)

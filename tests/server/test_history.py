@@ -19,6 +19,7 @@ from lrpilot.server._history import History
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._live_run import LiveRun
 from lrpilot.server._memory_store import MemoryStore
+from lrpilot.server._run_file import RunFileReader, RunFileWriter
 from lrpilot.server._sql_store import open_store
 from lrpilot.server._store import LogRow, Snapshot, Store, StoreUnavailable
 from tests.trimmed import marks_every, trimmed
@@ -228,6 +229,54 @@ async def test_every_checkpoint_can_be_resumed_from(store: Store) -> None:
             run = await server.run()
             await server.ledger.refresh(run)
             await server.check()
+
+
+async def test_a_run_is_imported_as_what_is_kept_of_it(store: Store) -> None:
+    writer = RunFileWriter("long", 7)
+    async with served(MemoryStore()) as server:
+        await server.create()
+        await server.open()
+        saved = {}
+        for begin in range(0, 200, 20):
+            await server.train(begin, begin + 20)
+            saved[begin + 20] = await server.save(begin + 20)
+        # Back behind what is kept, twice, the second time not as far.
+        for at in (20, 100):
+            await server.open(saved[at])
+            await server.train(at, 100)
+            saved[100] = await server.save(100)
+            await server.train(100, 250)
+        rows = server.store.read("long")
+    file = writer.write(rows) + writer.end(writer.digest)
+    async with served(store) as other:
+        floors: list[int | None] = []
+
+        def trim(run: LiveRun, floor: int | None) -> None:
+            floors.append(floor)
+            other.ledger.trim(run, floor)
+
+        reader = RunFileReader(trim)
+        reader.feed(file)
+        read = reader.end()
+        assert {None, 20, 100} == set(floors)
+        assert read.run.state.floor > 150
+        run = await other.ledger.find("long")
+
+        def evaluate(state: core.RunState, there: str | None) -> tuple[list[core.Event], None]:
+            request = core.ImportRequest(
+                origin="lrpilot on a", exported_at_ns=7, request_id="import", author="me",
+                reason="", digest_there=there,
+            )  # fmt: skip
+            return core.import_run(state, read.run.state, request), None
+
+        await other.ledger.take_over(run, read.run, read.log, evaluate)
+        whole = await other.check()
+        assert (whole.seq, store.read("long")[:-1]) == (len(rows) + 1, rows)
+        # It is a long run as any other.
+        assert run.snapshot_seq == whole.seq
+        await other.open(saved[60])
+        await other.train(60, 160)
+        await other.check()
 
 
 async def test_what_a_saved_state_holds_is_the_same_at_any_progress(store: Store) -> None:

@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrpilot import core
-from lrpilot.server import _packing, _rpc, _run_file, _run_service
+from lrpilot.server import _packing, _rpc, _run_file, _run_service, _segments
+from lrpilot.server._live_run import LiveRun
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._packing import PackedLog
 from lrpilot.server._run_file import LogChanged, RunFileReader, RunFileWriter
-from lrpilot.server._sql_store import open_store
+from lrpilot.server._sql_store import SqlStore, open_store
 from lrpilot.server._store import LogRow, Store, StoreUnavailable
 from lrpilot.v1 import runs_pb2 as pb
 
@@ -234,7 +235,9 @@ class TestImport:
         log = log_of(OPENED, *(reported(at) for at in range(events - 2)), total=events)
         file = file_of(log)
         address = tmp_path / "data" if kind == "sqlite" else request.getfixturevalue(kind)
-        replica = type(server)(open_store(address))  # type: ignore[arg-type]
+        store = open_store(address)
+        assert isinstance(store, SqlStore)
+        replica = type(server)(store)  # type: ignore[arg-type]
         await replica.start()
         job = await trained(replica, name="other")
         steps = itertools.count(6)
@@ -246,7 +249,7 @@ class TestImport:
             reported = job.report((at, 1.0))
             asyncio.run_coroutine_threadsafe(reported, loop).result(WAIT_S)
 
-        pack, adopt = _packing.pack, replica.store.adopt
+        pack, adopt = _segments.pack, store.adopt
         packed_seqs: list[int] = []
 
         def slow_pack(rows: list[LogRow]) -> bytes:
@@ -258,22 +261,22 @@ class TestImport:
             report()
             statements: list[int] = []
             count = partial(count_rows, statements)
-            sa.event.listen(replica.store._engine, "before_cursor_execute", count)
+            sa.event.listen(store._engine, "before_cursor_execute", count)
             adopt(run, log)
-            sa.event.remove(replica.store._engine, "before_cursor_execute", count)
+            sa.event.remove(store._engine, "before_cursor_execute", count)
             # What others wait for, where one writes at a time: some statements, and few rows.
             assert len(statements) < 20
             assert sum(statements) <= len(packed_seqs) + _packing.SEGMENT_ROWS + 5
 
         monkeypatch.setattr(_packing, "pack", slow_pack)
-        monkeypatch.setattr(replica.store, "adopt", slow_adopt)
+        monkeypatch.setattr(store, "adopt", slow_adopt)
         answer = await take(replica, file)
         assert (answer.events, answer.unchanged) == (events, False)
         assert packed_seqs == [4096, 8192, 12288, 16384]
         assert next(steps) == 6 + 4 + 1
-        assert replica.store.read("small")[:-1] == log
+        assert store.read("small")[:-1] == log
         await replica.stop()
-        replica.store.close()
+        store.close()
 
     async def test_ranks_of_an_imported_attempt(self, server: Replica, other: Replica) -> None:
         job = await trained(server)
@@ -504,8 +507,12 @@ def checked(*bodies: bytes) -> bytes:
     return packed(*map(writer._line, bodies))
 
 
+def kept(run: LiveRun, floor: int | None) -> None:
+    """Drop nothing of a run."""
+
+
 def read(file: bytes, size: int = 1 << 20) -> _run_file.ReadRun:
-    reader = RunFileReader()
+    reader = RunFileReader(kept)
     for at in range(0, len(file), size):
         reader.feed(file[at : at + size])
     return reader.end()
@@ -681,7 +688,7 @@ class TestReader:
 
     def test_little_is_unpacked_of_a_bomb(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_run_file, "MAX_LINE_BYTES", 5000)
-        reader = RunFileReader()
+        reader = RunFileReader(kept)
         with pytest.raises(core.InvalidRequest, match="a longer line"):
             reader.feed(gzip.compress(bytes(50_000_000)))
         assert reader._bytes <= _run_file._STEP_BYTES

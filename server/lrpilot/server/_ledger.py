@@ -317,6 +317,10 @@ class Ledger:
                 await self._advance(run, rows)
                 return answer
 
+    def trim(self, run: LiveRun, floor: int | None) -> None:
+        """Drop what a run that is being folded will hardly be asked for. See History.trim."""
+        self._history.trim(run, floor)
+
     async def take_over(
         self,
         run: LiveRun,

@@ -16,7 +16,7 @@ import json
 import re
 import socket
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -42,6 +42,9 @@ _STEP_BYTES = 1024 * 1024
 """Bytes that are unpacked at once."""
 
 _GZIP = 16 + zlib.MAX_WBITS
+
+Trim = Callable[[LiveRun, int | None], None]
+"""Drops what a run will hardly be asked for; nothing from a given progress on. See History.trim."""
 
 _LINE = re.compile(rb'(\{.*),"check":"([0-9a-f]{8}|[0-9a-f]{64})"\}', re.DOTALL)
 _EVENT = re.compile(
@@ -135,11 +138,13 @@ class ReadRun:
 class RunFileReader:
     """Reads a run's file, part after part, and folds the log meanwhile.
 
-    Any thread may call it, one at a time. Whatever is wrong raises InvalidRequest, which names
-    the line; the reader is of no use any more then.
+    In memory it has the log, packed, and what `trim` leaves of its fold. Any thread may call it,
+    one at a time. Whatever is wrong raises InvalidRequest, which names the line; the reader is of
+    no use any more then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, trim: Trim) -> None:
+        self._trim = trim
         self._unpacker = zlib.decompressobj(wbits=_GZIP)
         self._checked = hashlib.sha256()
         self._rest = b""
@@ -237,7 +242,8 @@ class RunFileReader:
         try:
             is_created = isinstance(core.decode(payload), core.Created)
             if is_created == (seq == 1):
-                run.apply(row)
+                run = self._run = self._applied(run, row)
+                state = run.state
         except Exception as error:
             # Whatever a fold of what is no event raises.
             raise self._fault(
@@ -249,7 +255,33 @@ class RunFileReader:
             raise self._fault(f"seq {seq}, {_shown(payload)}", "'created' first, and only there")
         if is_created and state.spec.name != state.name:
             raise self._fault(f"the spec of run {state.spec.name!r}", f"that of {state.name!r}")
+        blocks = len(self._log.blocks)
         self._log.add(row)
+        if len(self._log.blocks) > blocks:
+            self._trim(run, None)
+
+    def _applied(self, run: LiveRun, row: LogRow) -> LiveRun:
+        """Return the run after a row. Raises as LiveRun.apply does."""
+        floor: int | None = None
+        while True:
+            try:
+                if floor is not None:
+                    run = self._folded(run.state.name, floor)
+                run.apply(row)
+            except core.HistoryNeeded as error:
+                # Here, or earlier, the log goes back behind what is kept: keep more.
+                floor = error.progress
+            else:
+                return run
+
+    def _folded(self, name: str, floor: int) -> LiveRun:
+        """Fold the log again, and drop nothing from `floor` on. Raises as LiveRun.apply does."""
+        run = LiveRun(name)
+        for rows in self._log.parts():
+            for row in rows:
+                run.apply(row)
+            self._trim(run, floor)
+        return run
 
     def _finish(self, state: core.RunState, body: bytes, check: bytes) -> None:
         trailer = self._read(body)

@@ -316,7 +316,7 @@ class RunService:
         """See the proto file."""
         async with self._importing:
             first: pb.ImportRunRequest | None = None
-            reader = RunFileReader()
+            reader = RunFileReader(self._ledger.trim)
             async for part in parts:
                 if first is None:
                     first = part
