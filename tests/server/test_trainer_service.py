@@ -1064,18 +1064,57 @@ class TestStates:
         assert saved.digest in refusal.text
         assert here in refusal.text
 
-    async def test_a_state_from_ahead_of_the_log(self, server: Replica) -> None:
+    async def test_a_state_from_ahead_of_the_log(
+        self, server: Replica, caplog: pytest.LogCaptureFixture
+    ) -> None:
         job = await self.trained(server)
         state = await job.save(4)
         saved = core.read_state(state, "small")
+        handed_out = await job.rates(4)
         # The server was set back to an older copy of its database.
-        server.store._logs["small"] = server.store.read("small")[: saved.seq - 1]
+        copy = server.store.read("small")[: saved.seq - 1]
+        server.store._logs["small"] = [*copy]
         await server.restart()
+        later = await server.open(state=state)
+        assert (later.opened.begin, later.opened.attempt.number) == (4, 2)
+        assert (later.opened.joined, later.opened.restored) == (False, True)
+        # It is the same log still, and says what it lost.
+        assert later.opened.log == job.opened.log
+        *kept, row = server.store.read("small")
+        assert kept == copy
+        event = core.decode(row.payload)
+        assert isinstance(event, core.Opened)
+        assert event.adopted
+        assert (event.lost_seq, event.lost_digest) == (saved.seq, saved.digest)
+        assert (
+            f"it ends at seq {saved.seq - 1} with digest {copy[-1].digest}, and the state of the "
+            f"checkpoint was saved in it at seq {saved.seq} with digest {saved.digest}"
+        ) in caplog.text
+        # What had left of it by then is given again, and losses go on from there.
+        assert bits(await later.rates(4)) == bits(handed_out[:3])
+        assert (await later.report((4, 2.0))).frontier == 5
+        assert (await job.refused_values(4)).reason == "AttemptSuperseded"
+
+    async def test_a_state_from_ahead_of_another_log(self, server: Replica) -> None:
+        job = await self.trained(server)
+        state = await job.save(4)
+        saved = core.read_state(state, "small")
+        await server.call("DeleteRun", run="small", force=True)
+        await server.start_job(**server.feedback(delay=3))
+        end = server.store.read("small")[-1]
+        assert end.seq < saved.seq
         refusal = await server.refused(
             "OpenAttempt", run="small", request_id="a", incarnation="p", state=state
         )
         assert (refusal.code, refusal.reason) == ("FAILED_PRECONDITION", "StateMismatch")
-        assert refusal.facts["saved_seq"] == str(saved.seq)
+        assert refusal.facts == {
+            "run": "small",
+            "saved_seq": str(saved.seq),
+            "saved_digest": saved.digest,
+            "log_seq": str(end.seq),
+            "log_digest": end.digest,
+        }
+        assert f"it ends at seq {end.seq}" in refusal.text
 
     async def test_the_progress_must_be_that_of_the_state(self, server: Replica) -> None:
         job = await self.trained(server)
