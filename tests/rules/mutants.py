@@ -97,9 +97,9 @@ def a_repeated_request_is_carried_out_again(patch: pytest.MonkeyPatch) -> None:
 
 @mutant("the_loser_of_a_race_evaluates_the_whole_request_again")
 def the_loser_appends_what_it_had_evaluated(patch: pytest.MonkeyPatch) -> None:
-    async def stubborn(self: Ledger, run: LiveRun, evaluate: Any) -> Any:
+    async def stubborn(self: Ledger, run: LiveRun, evaluate: Any, answer: Any) -> Any:
         async with run.lock:
-            events, answer = evaluate(run.state)
+            events, outcome = evaluate(run.state)
             while events:
                 rows = [
                     LogRow(seq, data, digest, 0)
@@ -115,7 +115,7 @@ def the_loser_appends_what_it_had_evaluated(patch: pytest.MonkeyPatch) -> None:
                     continue
                 run.advance(rows)
                 break
-            return answer
+            return answer(run.state, outcome)
 
     patch.setattr(Ledger, "_transact", stubborn)
 
@@ -132,9 +132,11 @@ def a_refusal_counts_at_once(patch: pytest.MonkeyPatch) -> None:
 def nothing_to_do_counts_at_once(patch: pytest.MonkeyPatch) -> None:
     transact = Ledger._transact
 
-    async def hasty(self: Ledger, run: LiveRun, evaluate: Any) -> Any:
-        events, answer = evaluate(run.state)
-        return await transact(self, run, evaluate) if events else answer
+    async def hasty(self: Ledger, run: LiveRun, evaluate: Any, answer: Any) -> Any:
+        events, outcome = evaluate(run.state)
+        if events:
+            return await transact(self, run, evaluate, answer)
+        return answer(run.state, outcome)
 
     patch.setattr(Ledger, "_transact", hasty)
 

@@ -19,6 +19,8 @@ from lrpilot.server._ledger import Ledger
 from lrpilot.server._live_run import CorruptLog, LiveRun
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._store import Append, AppendResult, LogRow, StoreUnavailable
+from lrpilot.server._trainer_service import TrainerService
+from lrpilot.v1 import trainer_pb2
 
 if TYPE_CHECKING:
     from tests.server.conftest import Job, Replica
@@ -479,6 +481,64 @@ async def create(ledger: Ledger, name: str) -> LiveRun:
     run = await ledger.find(name)
     await ledger.transact(run, lambda state: (core.create_run(state, spec(), name), None))
     return run
+
+
+class PromptCommitter(GroupCommitter):
+    """A writer that is done at once: a request is applied before the one before it is answered."""
+
+    async def append(
+        self, run: str, rows: Sequence[LogRow], create: bool = False, after: str | None = None
+    ) -> None:
+        for conflict in self._store.append([Append(run, tuple(rows), create, after)]):
+            if conflict is not None:
+                raise conflict
+
+
+class TestAnswers:
+    """Each is of the state that its own request left, whatever came on its heels."""
+
+    @pytest.fixture
+    async def ledger(self) -> AsyncIterator[Ledger]:
+        store = MemoryStore()
+        committer = PromptCommitter(store)
+        yield Ledger(store, committer)
+        await committer.close()
+
+    def opening(self, name: str) -> trainer_pb2.OpenAttemptRequest:
+        return trainer_pb2.OpenAttemptRequest(run="small", request_id=name, incarnation=name)
+
+    async def test_two_jobs_that_open_at_once_are_in_two_attempts(self, ledger: Ledger) -> None:
+        await create(ledger, "small")
+        service = TrainerService(ledger)
+        first, second = await asyncio.gather(
+            service.open_attempt(self.opening("a")), service.open_attempt(self.opening("b"))
+        )
+        assert [one.attempt.number for one in (first, second)] == [1, 2]
+        assert first.attempt.token != second.attempt.token
+        assert (first.joined, second.joined) == (False, False)
+        # What comes again is answered from the log, as far as that attempt is still the one.
+        assert await service.open_attempt(self.opening("b")) == second
+        with pytest.raises(core.AttemptSuperseded):
+            await service.open_attempt(self.opening("a"))
+
+    async def test_reports_at_once(self, ledger: Ledger) -> None:
+        await create(ledger, "small")
+        service = TrainerService(ledger)
+        opened = await service.open_attempt(self.opening("a"))
+        answers = await asyncio.gather(
+            *(
+                service.report_losses(
+                    trainer_pb2.ReportLossesRequest(
+                        run="small",
+                        attempt=opened.attempt,
+                        incarnation="a",
+                        reports=[trainer_pb2.LossReport(progress=at, loss=1.0, moves_to=at + 1)],
+                    )
+                )
+                for at in range(3)
+            )
+        )
+        assert [answer.frontier for answer in answers] == [1, 2, 3]
 
 
 class TestFinding:

@@ -24,9 +24,10 @@ from lrpilot.server._packing import PackedLog
 from lrpilot.server._store import LogRow, News, SeqTaken, Store, StoreUnavailable
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 Evaluate = Callable[[core.RunState], tuple[list[core.Event], T]]
-"""What a request does: reads a state and returns the events to append and the answer."""
+"""What a request does: reads a state and returns the events to append and what comes of them."""
 
 logger = logging.getLogger("lrpilot.server")
 
@@ -229,7 +230,17 @@ class Ledger:
         Once begun it is finished, even when the caller is cancelled: what is durable must
         also be known here.
         """
-        return await self._finish(self._transact(run, evaluate))
+        return await self.respond(run, evaluate, lambda _, outcome: outcome)
+
+    async def respond(
+        self, run: LiveRun, evaluate: Evaluate[T], answer: Callable[[core.RunState, T], U]
+    ) -> U:
+        """Carry a request out as `transact` does, and answer from the state that it leaves.
+
+        `answer` is given that state and what comes of the request. By the time that a caller
+        goes on, another request may have been applied, and even have opened another attempt.
+        """
+        return await self._finish(self._transact(run, evaluate, answer))
 
     async def look(self, run: LiveRun, evaluate: Callable[[core.RunState], T]) -> T:
         """Evaluate what changes nothing.
@@ -279,11 +290,13 @@ class Ledger:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    async def _transact(self, run: LiveRun, evaluate: Evaluate[T]) -> T:
+    async def _transact(
+        self, run: LiveRun, evaluate: Evaluate[T], answer: Callable[[core.RunState, T], U]
+    ) -> U:
         async with run.lock:
             while True:
                 try:
-                    events, answer = evaluate(run.state)
+                    events, outcome = evaluate(run.state)
                 except core.HistoryNeeded as error:
                     await self._recall(run, error.progress)
                     continue
@@ -297,7 +310,7 @@ class Ledger:
                     # So does that nothing is to be done.
                     if await self._read(run):
                         continue
-                    return answer
+                    return answer(run.state, outcome)
                 now_ns = time.time_ns()
                 rows = [
                     LogRow(seq, data, digest, now_ns)
@@ -315,7 +328,7 @@ class Ledger:
                     raise
                 self._runs.setdefault(name, run)
                 await self._advance(run, rows)
-                return answer
+                return answer(run.state, outcome)
 
     def trim(self, run: LiveRun, floor: int | None) -> None:
         """Drop what a run that is being folded will hardly be asked for. See History.trim."""

@@ -118,14 +118,15 @@ class TrainerService:
             kind = events[0].kind if events else state.answers.get(request.request_id, ("", 0))[0]
             return events, (kind == "created", kind == "revised")
 
-        created, revised = await self._ledger.transact(run, evaluate)
+        def answer(state: core.RunState, done: tuple[bool, bool]) -> pb.AttachRunResponse:
+            created, revised = done
+            return pb.AttachRunResponse(
+                run=request.run, created=created, revised=revised, has_losses=state.has_losses
+            )
+
+        attached = await self._ledger.respond(run, evaluate, answer)
         _seen(run)
-        return pb.AttachRunResponse(
-            run=request.run,
-            created=created,
-            revised=revised,
-            has_losses=run.state.has_losses,
-        )
+        return attached
 
     async def open_attempt(self, request: pb.OpenAttemptRequest) -> pb.OpenAttemptResponse:
         """See the proto file."""
@@ -162,46 +163,51 @@ class TrainerService:
             opened = next((event for event in events if isinstance(event, core.Opened)), None)
             return events, (opened, state.seq, state.digest)
 
-        opened, seq, ended = await self._ledger.transact(run, evaluate)
-        state = run.state
-        restored = opened is not None and opened.lost_seq > 0
-        if opened is not None and opened.adopted:
-            logger.warning(
-                "run %s: the log has forgotten a part of itself: it ends at seq %d with digest "
-                "%s, and the state of the checkpoint was saved in it at seq %d with digest %s. "
-                "What was lost is taken over from that state; what operators changed after it was "
-                "saved is gone, unless they did so here",
-                state.name,
-                seq,
-                ended,
-                opened.lost_seq,
-                opened.lost_digest,
+        def answer(
+            state: core.RunState, done: tuple[core.Opened | None, int, str]
+        ) -> pb.OpenAttemptResponse:
+            opened, seq, ended = done
+            restored = opened is not None and opened.lost_seq > 0
+            if opened is not None and opened.adopted:
+                logger.warning(
+                    "run %s: the log has forgotten a part of itself: it ends at seq %d with "
+                    "digest %s, and the state of the checkpoint was saved in it at seq %d with "
+                    "digest %s. What was lost is taken over from that state; what operators "
+                    "changed after it was saved is gone, unless they did so here",
+                    state.name,
+                    seq,
+                    ended,
+                    opened.lost_seq,
+                    opened.lost_digest,
+                )
+            repeated = state.answers.get(request.request_id) == ("opened", state.attempt)
+            if opened:
+                logger.info(
+                    "run %s: attempt %d opened at progress %d%s%s",
+                    state.name,
+                    state.attempt,
+                    state.begin,
+                    " in leader mode" if state.holder else "",
+                    " (restored from a saved state)" if restored else "",
+                )
+            return pb.OpenAttemptResponse(
+                attempt=pb.Attempt(number=state.attempt, token=bytes.fromhex(state.token)),
+                begin=state.begin,
+                delay=state.delay,
+                horizon=state.horizon,
+                unit=state.spec.unit,
+                groups=state.spec.group_names,
+                has_weight_decay=state.spec.has_weight_decay,
+                feedback=state.spec.has_feedback,
+                joined=not repeated,
+                restored=restored,
+                holder=bytes.fromhex(state.holder) if repeated else b"",
+                log=bytes.fromhex(state.log)[:LOG_NAME_BYTES],
             )
-        repeated = state.answers.get(request.request_id) == ("opened", state.attempt)
-        if opened:
-            logger.info(
-                "run %s: attempt %d opened at progress %d%s%s",
-                state.name,
-                state.attempt,
-                state.begin,
-                " in leader mode" if state.holder else "",
-                " (restored from a saved state)" if restored else "",
-            )
+
+        attempt = await self._ledger.respond(run, evaluate, answer)
         _seen(run)
-        return pb.OpenAttemptResponse(
-            attempt=pb.Attempt(number=state.attempt, token=bytes.fromhex(state.token)),
-            begin=state.begin,
-            delay=state.delay,
-            horizon=state.horizon,
-            unit=state.spec.unit,
-            groups=state.spec.group_names,
-            has_weight_decay=state.spec.has_weight_decay,
-            feedback=state.spec.has_feedback,
-            joined=not repeated,
-            restored=restored,
-            holder=bytes.fromhex(state.holder) if repeated else b"",
-            log=bytes.fromhex(state.log)[:LOG_NAME_BYTES],
-        )
+        return attempt
 
     async def get_values(self, request: pb.GetValuesRequest) -> bytes:
         """See the proto file."""
@@ -262,24 +268,29 @@ class TrainerService:
             )
             return events, (state.seq, state.observers.nonfinite, outcomes)
 
-        seq, nonfinite, outcomes = await self._ledger.transact(run, evaluate)
-        state = run.state
-        if state.observers.nonfinite > nonfinite:
-            logger.warning(
-                "run %s: %d losses up to progress %d are not finite, %d in all",
-                state.name,
-                state.observers.nonfinite - nonfinite,
-                state.frontier - 1,
-                state.observers.nonfinite,
+        def answer(
+            state: core.RunState, done: tuple[int, int, list[core.Outcome]]
+        ) -> pb.ReportLossesResponse:
+            seq, nonfinite, outcomes = done
+            if state.observers.nonfinite > nonfinite:
+                logger.warning(
+                    "run %s: %d losses up to progress %d are not finite, %d in all",
+                    state.name,
+                    state.observers.nonfinite - nonfinite,
+                    state.frontier - 1,
+                    state.observers.nonfinite,
+                )
+            for adjustment in state.decided_since(seq):
+                log_adjustment(state.name, adjustment)
+            return pb.ReportLossesResponse(
+                outcomes=[_OUTCOMES[outcome] for outcome in outcomes],
+                frontier=state.frontier,
+                horizon=state.horizon,
             )
-        for adjustment in state.decided_since(seq):
-            log_adjustment(state.name, adjustment)
+
+        reported = await self._ledger.respond(run, evaluate, answer)
         _seen(run)
-        return pb.ReportLossesResponse(
-            outcomes=[_OUTCOMES[outcome] for outcome in outcomes],
-            frontier=state.frontier,
-            horizon=state.horizon,
-        )
+        return reported
 
     async def save_state(self, request: pb.SaveStateRequest) -> pb.SaveStateResponse:
         """See the proto file."""
@@ -367,14 +378,17 @@ class TrainerService:
             events = core.offer_values(state, wanted, holder=asker.holder)
             return events, bool(events) and not state.permits
 
-        if await self._ledger.transact(run, permit):
-            logger.info(
-                "run %s: attempt %d may go on alone below progress %d, and is offered more as it "
-                "gets there",
-                request.run,
-                run.state.attempt,
-                run.state.permitted,
-            )
+        def say(state: core.RunState, is_first: bool) -> None:
+            if is_first:
+                logger.info(
+                    "run %s: attempt %d may go on alone below progress %d, and is offered more as "
+                    "it gets there",
+                    state.name,
+                    state.attempt,
+                    state.permitted,
+                )
+
+        await self._ledger.respond(run, permit, say)
 
         def offered(state: core.RunState) -> core.Offer:
             asker.check(state)
@@ -409,25 +423,29 @@ class TrainerService:
             declared = next((item for item in events if isinstance(item, core.Declared)), None)
             return events, (declared, state.seq, state.late_losses) if declared else None
 
-        declared = await self._ledger.transact(run, evaluate)
-        state = run.state
-        if declared is not None:
-            event, seq, late = declared
-            logger.warning(
-                "run %s: the job went on alone from progress %d to %d, %d steps: these values are "
-                "facts; losses that would have acted there are final as absent, %d of them had "
-                "come, and what operators changed meanwhile takes effect from %d on",
-                state.name,
-                event.blocks[0].begin,
-                event.blocks[-1].last,
-                sum(block.steps for block in event.blocks),
-                state.late_losses - late,
-                event.blocks[-1].last + 1,
-            )
-            for adjustment in state.decided_since(seq):
-                log_adjustment(state.name, adjustment)
+        def answer(
+            state: core.RunState, done: tuple[core.Declared, int, int] | None
+        ) -> pb.DeclareValuesResponse:
+            if done is not None:
+                event, seq, late = done
+                logger.warning(
+                    "run %s: the job went on alone from progress %d to %d, %d steps: these values "
+                    "are facts; losses that would have acted there are final as absent, %d of "
+                    "them had come, and what operators changed meanwhile takes effect from %d on",
+                    state.name,
+                    event.blocks[0].begin,
+                    event.blocks[-1].last,
+                    sum(block.steps for block in event.blocks),
+                    state.late_losses - late,
+                    event.blocks[-1].last + 1,
+                )
+                for adjustment in state.decided_since(seq):
+                    log_adjustment(state.name, adjustment)
+            return pb.DeclareValuesResponse(horizon=state.horizon, frontier=state.frontier)
+
+        declared = await self._ledger.respond(run, evaluate, answer)
         _seen(run)
-        return pb.DeclareValuesResponse(horizon=state.horizon, frontier=state.frontier)
+        return declared
 
     async def _compare(self, run: LiveRun, attempt: pb.Attempt, held: core.Held) -> None:
         """Let the log say what it has forgotten, where a client holds what it has not.
@@ -509,17 +527,19 @@ class TrainerService:
             events = core.waive(state, wanted.begin)
             return events, state.frontier if events else None
 
-        frontier = await self._ledger.transact(run, evaluate)
-        if frontier is not None:
-            logger.warning(
-                "run %s: ranks waited %g s for the values at progress %d while no loss came: the "
-                "missing losses from %d up to %d are final as absent (waiver)",
-                run.state.name,
-                run.state.spec.feedback.timeout_s,
-                wanted.begin,
-                frontier,
-                run.state.frontier - 1,
-            )
+        def say(state: core.RunState, frontier: int | None) -> None:
+            if frontier is not None:
+                logger.warning(
+                    "run %s: ranks waited %g s for the values at progress %d while no loss came: "
+                    "the missing losses from %d up to %d are final as absent (waiver)",
+                    state.name,
+                    state.spec.feedback.timeout_s,
+                    wanted.begin,
+                    frontier,
+                    state.frontier - 1,
+                )
+
+        await self._ledger.respond(run, evaluate, say)
 
 
 @dataclass(frozen=True, slots=True)
