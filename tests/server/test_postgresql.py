@@ -709,6 +709,7 @@ class TestCompact:
             return _segments.pack(rows)
 
         monkeypatch.setattr(_sql_store, "pack", pack)
+        assert one.compact("a", 3) == 0
         assert one.compact("a", 3) == 2
         assert one.read("a") == [row(seq, "again-") for seq in (1, 2, 3)]
 

@@ -38,6 +38,7 @@ from lrpilot.server._store import (
     StoreLocked,
     StoreUnavailable,
 )
+from tests.packing import compact_all
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -308,7 +309,7 @@ def packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SqlStore
     monkeypatch.setattr(_packing, "SEGMENT_ROWS", 5)
     store = opened(tmp_path)
     put(store, "a", *range(1, 13), create=True)
-    assert store.compact("a", 12) == 10
+    assert compact_all(store, "a", 12) == 10
     yield store
     store.close()
 
@@ -373,7 +374,7 @@ class TestSegments:
         packed.delete("a")
         again = tuple(row(seq, "again-") for seq in range(1, 13))
         packed.append([Append("a", again, create=True)])
-        packed.compact("a", 12)
+        compact_all(packed, "a", 12)
         assert packed.read("a") == list(again)
         assert len(unpacked) == 4
 
@@ -394,6 +395,7 @@ class TestSegments:
             return _segments.pack(rows)
 
         monkeypatch.setattr(_sql_store, "pack", pack)
+        assert store.compact("a", 3) == 0
         assert store.compact("a", 3) == 2
         assert store.read("a") == [LogRow(1, b"other", "digest-1", 1), row(2), row(3)]
         store.close()
@@ -412,7 +414,7 @@ class TestSegments:
                 digest = core.chain(digest, payload)
                 rows.append(LogRow(seq, payload, digest, 10**18 + seq * 10**9))
             assert store.append([Append("a", tuple(rows), create=not sizes)]) == [None]
-            store.compact("a", begin)
+            compact_all(store, "a", begin)
             with store._engine.connect() as connection:
                 pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
                 sizes.append(pages * connection.exec_driver_sql("PRAGMA page_size").scalar_one())

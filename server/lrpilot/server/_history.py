@@ -135,7 +135,9 @@ class History:
         """
         try:
             is_kept = self._store.save_snapshot(name, snapshot)
-            rows = self._store.compact(name, snapshot.seq) if is_kept else 0
+            while is_kept and (rows := self._store.compact(name, snapshot.seq)):
+                if self._observer is not None:
+                    self._observer.rows_compacted(rows)
         except StoreError as error:
             if self._observer is not None:
                 self._observer.snapshot_failed()
@@ -150,8 +152,6 @@ class History:
             self._has_failed = True
             return False
         self._has_failed = False
-        if rows and self._observer is not None:
-            self._observer.rows_compacted(rows)
         return is_kept
 
 

@@ -298,25 +298,23 @@ class SqlStore:
         return None if found is None else Snapshot(*found)
 
     def compact(self, run: str, through_seq: int) -> int:
-        """Pack old rows of a run's log so that they take less space; return how many."""
+        """Pack the next segment of a run's log, if it is due; return how many rows it holds."""
         through_seq = min(through_seq, MAX_SEQ)
-        count = 0
-        while rows := self._transact(
+        rows = self._transact(
             self._reader,
             lambda one: [] if self._is_old(one) else next_segment(one, run, through_seq),
-        ):
-            block = pack(rows)
+        )
+        if not rows:
+            return 0
+        block = pack(rows)
 
-            def work(
-                connection: sa.Connection, rows: list[LogRow] = rows, block: bytes = block
-            ) -> int:
-                run_id = _hold(connection, run)
-                if run_id is None or self._is_old(connection):
-                    return 0
-                return replace(connection, run_id, rows, block)
+        def work(connection: sa.Connection) -> int:
+            run_id = _hold(connection, run)
+            if run_id is None or self._is_old(connection):
+                return 0
+            return replace(connection, run_id, rows, block)
 
-            count += self._transact(self._writer, work)
-        return count
+        return self._transact(self._writer, work)
 
     def _is_old(self, connection: sa.Connection) -> bool:
         """Return whether a server is connected that cannot read packed rows."""

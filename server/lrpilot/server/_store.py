@@ -285,13 +285,15 @@ class Store(Protocol):
         ...
 
     def compact(self, run: str, through_seq: int) -> int:
-        """Pack old rows of a run's log so that they take less space; return how many.
+        """Pack the oldest plain rows of a run's log into one segment, so that they take less
+        space; return how many.
 
         Only rows with `seq <= through_seq` are packed, never the last row of a log, and only
-        whole segments: fewer rows than one has are left as they are, so that 0 says that there is
-        nothing to do, or no such run. No method but `size` shows a difference. Any number of
-        callers may do so at once, and others may write meanwhile: they wait for the packing of a
-        segment to be written down, and not for the packing.
+        a whole segment: fewer rows than one has are left as they are. 0 says that there is
+        nothing to do, or no such run, or that somebody else packed or deleted these rows
+        meanwhile. A long log takes many calls; between any two of them a caller may stop. No
+        method but `size` shows a difference. Any number of callers may do so at once, and others
+        may write meanwhile: they wait for the segment to be written down, and not for the packing.
 
         Does nothing (0) while a server of a release that cannot read packed rows is connected.
         """
