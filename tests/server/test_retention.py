@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import pytest
 from lrpilot.server import _retention
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._retention import Clock, Retention
-from lrpilot.server._store import StoreUnavailable
+from lrpilot.server._store import LogRow, StoreUnavailable
 
 if TYPE_CHECKING:
     from tests.server.conftest import Job, Replica
@@ -231,6 +232,35 @@ async def test_a_run_that_cannot_be_read_is_kept_and_holds_no_other_up(
     clock.pass_s(KEEP_S + DAY_S)
     await look_for_an_hour(kept, clock)
     assert server.store.runs() == ["broken"]
+
+
+async def test_a_last_event_that_cannot_be_read_holds_no_other_run_up(
+    server: Replica,
+    clock: FakeClock,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One of a kind that a newer release wrote, and one that is damaged."""
+    for name, payload in (("newer", b'{"kind":"unheard of"}'), ("broken", b"\x00")):
+        await finished(server, name)
+        log = server.store._logs[name]
+        log[-1] = dataclasses.replace(log[-1], payload=payload)
+    await finished(server, "small")
+    kept = retention(server, clock)
+    clock.pass_s(KEEP_S + DAY_S)
+    await look_for_an_hour(kept, clock)
+    assert server.store.runs() == ["broken", "newer"]
+    assert sorted(one.getMessage() for one in caplog.records if one.exc_info) == [
+        "run broken is kept: its last event cannot be read",
+        "run newer is kept: its last event cannot be read",
+    ]
+
+    def away(*_: object) -> list[LogRow]:
+        raise StoreUnavailable("away")
+
+    monkeypatch.setattr(server.store, "read", away)
+    with pytest.raises(StoreUnavailable, match="away"):
+        await kept.look()
 
 
 async def test_an_outage_of_the_store_is_no_end(

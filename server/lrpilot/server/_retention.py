@@ -66,6 +66,8 @@ class Retention:
         self._observer = observer
         self._clock = clock or Clock()
         self._started = self._clock.wall_ns(), self._clock.monotonic_s()
+        self._unreadable: set[str] = set()
+        """Runs whose last event could not be read at the last look."""
         self._due: dict[tuple[str, str], float] = {}
         """Run and digest of its log to when it was first found due, of those found at each look
         since."""
@@ -105,13 +107,26 @@ class Retention:
         before_ns = min(self._clock.wall_ns(), wall_ns + passed_ns) - self._keep_ns
         kept = set(self._store.recent(before_ns))
         due = []
+        unreadable = set()
         after = ""
         while names := self._store.runs(after, _PAGE):
             after = names[-1]
             for name in names:
-                row = self._end_of(name) if name not in kept else None
+                if name in kept:
+                    continue
+                try:
+                    row = self._end_of(name)
+                except StoreUnavailable:
+                    raise
+                except Exception:
+                    # An event of a newer release, or a damaged one: the other runs go all the same.
+                    if name not in self._unreadable:
+                        logger.exception("run %s is kept: its last event cannot be read", name)
+                    unreadable.add(name)
+                    continue
                 if row is not None and row.recorded_at_ns < before_ns:
                     due.append((name, row))
+        self._unreadable = unreadable
         return due
 
     def _end_of(self, name: str) -> LogRow | None:
