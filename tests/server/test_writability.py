@@ -6,6 +6,8 @@ What the kernel does on a real disk stands in test_disks.py; here the store is t
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import shutil
 import sqlite3
 import urllib.error
@@ -158,6 +160,35 @@ class TestReadiness:
             "not ready: first",
             "not ready: second",
         ]
+
+    async def test_what_nobody_foresaw_is_a_failure_like_any_other(
+        self,
+        fragile: Replica,
+        store: Fragile,
+        until: Until,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        def check() -> None:
+            raise RuntimeError("odd")
+
+        monkeypatch.setattr(store, "check", check)
+        monkeypatch.setattr(store, "probe", check)
+        await until(lambda: not fragile.server.is_ready)
+        assert fragile.server.not_ready == "the store: RuntimeError: odd"
+        failures = shown(fragile, "lrpilot_store_failures_total", reason="other")
+        assert failures is not None
+        await until(
+            lambda: (
+                (shown(fragile, "lrpilot_store_failures_total", reason="other") or 0) > failures + 2
+            )
+        )
+        (said,) = [one for one in caplog.records if one.message.startswith("not ready")]
+        assert said.exc_info is not None
+        assert isinstance(said.exc_info[1], RuntimeError)
+        monkeypatch.undo()
+        await until(lambda: fragile.server.is_ready)
+        assert shown(fragile, "lrpilot_store_writable") == 1
 
     async def test_conflicts_alone_show_nothing(self, fragile: Replica, store: Fragile) -> None:
         await fragile.attach()
@@ -327,8 +358,65 @@ class TestWriteAheadLog:
             opened.check()
         assert opened.head("a") == (2, "d")
 
+    def test_who_reads_for_long_holds_up_appends_for_a_moment_only(
+        self, opened: SqlStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_sql_store, "WAL_BYTES", 0)
+        assert opened.folder is not None
+        wal = opened.folder / "lrpilot.db-wal"
+        begun: list[int] = []
+        fails = False
 
-def fail(_: SqlStore) -> tuple[int, int, int]:
+        @sa.event.listens_for(opened._engine, "before_cursor_execute")
+        def look(connection: Any, cursor: Any, statement: str, *_: object) -> None:
+            if "wal_checkpoint" in statement:
+                begun.append(patience_ms(connection.connection))
+                if fails:
+                    raise sa.exc.OperationalError(
+                        statement, {}, sqlite3.OperationalError("disk I/O error")
+                    )
+
+        opened.append([Append("a", (LogRow(1, b"x", "d", 0),), create=True)])
+        with opened._engine.connect() as reader:
+            reader.exec_driver_sql("SELECT count(*) FROM runs").scalar_one()
+            opened.append([Append("a", (LogRow(2, b"x", "d", 0),))])
+            opened.check()
+            assert wal.stat().st_size > 0
+            fails = True
+            opened.check()
+        fails = False
+        opened.check()
+        assert wal.stat().st_size == 0
+        # The lock that appends need is held as long.
+        assert begun == [100, 100, 100]
+        with opened._engine.connect() as one, opened._engine.connect() as other:
+            assert [patience_ms(item.connection) for item in (one, other)] == [10_000, 10_000]
+
+    def test_a_disk_that_does_not_say_how_long_it_is(
+        self, opened: SqlStore, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        opened.append([Append("a", (LogRow(1, b"x", "d", 0),), create=True)])
+
+        def stat(path: Path, **_: object) -> os.stat_result:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), os.fspath(path))
+
+        monkeypatch.setattr(Path, "stat", stat)
+        # What is read and written says whether the store is well.
+        opened.check()
+        with pytest.raises(StoreUnavailable, match=r"I/O error: .*lrpilot\.db-wal") as caught:
+            opened.size()
+        assert caught.value.reason == "io_error"
+        monkeypatch.undo()
+        assert opened.size() > 0
+
+
+def patience_ms(connection: Any) -> int:
+    (found,) = connection.execute("PRAGMA busy_timeout").fetchone()
+    assert isinstance(found, int)
+    return found
+
+
+def fail(_: SqlStore, _timeout_s: float) -> bool:
     raise StoreUnavailable("disk full", "disk_full")
 
 

@@ -191,7 +191,8 @@ class Server:
             elif failure is not None:
                 self.ledger.suspend()
                 if said != failure.reason:
-                    logger.error("not ready: %s", failure)
+                    trace = failure.__cause__ if failure.reason == "other" else None
+                    logger.error("not ready: %s", failure, exc_info=trace)
             said = None if failure is None else failure.reason
             self._metrics.store_writable(failure is None)
             await self._say_ready(None if failure is None else str(failure))
@@ -209,9 +210,15 @@ class Server:
                 await asyncio.sleep(CHECK_S)
                 await self._committer.probe()
         except StoreUnavailable as error:
-            self._metrics.store_failed(error.reason)
-            return error
-        return None
+            failure = error
+        except Exception as error:
+            # Nobody foresaw it; but readiness must not stay as it was for ever.
+            failure = StoreUnavailable(f"the store: {type(error).__name__}: {error}", "other")
+            failure.__cause__ = error
+        else:
+            return None
+        self._metrics.store_failed(failure.reason)
+        return failure
 
     async def _say_ready(self, not_ready: str | None) -> None:
         self.not_ready = not_ready

@@ -36,12 +36,16 @@ from lrpilot.server._schema import events, runs, snapshots
 from lrpilot.server._segments import pack
 from lrpilot.server._sqlite import (
     BEGIN,
+    BUSY_TIMEOUT_S,
     DATABASE_NAME,
+    SHORTEN_TIMEOUT_S,
     WAL_BYTES,
     FolderLock,
     database_bytes,
+    set_busy_timeout,
     sqlite_engine,
     sqlite_reason,
+    wal_bytes,
 )
 from lrpilot.server._store import (
     MAX_SEQ,
@@ -364,27 +368,38 @@ class SqlStore:
         more, into the database, before anyone is told of them. For the same reason a pool is not
         made anew after such a failure: connections that stay know where the log truly ends.
         """
-        busy, _, _ = self._checkpoint()
-        if busy:
+        if not self._checkpoint(BUSY_TIMEOUT_S):
             raise StoreUnavailable(
                 f"{self._name}: another program reads it; let it end, and start again", "locked"
             )
 
     def _shorten(self) -> None:
         """Keep SQLite's write-ahead log from growing without bound."""
-        if self._path is None or not (wal := Path(f"{self._path}-wal")).exists():
+        if self._path is None:
             return
-        if wal.stat().st_size > WAL_BYTES:
-            # On a disk that is full it fails, which an append says loud enough.
-            with suppress(StoreUnavailable):
-                self._checkpoint()
+        # On a disk that is full or broken it fails, which an append says loud enough.
+        with suppress(StoreUnavailable):
+            if wal_bytes(self._path) > WAL_BYTES:
+                # Appends wait as long as this one waits for who reads.
+                self._checkpoint(SHORTEN_TIMEOUT_S)
 
-    def _checkpoint(self) -> tuple[int, int, int]:
-        outside = self._engine.execution_options(**{BEGIN: None})
-        busy, pages, moved = self._transact(
-            outside, lambda one: one.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
-        )
-        return busy, pages, moved
+    def _checkpoint(self, timeout_s: float) -> bool:
+        """Move SQLite's write-ahead log to the database, all of it; return whether that was done.
+
+        It is not where others read for longer than `timeout_s`; nobody can write meanwhile.
+        """
+
+        def work(connection: sa.Connection) -> bool:
+            set_busy_timeout(connection, timeout_s)
+            try:
+                done = connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)").one()
+            finally:
+                # The connection goes back to the pool.
+                set_busy_timeout(connection, BUSY_TIMEOUT_S)
+            busy, _, _ = done
+            return not busy
+
+        return self._transact(self._engine.execution_options(**{BEGIN: None}), work)
 
     def follow(self, heard: Heard) -> bool:
         """Begin to call `heard` with what is written to the store; return whether others write."""

@@ -25,6 +25,9 @@ WAL_BYTES = 64 << 20
 SQLite does so by itself at 4 MiB, but not while somebody reads, and there is always somebody where
 many do."""
 
+SHORTEN_TIMEOUT_S = 0.1
+"""How long to move it so, tried once a second, waits for who reads: appends wait meanwhile."""
+
 _LEAST_BYTES = 1 << 16
 """A disk with less room than this is full: no write can count on it."""
 
@@ -129,9 +132,29 @@ def sqlite_engine(path: Path) -> sa.Engine:
     return engine
 
 
+def set_busy_timeout(connection: sa.Connection, timeout_s: float) -> None:
+    """Let a connection wait at most so long for others."""
+    connection.exec_driver_sql(f"PRAGMA busy_timeout = {round(timeout_s * 1000)}")
+
+
+def wal_bytes(database: Path) -> int:
+    """Return the length of a database's write-ahead log; 0: there is none.
+
+    Raises StoreUnavailable where the disk does not say.
+    """
+    try:
+        return Path(f"{database}-wal").stat().st_size
+    except FileNotFoundError:
+        return 0
+    except OSError as error:
+        raise StoreUnavailable(f"I/O error: {error}", "io_error") from error
+
+
 def database_bytes(connection: sa.Connection) -> int:
-    """Return the bytes of the database's file and of its write-ahead log."""
+    """Return the bytes of the database's file and of its write-ahead log.
+
+    Raises StoreUnavailable where the disk does not say.
+    """
     pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
     page_bytes = connection.exec_driver_sql("PRAGMA page_size").scalar_one()
-    log = Path(f"{connection.engine.url.database}-wal")
-    return int(pages * page_bytes) + (log.stat().st_size if log.exists() else 0)
+    return int(pages * page_bytes) + wal_bytes(Path(f"{connection.engine.url.database}"))
