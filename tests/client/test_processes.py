@@ -21,6 +21,9 @@ HEAD = """
 import os, signal, sys, threading, time
 import lrpilot.client as lrpilot
 
+# What a shell starts in the background ignores it, and so does what that starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 class Optimizer:
     def __init__(self):
         self.param_groups = [{{"lr": 1.0, "weight_decay": 0.1}}]
