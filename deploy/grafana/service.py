@@ -212,13 +212,25 @@ def _store(board: dashboard.Dashboard) -> None:
     )
     board.with_panel(
         graph(
+            "Snapshots that failed",
+            "Within the hour before, by server. Any is worth a look: "
+            "docs/alerts.md#lrpilotsnapshotsfail.",
+            {
+                "{{instance}}": f"sum by (instance) "
+                f"(increase(lrpilot_snapshot_failures_total{{{HERE}}}[1h]))"
+            },
+            width=8,
+        )
+    )
+    board.with_panel(
+        graph(
             "Runs, live and left out",
             "A scrape shows at most 1,000.",
             {
                 "live": f"sum(lrpilot_live_runs{{{HERE}}})",
                 "left out, per second": f"sum(rate(lrpilot_left_out_runs_total{{{HERE}}}{RATE}))",
             },
-            width=8,
+            width=24,
         )
     )
 
