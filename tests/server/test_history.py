@@ -326,6 +326,31 @@ async def test_old_reports_are_repeats_conflicts_and_late_ones_as_ever(store: St
         assert (run.state.late_losses, run.late) == (1, {(seq + 1, 21)})
 
 
+async def test_of_late_losses_the_newest_are_known_as_such(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_history, "KEPT_LATE", 10)
+    async with served(store) as server:
+        await server.create()
+        await server.open()
+        await server.train(0, 1)
+        late = []
+        for _ in range(30):
+            frontier = (await server.run()).state.frontier
+            await server.write(lambda state: core.waive(state, state.horizon + 4))
+            run = await server.run()
+            for at in range(frontier, run.state.frontier):
+                await server.report(at, 7.0)
+                late.append((run.state.seq, at))
+        assert len(late) > 2 * SNAPSHOT_EVERY
+        await server.train(run.state.frontier, run.state.frontier + SNAPSHOT_EVERY)
+        assert len(run.late) <= 10
+        assert run.late == set(late[-10:])
+        assert run.state.late_losses == len(late)
+    async with served(store) as server:
+        assert (await server.run()).late == set(late[-10:])
+
+
 @pytest.mark.parametrize(
     "damage",
     [

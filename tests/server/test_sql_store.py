@@ -400,6 +400,20 @@ class TestSegments:
         assert store.read("a") == [LogRow(1, b"other", "digest-1", 1), row(2), row(3)]
         store.close()
 
+    @pytest.mark.parametrize("missing", [3, 6])
+    def test_what_is_left_of_a_log_with_a_gap_is_not_packed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: int
+    ) -> None:
+        """Also where the row is missing that follows those that would be packed."""
+        monkeypatch.setattr(_packing, "SEGMENT_ROWS", 5)
+        store = opened(tmp_path)
+        put(store, "a", *range(1, 13), create=True)
+        self.change(store, f"DELETE FROM events WHERE seq = {missing}")
+        before = store.read("a")
+        assert compact_all(store, "a", 12) == 0
+        assert store.read("a") == before == [row(seq) for seq in range(1, 13) if seq != missing]
+        store.close()
+
     def test_a_long_run_takes_little_of_the_disk(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

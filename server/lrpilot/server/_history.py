@@ -28,6 +28,9 @@ KEPT_STEPS = 4096
 KEPT_DELAYS = 4
 """Delays D that a trimmed state holds beyond that."""
 
+KEPT_LATE = 4096
+"""Losses that came late, the newest, of which a run that was trimmed knows that they did."""
+
 ROWS_PER_READ = 10_000
 """Rows of a log that are in memory at a time while it is folded."""
 
@@ -117,6 +120,9 @@ class History:
         behind = max(self._kept_delays * run.state.delay, lag)
         wanted = run.state.begin_of_last(self._kept_steps) - behind
         run.state.trim(wanted if floor is None else min(wanted, floor))
+        # Of those trimmed from the state too: people look for them. But their number has no bound.
+        if len(run.late) > KEPT_LATE:
+            run.late = set(sorted(run.late)[-KEPT_LATE:])
 
     def is_due(self, run: LiveRun) -> bool:
         """Return whether a run is to be trimmed and a snapshot to be written of it."""

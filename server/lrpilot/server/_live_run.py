@@ -42,7 +42,8 @@ class LiveRun:
         self.saved: tuple[tuple[str, int], SaveStateResponse] | None = None
         """The answer with the state saved last, by digest of the log and progress."""
         self.late: set[tuple[int, int]] = set()
-        """(seq, progress) of each loss that came after its step was final."""
+        """(seq, progress) of each loss that came after its step was final; of a trimmed run, of
+        the newest ones."""
         self.reported_ns: int | None = None
         """When the last report was recorded, Unix nanoseconds; None: there is none."""
         self.gradient_norm: float | None = None

@@ -177,7 +177,11 @@ def packed(
 
 
 def next_segment(connection: sa.Connection, run: str, through_seq: int) -> list[LogRow]:
-    """Return the plain rows that make the next segment of a log; empty: they are too few."""
+    """Return the plain rows that make the next segment of a log; empty: they are too few.
+
+    Empty also where one of them is missing: a segment says of its rows where they begin and how
+    many they are. What is left of a damaged log stays as it is.
+    """
     last = sa.select(sa.func.max(events.c.seq)).join(runs).where(runs.c.name == run)
     sizes = (
         sa.select(events.c.run_id, events.c.seq, sa.func.length(events.c.payload))
@@ -194,6 +198,8 @@ def next_segment(connection: sa.Connection, run: str, through_seq: int) -> list[
     total = 0
     for count, (run_id, seq, size) in enumerate(found, 1):
         total += size
+        if seq != found[0].seq + count - 1:
+            return []
         if total >= SEGMENT_BYTES or count == SEGMENT_ROWS:
             return _plain(connection, run_id, found[0].seq, seq)
     return []
