@@ -119,6 +119,27 @@ def test_a_log_that_has_forgotten_is_shown_first(run: Cli, server: Any, specs: A
     assert " forgotten " in run("list").stdout
 
 
+def test_an_imported_run_is_shown_as_such_until_an_attempt_opens(
+    run: Cli, server: Any, specs: Any
+) -> None:
+    message = run_message(specs.plain, imported_from="lrpilot 0.3.0 on there")
+    server.answers["GetRun"] = lambda _: runs_pb2.GetRunResponse(run=message)
+    server.answers["ListRuns"] = lambda _: runs_pb2.ListRunsResponse(runs=[message])
+    for command in (("show", "small"), ("list",)):
+        assert " imported " in run(*command).stdout
+    message.state = runs_pb2.RUN_STATE_FINISHED
+    assert " finished " in run("list").stdout
+
+
+def test_a_state_that_only_a_newer_server_knows_is_shown_by_its_number(
+    run: Cli, server: Any, specs: Any
+) -> None:
+    message = run_message(specs.plain)
+    message.state = 77
+    server.answers["ListRuns"] = lambda _: runs_pb2.ListRunsResponse(runs=[message])
+    assert " 77 " in run("list").stdout
+
+
 def test_json_of_a_run(run: Cli, server: Any, specs: Any) -> None:
     message = run_message(specs.grouped, loss=math.nan, smoothed_loss=math.inf)
     message.values[0].learning_rate = 5.9999999999999995e-05

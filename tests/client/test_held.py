@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ def test_nothing_is_said_before_anything_came() -> None:
 
 def test_the_digest_is_over_the_numbers_as_they_travel() -> None:
     held = Held(3)
-    held.log, held.offer = b"log", 9
+    held.log, held.offer, held.reported = b"log", 9, 7
     held.add(block(8, 2, groups=2), 2)
     numbers = [8.0, 8.125, 8.25, 8.375]
     assert held.message(5) == pb.Held(
@@ -53,6 +54,7 @@ def test_the_digest_is_over_the_numbers_as_they_travel() -> None:
         steps=2,
         digest=digest(*numbers, *(-x for x in numbers)),
         frontier=5,
+        reported=7,
         offer=9,
         log=b"log",
     )
@@ -108,6 +110,10 @@ def test_every_request_hands_back_what_came_before_it(
         assert steps[-1] < request.begin
     assert calls["ReportLosses"][-1].held.frontier >= calls["ReportLosses"][-1].reports[0].progress
     assert calls["SaveState"][0].held.frontier == 20
+    assert calls["ReportLosses"][0].held.reported == 0
+    for before, request in pairwise(calls["ReportLosses"]):
+        assert request.held.reported == before.reports[-1].moves_to
+    assert calls["SaveState"][0].held.reported == 20
 
 
 @pytest.mark.parametrize("method", ["GetValues", "ReportLosses"])

@@ -128,28 +128,162 @@ def test_who_is_superseded_accuses_nobody() -> None:
 def test_whatever_belongs_to_the_attempt_is_refused_until_the_next_one() -> None:
     log = make_log(feedback={"delay": DELAY})
     log.take(0)
-    log.write([core.Forgot(2, 7, "values", 9)])
-    for attempt in (1, 2):
-        with pytest.raises(
-            core.LogForgotten, match="rank 7 holds values up to progress 9"
-        ) as error:
-            core.check_attempt(log.state, attempt, f"{attempt:032x}")
-        assert error.value.facts == {
-            "run": "run",
-            "attempt": 2,
-            "log_attempt": 1,
-            "seq": 3,
-            "frontier": 0,
-            "recorded": 3,
-            "rank": 7,
-            "holds": "values",
-            "progress": 9,
-        }
+    log.write([core.Forgot(1, 7, "values", 9)])
+    with pytest.raises(core.LogForgotten, match="rank 7 holds values up to progress 9") as error:
+        core.check_attempt(log.state, 1, f"{1:032x}")
+    assert error.value.facts == {
+        "run": "run",
+        "attempt": 1,
+        "log_attempt": 1,
+        "seq": 3,
+        "frontier": 0,
+        "recorded": 3,
+        "rank": 7,
+        "holds": "values",
+        "progress": 9,
+    }
+    # Also where a rank comes meanwhile whose attempt the log does not know.
+    log.write([core.Forgot(2, 5, "attempt", 0)])
+    with pytest.raises(core.LogForgotten, match="rank 7 holds values up to progress 9"):
+        core.check_attempt(log.state, 1, f"{1:032x}")
+    assert log.state.alarm == log.state.forgot
     assert core.restore_snapshot(log.state.snapshot()).snapshot() == log.state.snapshot()
     log.open(0)
-    # The number of the attempt that was forgotten is not given out again.
-    assert (log.state.attempt, log.state.forgot) == (3, None)
-    core.check_attempt(log.state, 3, f"{2:032x}")
+    assert (log.state.attempt, log.state.forgot, log.state.alarm) == (3, None, None)
+    core.check_attempt(log.state, 3, log.state.token)
+
+
+def test_an_attempt_that_the_log_forgot_leaves_its_own_alone() -> None:
+    """A job that started after the log was put back goes on, whatever ranks of old jobs come."""
+    log = make_log(feedback={"delay": DELAY})
+    log.take(0)
+    log.report(0, [1.0])
+    copy = list(log.rows)
+    for _ in range(2):
+        log.open(0)
+    lost = log.state.attempt, log.state.token
+    older = copy_of(copy)
+    older.open(0, request_id="job", token="c" * 32)
+    older.take(0)
+    holds = held(older, rank=5)
+    forgot = core.missing(older.state, *lost, holds)
+    assert forgot == core.Forgot(3, 5, "attempt", 3)
+    older.write([forgot])
+    # Once, and to whom it concerns.
+    assert core.missing(older.state, *lost, holds) is None
+    with pytest.raises(core.LogForgotten, match="rank 5 holds attempt 3"):
+        core.check_attempt(older.state, *lost)
+    own = older.state.attempt, older.state.token
+    core.check_attempt(older.state, *own)
+    # People hear of it, until it shows that the attempt lives.
+    assert older.state.alarm == older.state.lost_attempt
+    assert older.state.alarm is not None
+    again = core.restore_snapshot(older.state.snapshot())
+    assert (again.alarm, again.snapshot()) == (older.state.alarm, older.state.snapshot())
+    older.report(0, [1.0])
+    assert older.state.alarm is None
+    assert core.restore_snapshot(older.state.snapshot()).alarm is None
+    # What is missing of it is noticed as ever, and its successor has a number of its own.
+    gone = held(older, rank=6, frontier=9)
+    assert core.missing(older.state, *own, gone) == core.Forgot(2, 6, "losses", 9)
+    older.open(0, request_id="next")
+    assert older.state.attempt == 4
+    with pytest.raises(core.AttemptSuperseded, match="superseded by attempt 4"):
+        core.check_attempt(older.state, *lost)
+
+
+def test_until_a_new_attempt_opens_people_hear_of_the_one_that_was_forgotten() -> None:
+    log = make_log()
+    log.take(0)
+    log.write([core.Forgot(2, 7, "attempt", 9)])
+    assert (log.state.forgot, log.state.alarm) == (None, log.state.lost_attempt)
+    # What operators do shows nothing of the ranks.
+    adjust(core.ScaleLearningRate(0.5))(log)
+    assert log.state.alarm is not None
+    log.open(0)
+    assert (log.state.attempt, log.state.alarm) == (3, None)
+
+
+def test_an_imported_log_has_forgotten_no_attempt() -> None:
+    """Where it came from attempts may open still, with the same name of the log."""
+    log = make_log()
+    log.take(0)
+    moved = copy_of(log.rows)
+    request = core.ImportRequest(
+        origin="there", exported_at_ns=1, request_id="import", author="me", reason="a move"
+    )
+    moved.write(core.import_run(core.RunState("run"), log.state, request))
+    assert missing(moved, held(moved), attempt=2) is None
+    moved.open(0, request_id="here", token="b" * 32)
+    moved.take(0)
+    assert missing(moved, held(moved), attempt=3) is None
+    assert core.restore_snapshot(moved.state.snapshot()).is_imported
+    with pytest.raises(core.AttemptSuperseded, match=r"attempt 3 is not known .* imported or"):
+        core.check_attempt(moved.state, 3, f"{3:032x}")
+    # Of its own attempt it may have forgotten something, as any log may.
+    found = core.missing(moved.state, 2, "b" * 32, held(moved, frontier=9))
+    assert found == core.Forgot(2, 7, "losses", 9)
+
+
+def report_as(log: Log, rank: int, *reports: core.Report) -> list[core.Outcome]:
+    events, outcomes = core.report_losses(
+        log.state, reports, rank=rank, incarnation=f"process {rank}"
+    )
+    log.write(events)
+    return outcomes
+
+
+def test_what_one_of_several_reporters_said_is_missing() -> None:
+    """Its losses are not final yet, since another one is behind."""
+    log = Log(policies=[PLATEAU])
+    log.open(reporters=(0, 1), rank=0, incarnation="process 0")
+    for at in range(4):
+        report_as(log, 0, core.Report(at, 1.0, 1.0, at + 1))
+    report_as(log, 1, core.Report(0, 1.0, 1.0, 2))
+    copy = list(log.rows)
+    report_as(log, 0, core.Report(4, 0.5, 1.0, 5))
+    older = copy_of(copy)
+    assert older.state.frontier == log.state.frontier == 2
+    for run, found in ((log, None), (older, core.Forgot(1, 0, "losses", 5))):
+        assert missing(run, core.Held(rank=0, reported=5, frontier=2)) == found
+        assert missing(run, core.Held(rank=0, reported=4, frontier=2)) is None
+        assert missing(run, core.Held(rank=1, reported=2, frontier=2)) is None
+
+
+REPORTS = st.lists(
+    st.tuples(
+        st.sampled_from([0, 1, 2]),
+        st.integers(0, 9),
+        st.integers(1, 3),
+        st.sampled_from([None, 1.0, 2.0]),
+        st.booleans(),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(reports=REPORTS, ranks=st.sampled_from([(0,), (0, 1), (2, 0, 1)]), waits=st.booleans())
+def test_who_reported_accuses_no_log_that_has_it(
+    reports: list[tuple[int, int, int, float | None, bool]], ranks: tuple[int, ...], waits: bool
+) -> None:
+    """Losses that come late, twice or not at all, skipped updates, waivers, a trimmed state."""
+    log = Log(policies=[PLATEAU])
+    log.open(reporters=ranks, rank=ranks[0], incarnation=f"process {ranks[0]}")
+    reached = dict.fromkeys(ranks, 0)
+    for rank, at, steps, loss, skipped in reports:
+        report = core.Report(at, loss, 1.0, at if skipped else at + steps, skipped=skipped)
+        with suppress(core.LrpilotError):
+            report_as(log, rank, report)
+            reached[rank] = max(reached[rank], report.moves_to)
+        if waits:
+            log.write(core.waive(log.state, at + DELAY))
+        trimmed = core.restore_snapshot(log.state.snapshot())
+        trimmed.trim(log.state.frontier)
+        for state in (log.state, trimmed):
+            for reporter, reported in reached.items():
+                what = core.Held(rank=reporter, reported=reported, frontier=state.frontier)
+                assert core.missing(state, 1, f"{1:032x}", what) is None
 
 
 def test_a_rank_cannot_join_what_the_log_has_forgotten() -> None:

@@ -300,8 +300,11 @@ def report_as(world: World, rank: int, *losses: tuple[int, float], replica: int 
             trainer_pb2.LossReport(progress=at, loss=loss, weight=1.0, moves_to=at + 1)
             for at, loss in losses
         ],
+        held=world.held(world.current, rank),
     )
-    return list(world.call(lambda one: one.trainers.report_losses(request), replica).outcomes)
+    answer = world.call(lambda one: one.trainers.report_losses(request), replica)
+    world.reported(world.current, losses[-1][0] + 1, answer.frontier, rank)
+    return list(answer.outcomes)
 
 
 @case(patience=0)
@@ -1226,7 +1229,6 @@ def an_attempt_that_the_log_forgot_is_told_so(world: World) -> None:
     lost = world.open(2)
     world.put_back(copy)
     forgotten(world, lambda: world.ask(2, attempt=lost))
-    forgotten(world, lambda: world.ask(0))
     world.reference.attempt = lost.number
     world.open(2)
     world.ask_through(2, 6)
@@ -1234,6 +1236,44 @@ def an_attempt_that_the_log_forgot_is_told_so(world: World) -> None:
     world.lose_the_store(state)
     got = world.refusal(lambda: world.ask(2, attempt=replace(last, number=99)))
     promise(got == "AttemptSuperseded", f"a rank of a run that was deleted: {got}")
+
+
+@case(hands_back=True)
+def a_rank_of_another_attempt_ends_none(world: World) -> None:
+    """The job that started after the log was put back, or imported, goes on on every server."""
+    world.open(0)
+    stall(world, 0, 3)
+    copy = world.back_up()
+    world.open(2)
+    lost = world.open(2)
+    world.put_back(copy)
+    world.open(1)
+    forgotten(world, lambda: world.ask(2, attempt=lost))
+    stall(world, 1, 3)
+    for replica in (0, 1):
+        world.ask(1, replica=replica)
+        forgotten(world, lambda at=replica: world.ask(2, attempt=lost, replica=at))  # type: ignore[misc]
+    world.reference.attempt = lost.number
+    world.move()
+    world.open(2)
+    elsewhere = replace(lost, number=lost.number + 2)
+    got = world.refusal(lambda: world.ask(2, attempt=elsewhere))
+    promise(got == "AttemptSuperseded", f"a rank from where the log came from: {got}")
+    stall(world, 2, 3)
+    world.ask_through(2, 8)
+
+
+@case(hands_back=True)
+def losses_of_one_reporter_that_the_log_forgot_end_the_attempt(world: World) -> None:
+    """Though they were not final, since another reporter was behind."""
+    world.open(0, reporters=(0, 1))
+    report_as(world, 0, (0, 1.0), (1, 1.0))
+    report_as(world, 1, (0, 1.0))
+    world.reference.report(0, 1.0, 1)
+    copy = world.back_up()
+    report_as(world, 0, (2, 1.0))
+    world.put_back(copy)
+    forgotten(world, lambda: report_as(world, 0, (3, 1.0)))
 
 
 @case(hands_back=True)

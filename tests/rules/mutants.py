@@ -971,7 +971,7 @@ def what_was_acknowledged_is_not_looked_at(patch: pytest.MonkeyPatch) -> None:
     missing = core.missing
 
     def deaf(state: RunState, number: int, token: str, held: core.Held, *more: Any) -> Any:
-        return missing(state, number, token, replace(held, frontier=0), *more)
+        return missing(state, number, token, replace(held, frontier=0, reported=0), *more)
 
     patch.setattr(core, "missing", deaf)
 
@@ -996,6 +996,38 @@ def attempts_of_other_logs_count(patch: pytest.MonkeyPatch) -> None:
         return missing(state, number, token, replace(held, log=state.log), *more)
 
     patch.setattr(core, "missing", blind)
+
+
+@mutant("a_rank_of_another_attempt_ends_none")
+def a_forgotten_attempt_ends_the_one_in_use(patch: pytest.MonkeyPatch) -> None:
+    forget = RunState._forget
+
+    def wholesale(state: RunState, event: core.Forgot) -> None:
+        forget(state, event)
+        state.forgot = state.alarm
+
+    patch.setattr(RunState, "_forget", wholesale)
+
+
+@mutant("a_rank_of_another_attempt_ends_none")
+def an_imported_log_knows_every_attempt(patch: pytest.MonkeyPatch) -> None:
+    imports = RunState._import
+
+    def forgetful(state: RunState, event: core.Imported) -> None:
+        imports(state, event)
+        state.is_imported = False
+
+    patch.setattr(RunState, "_import", forgetful)
+
+
+@mutant("losses_of_one_reporter_that_the_log_forgot_end_the_attempt")
+def only_final_losses_count(patch: pytest.MonkeyPatch) -> None:
+    missing = core.missing
+
+    def deaf(state: RunState, number: int, token: str, held: core.Held, *more: Any) -> Any:
+        return missing(state, number, token, replace(held, reported=0), *more)
+
+    patch.setattr(core, "missing", deaf)
 
 
 @mutant("a_replica_that_lags_accuses_nobody")

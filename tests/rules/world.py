@@ -271,10 +271,10 @@ class World:
         self.attempts: list[Attempt] = []
         self.handed: dict[tuple[int, int], Hex] = {}
         """Every value that ever left, by (attempt, progress)."""
-        self.holds: dict[bytes, Held] = {}
-        """What the ranks of each attempt have to hand back, by its token."""
+        self.holds: dict[tuple[bytes, int], Held] = {}
+        """What the ranks of each attempt have to hand back, by its token and the rank."""
         self.told: dict[bytes, int] = {}
-        """The greatest frontier that they were told, likewise."""
+        """The greatest frontier that they were told, by the token."""
         self.given: Mapping[str, Any] | None = None
         """The last spec that a trainer gave."""
         self.restoring = False
@@ -562,7 +562,7 @@ class World:
         )
         before = self.reference.frontier
         answer = self._until_done(lambda one: one.trainers.report_losses(request), replica, fault)
-        self._hear(attempt, answer.frontier)
+        self.reported(attempt, max(to for *_, to in reports), answer.frontier)
         outcomes = _outcomes(answer)
         expected = [self.reference.report(*item) for item in reports]
         if fault == "lost answer":
@@ -776,14 +776,20 @@ class World:
 
     # What ranks hand back.
 
-    def held(self, attempt: Attempt) -> trainer_pb2.Held:
-        """What the ranks of an attempt have, as they say so."""
+    def held(self, attempt: Attempt, rank: int = REPORTER) -> trainer_pb2.Held:
+        """What a rank of an attempt has, as it says so."""
         if not self.hands_back:
             return trainer_pb2.Held()
-        return self._of(attempt).message(self.told.get(attempt.token, 0))
+        return self._of(attempt, rank).message(self.told.get(attempt.token, 0))
 
-    def _of(self, attempt: Attempt) -> Held:
-        held = self.holds.setdefault(attempt.token, Held(REPORTER))
+    def reported(self, attempt: Attempt, until: int, frontier: int, rank: int = REPORTER) -> None:
+        """Take note of what was acknowledged to a rank."""
+        self._hear(attempt, frontier)
+        held = self._of(attempt, rank)
+        held.reported = max(held.reported, until)
+
+    def _of(self, attempt: Attempt, rank: int = REPORTER) -> Held:
+        held = self.holds.setdefault((attempt.token, rank), Held(rank))
         held.log = attempt.log
         return held
 

@@ -184,7 +184,7 @@ class TestImport:
             assert rows[:-1] == there
             assert core.decode(rows[-1].payload).kind == "imported"
             assert (answer.events, answer.unchanged) == (len(there), False)
-            assert answer.run.state == pb.RUN_STATE_IMPORTED
+            assert answer.run.state == pb.RUN_STATE_RUNNING
             assert answer.run.imported_from.startswith("lrpilot ")
             before = replica
         # People see the same history, and jobs get the same values, first and last.

@@ -22,6 +22,8 @@ class Held:
         """What opening the attempt returned as `log`."""
         self.offer = 0
         """The greatest `offer` of an answer."""
+        self.reported = 0
+        """The greatest `moves_to` of an acknowledged report of this rank."""
         self._rank = rank
         self._lock = threading.Lock()
         self._block: pb.Block | None = None
@@ -62,7 +64,13 @@ class Held:
         with self._lock:
             if self._said is None:
                 self._said = _said(self._block, self._groups)
-            message = pb.Held(rank=self._rank, frontier=frontier, offer=self.offer, log=self.log)
+            message = pb.Held(
+                rank=self._rank,
+                frontier=frontier,
+                reported=self.reported,
+                offer=self.offer,
+                log=self.log,
+            )
             message.MergeFrom(self._said)
             return message
 

@@ -351,6 +351,7 @@ class Reporter:
         if said_s != start_s:
             logger.info("run %s: %s takes reports again", link.run, link.address)
         link.heard(answer.frontier, answer.horizon)
+        link.got.reported = max(link.got.reported, *(report.moves_to for report in reports))
         late = [
             report.progress
             for report, outcome in zip(reports, answer.outcomes, strict=False)

@@ -36,8 +36,6 @@ class _RunStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """Finished; read-only."""
     RUN_STATE_UNREADABLE: _RunState.ValueType  # 4
     """Its log cannot be read; the server's own log says why."""
-    RUN_STATE_IMPORTED: _RunState.ValueType  # 5
-    """Imported; no attempt was opened here since."""
 
 class RunState(_RunState, metaclass=_RunStateEnumTypeWrapper):
     """Where a run stands."""
@@ -52,8 +50,6 @@ RUN_STATE_FINISHED: RunState.ValueType  # 3
 """Finished; read-only."""
 RUN_STATE_UNREADABLE: RunState.ValueType  # 4
 """Its log cannot be read; the server's own log says why."""
-RUN_STATE_IMPORTED: RunState.ValueType  # 5
-"""Imported; no attempt was opened here since."""
 global___RunState = RunState
 
 @typing.final
@@ -307,8 +303,9 @@ class Run(google.protobuf.message.Message):
     from; else empty.
     """
     forgotten: builtins.str
-    """What the log has forgotten of the current attempt, as a sentence with the numbers;
-    empty: nothing that is known. No rank gets anything in that attempt any more.
+    """What the log has forgotten of the current attempt, of which no rank gets anything any
+    more; or of a newer one, since which no rank of the current one went on. A sentence
+    with the numbers; empty: nothing that is known.
     """
     @property
     def values(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GroupValues]:

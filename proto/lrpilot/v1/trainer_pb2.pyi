@@ -322,6 +322,7 @@ class Held(google.protobuf.message.Message):
     FRONTIER_FIELD_NUMBER: builtins.int
     OFFER_FIELD_NUMBER: builtins.int
     LOG_FIELD_NUMBER: builtins.int
+    REPORTED_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """Global rank of the caller."""
     begin: builtins.int
@@ -342,6 +343,10 @@ class Held(google.protobuf.message.Message):
     """Leader mode: the greatest `offer` of an answer; 0: none has come yet."""
     log: builtins.bytes
     """What OpenAttempt returned as `log`."""
+    reported: builtins.int
+    """The greatest `moves_to` of the caller's own reports that were acknowledged, in the
+    run's unit; 0: none was.
+    """
     def __init__(
         self,
         *,
@@ -353,8 +358,9 @@ class Held(google.protobuf.message.Message):
         frontier: builtins.int = ...,
         offer: builtins.int = ...,
         log: builtins.bytes = ...,
+        reported: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["begin", b"begin", "digest", b"digest", "frontier", b"frontier", "log", b"log", "offer", b"offer", "rank", b"rank", "steps", b"steps", "stride", b"stride"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["begin", b"begin", "digest", b"digest", "frontier", b"frontier", "log", b"log", "offer", b"offer", "rank", b"rank", "reported", b"reported", "steps", b"steps", "stride", b"stride"]) -> None: ...
 
 global___Held = Held
 

@@ -234,18 +234,19 @@ class Acknowledged:
 
 @dataclass(frozen=True, slots=True)
 class Forgot:
-    """A client holds what this log has not, though the log gave it: nothing more comes of the
-    current attempt."""
+    """A client holds what this log has not, though the log gave it: nothing more comes of its
+    attempt."""
 
     kind: ClassVar[str] = "forgot"
     attempt: int
-    """The client's; above the log's where that has forgotten the attempt itself."""
+    """The client's; above the log's where that has forgotten the attempt itself. The log's own goes
+    on then: it lost nothing that is known."""
     rank: int
     what: str
     """`attempt`, `values`, `losses` or `offer`."""
     progress: int
-    """Last progress of the values, or up to where losses were final; of an attempt or an offer, as
-    far as the client knew that they were."""
+    """Last progress of the values, or up to where losses were final, or its own were taken; of an
+    attempt or an offer, as far as the client knew that they were final."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 A client hands back what it got from the log in its attempt. Where the log, read to its end, has it
 not, one event says so, and nothing more comes of that attempt: to go on would give one progress
-two values. A new attempt ends it.
+two values. A new attempt ends it. Where the log does not know the attempt itself, its own goes on:
+it may have opened since.
 """
 
 import hashlib
@@ -32,6 +33,8 @@ class Held:
     """What `values_digest` returns of it."""
     frontier: int = 0
     """Up to where the client was told that losses are final."""
+    reported: int = 0
+    """Up to where the client's own reports were acknowledged; 0: none was."""
     offer: int = 0
     """Leader mode: the sequence number of the newest permit; 0: none has come yet."""
     log: str = ""
@@ -81,17 +84,20 @@ def missing(
     """Return the event that says what the log has not of what a client holds; None: it has all.
 
     `digest` may remember what `recorded_digest` returned. Whose attempt is not the current one
-    is refused for that, unless the log itself gave it and forgot.
+    is refused for that, unless the log itself gave it and forgot. Of an imported log that is not
+    known: attempts open where it came from, too.
     """
-    if state.forgot is not None or state.finished:
+    if state.finished:
         return None
-    if attempt > state.attempt:
-        known = held.log and state.log.startswith(held.log)
-        return Forgot(attempt, held.rank, "attempt", _reach(held)) if known else None
-    if (attempt, token) != (state.attempt, state.token):
+    if attempt > state.greatest_attempt:
+        gave = held.log and state.log.startswith(held.log) and not state.is_imported
+        return Forgot(attempt, held.rank, "attempt", _reach(held)) if gave else None
+    if state.forgot is not None or (attempt, token) != (state.attempt, state.token):
         return None
     if held.frontier > state.frontier:
         return Forgot(attempt, held.rank, "losses", held.frontier)
+    if held.reported > max(state.frontier, state.reporters.positions.get(held.rank, state.begin)):
+        return Forgot(attempt, held.rank, "losses", held.reported)
     if held.steps:
         block = (held.begin, held.stride, held.steps)
         found = recorded_digest(state, *block) if digest is None else digest(*block)
@@ -122,7 +128,7 @@ def log_forgotten(state: RunState, forgot: Forgotten) -> LogForgotten:
     what = {
         "attempt": f"attempt {forgot.attempt}, which the log does not know",
         "values": f"values up to progress {forgot.progress}",
-        "losses": f"word that the losses below progress {forgot.progress} are final",
+        "losses": f"word that losses below progress {forgot.progress} were taken",
         "offer": "a permit to go on alone",
     }[forgot.what]
     recorded = "none" if forgot.recorded is None else forgot.recorded

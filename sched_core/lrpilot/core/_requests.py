@@ -558,9 +558,9 @@ def check_attempt(state: RunState, attempt: int, token: str) -> None:
     Raises LogForgotten where the log has forgotten something of it, or all of it.
     """
     _refuse_missing(state)
-    forgot = state.forgot
-    if forgot is not None and attempt == forgot.attempt > state.attempt:
-        raise log_forgotten(state, forgot)
+    lost = state.lost_attempt
+    if lost is not None and attempt == lost.attempt:
+        raise log_forgotten(state, lost)
     # A run that no attempt has opened yet is at attempt 0, without a token.
     if not token or (attempt, token) != (state.attempt, state.token):
         raise _superseded(state, attempt)
@@ -685,7 +685,7 @@ def _superseded(state: RunState, attempt: int) -> AttemptSuperseded:
     if attempt > state.attempt:
         return AttemptSuperseded(
             f"attempt {attempt} is not known to run {state.name!r}, which is at attempt "
-            f"{state.attempt}: the run was deleted, made anew or restored since",
+            f"{state.attempt}: the run was deleted, made anew, imported or restored since",
             run=state.name,
             attempt=attempt,
             current=state.attempt,

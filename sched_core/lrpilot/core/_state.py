@@ -78,7 +78,7 @@ _PLAIN = (
     "attempt", "token", "holder", "begin", "key", "frontier", "in_use", "waivers", "moved",
     "origin", "permits", "declared", "rewinds", "loss_progress", "outcomes", "approved", "made",
     "imported_from", "floor", "dropped", "dropped_late", "dropped_permit",
-    "log", "greatest_attempt", "origins", "revised_by", "done",
+    "log", "is_imported", "greatest_attempt", "went_on", "origins", "revised_by", "done",
 )  # fmt: skip
 """Attributes that a snapshot holds as they are."""
 
@@ -152,6 +152,11 @@ class RunState:
         """Number of the current attempt; 0 before the first."""
         self.forgot: Forgotten | None = None
         """What the log has forgotten of this attempt; None: nothing that is known."""
+        self.lost_attempt: Forgotten | None = None
+        """The newest attempt that the log has forgotten, where that came after this one; None: none
+        that is known."""
+        self.went_on = False
+        """Whether this attempt went on after that was known."""
         self.greatest_attempt = 0
         """Greatest number of an attempt that any client named; those after it are new."""
         self.token = ""
@@ -159,6 +164,9 @@ class RunState:
         self.imported_from = ""
         """Where the log was written whose attempt ended with the import; empty: an attempt was
         opened here since, or the log was not imported."""
+        self.is_imported = False
+        """Whether the log was imported: where it came from, attempts may open that it does not
+        know."""
         self.holder = ""
         """Leader mode: token of the one who gets the values; empty: all ranks do."""
         self.begin = 0
@@ -309,6 +317,15 @@ class RunState:
         return self.dropped_loss
 
     @property
+    def alarm(self) -> Forgotten | None:
+        """What people must be told that the log has forgotten: the job has to be restarted.
+
+        An attempt that the log has forgotten had taken the place of this one, unless this one
+        opened after the log was put back; then it goes on, and all is well.
+        """
+        return self.forgot or (None if self.went_on else self.lost_attempt)
+
+    @property
     def etag(self) -> str:
         """What changes whenever the plan does."""
         plan = [self.attempt, self.pending_spec is not None, self.plan.tag]
@@ -437,6 +454,8 @@ class RunState:
         self.seq += 1
         self.digest = _canonical.chain(self.digest, data or encode(event))
         self.log = self.log or self.digest
+        if isinstance(event, Reported | Recorded | Waived | Permitted | Declared | Joined):
+            self.went_on = True
         match event:
             case Reported():
                 self._report(event)
@@ -617,7 +636,7 @@ class RunState:
 
     def _forget(self, event: Forgot) -> None:
         """Take note of what a client holds and the log has not."""
-        self.forgot = Forgotten(
+        forgotten = Forgotten(
             event.attempt,
             event.rank,
             event.what,
@@ -626,7 +645,11 @@ class RunState:
             self.frontier,
             self.records.last_below(LARGEST_PROGRESS + 1),
         )
-        self.greatest_attempt = max(self.greatest_attempt, event.attempt)
+        if event.attempt == self.attempt:
+            self.forgot = forgotten
+        else:
+            self.lost_attempt, self.went_on = forgotten, False
+            self.greatest_attempt = event.attempt
 
     def _adjust(self, event: Adjusted) -> None:
         adjustment = self.made_by(event, self.seq)
@@ -715,7 +738,7 @@ class RunState:
         self.token = self.holder = self.key = ""
         self.permits = []
         self.dropped_permit = 0
-        self.imported_from = event.origin
+        self.imported_from, self.is_imported = event.origin, True
         self.answers[event.request_id] = (event.kind, self.attempt)
 
     def _open(self, event: Opened) -> None:
@@ -752,7 +775,7 @@ class RunState:
         self.rewinds.append((self.seq, event.begin))
         self.attempt = event.attempt
         self.greatest_attempt = max(self.greatest_attempt, event.attempt)
-        self.forgot = None
+        self.forgot = self.lost_attempt = None
         self.token = event.token
         self.imported_from = ""
         self.holder = event.holder
@@ -987,6 +1010,7 @@ class RunState:
                 **{name: getattr(self, name) for name in _PLAIN},
                 "dropped_loss": self.dropped_loss,
                 "forgot": self.forgot,
+                "lost_attempt": self.lost_attempt,
                 "trainer_spec": _spec_to_mapping(self.trainer_spec),
                 "pending_spec": _spec_to_mapping(self.pending_spec),
                 "answers": self.answers,
@@ -1023,6 +1047,8 @@ def restore_snapshot(data: bytes) -> RunState:
         setattr(state, name, content[name])
     if content["forgot"] is not None:
         state.forgot = Forgotten(*content["forgot"])
+    if content["lost_attempt"] is not None:
+        state.lost_attempt = Forgotten(*content["lost_attempt"])
     state.trainer_spec = _spec_from_mapping(content["trainer_spec"])
     state.pending_spec = _spec_from_mapping(content["pending_spec"])
     state.rewinds = [(seq, first) for seq, first in content["rewinds"]]

@@ -62,7 +62,7 @@ def run_message(run: LiveRun) -> pb.Run:
         declared_steps=sum(item.steps for item in state.declared),
         imported_from=state.imported_from,
         forgotten=(
-            core.log_forgotten(state, state.forgot).message if state.forgot is not None else ""
+            core.log_forgotten(state, state.alarm).message if state.alarm is not None else ""
         ),
     )
 
@@ -280,8 +280,6 @@ def event_message(row: LogRow, late: Set[tuple[int, int]]) -> pb.Event:
 def _run_state(state: core.RunState) -> pb.RunState.ValueType:
     if state.finished:
         return pb.RUN_STATE_FINISHED
-    if state.attempt and state.imported_from:
-        return pb.RUN_STATE_IMPORTED
     return pb.RUN_STATE_RUNNING if state.attempt else pb.RUN_STATE_CREATED
 
 

@@ -89,7 +89,8 @@ FAMILIES: Mapping[str, Family] = {
     "attempt": Family("gauge", "Number of the current attempt."),
     "forgotten": Family(
         "gauge",
-        "1 where the log has forgotten something that ranks of the current attempt hold, else 0.",
+        "1 where the log has forgotten something of the current attempt, or a newer attempt since "
+        "which nobody went on, else 0.",
     ),
     "held": Family("gauge", "1 while LR and WD are held, else 0."),
     "policy_bad_reports": Family(
@@ -255,7 +256,7 @@ def _readings(run: LiveRun) -> Iterator[Reading]:
     yield Reading("ranks_waiting", run.ranks_waiting)
     yield Reading("blocked_seconds", run.blocked_s())
     yield Reading("attempt", state.attempt)
-    yield Reading("forgotten", state.forgot is not None)
+    yield Reading("forgotten", state.alarm is not None)
     yield Reading("held", "hold" in plan.quiet(progress))
     yield from _decisions(state)
     yield Reading("losses", state.losses)

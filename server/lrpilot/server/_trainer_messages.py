@@ -45,6 +45,7 @@ def read_held(message: pb.Held, offer: int = 0) -> core.Held:
         steps=message.steps,
         digest=message.digest,
         frontier=message.frontier,
+        reported=message.reported,
         offer=message.offer or offer,
         log=message.log.hex(),
     )

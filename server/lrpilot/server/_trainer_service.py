@@ -450,7 +450,7 @@ class TrainerService:
     async def _compare(self, run: LiveRun, attempt: pb.Attempt, held: core.Held) -> None:
         """Let the log say what it has forgotten, where a client holds what it has not.
 
-        Whatever belongs to the attempt is refused then. It is said with an append, which fails
+        Whatever belongs to that attempt is refused then. It is said with an append, which fails
         where this replica has not read all of the log: one that lags accuses nobody.
         """
         number, token = attempt.number, attempt.token.hex()
@@ -465,8 +465,8 @@ class TrainerService:
             forgot = core.missing(state, number, token, held)
             return [forgot] if forgot else [], forgot
 
-        if await self._ledger.transact(run, say) and run.state.forgot is not None:
-            logger.error("%s", core.log_forgotten(run.state, run.state.forgot))
+        if await self._ledger.transact(run, say) and run.state.alarm is not None:
+            logger.error("%s", core.log_forgotten(run.state, run.state.alarm))
 
     async def _block(
         self, run: LiveRun, asker: "_Asker", wanted: core.ValuesRequest

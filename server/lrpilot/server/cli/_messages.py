@@ -46,4 +46,6 @@ def state_name(state: int) -> str:
     >>> state_name(runs_pb2.RUN_STATE_RUNNING)
     'running'
     """
-    return str(runs_pb2.RunState.Name(state)).removeprefix("RUN_STATE_").lower()  # type: ignore[arg-type]
+    known = runs_pb2.RunState.DESCRIPTOR.values_by_number.get(state)
+    # A newer server may know others.
+    return str(state) if known is None else known.name.removeprefix("RUN_STATE_").lower()

@@ -38,7 +38,10 @@ def list_row(run: runs_pb2.Run) -> Sequence[str]:
 
 
 def _state(run: runs_pb2.Run) -> str:
-    return "forgotten" if run.forgotten else state_name(run.state)
+    if run.forgotten:
+        return "forgotten"
+    is_waiting = run.imported_from and run.state == runs_pb2.RUN_STATE_RUNNING
+    return "imported" if is_waiting else state_name(run.state)
 
 
 def panel(run: runs_pb2.Run) -> RenderableType:
