@@ -44,7 +44,7 @@ def test_nothing_is_said_before_anything_came() -> None:
 
 def test_the_digest_is_over_the_numbers_as_they_travel() -> None:
     held = Held(3)
-    held.log, held.offer, held.reported = b"log", 9, 7
+    held.log, held.offer, held.reported, held.declared = b"log", 9, 7, 6
     held.add(block(8, 2, groups=2), 2)
     numbers = [8.0, 8.125, 8.25, 8.375]
     assert held.message(5) == pb.Held(
@@ -55,6 +55,7 @@ def test_the_digest_is_over_the_numbers_as_they_travel() -> None:
         digest=digest(*numbers, *(-x for x in numbers)),
         frontier=5,
         reported=7,
+        declared=6,
         offer=9,
         log=b"log",
     )

@@ -300,6 +300,8 @@ def test_it_goes_on_alone_and_declares_what_was_used(
     # From where the server is back on, values are its own again; it knows all the others.
     assert all(leader.is_fixed(at) for at in range(end, end + 51))
     assert leader.declared() == {at: leader.used[at] for at in range(first, end)}
+    told = [request.held.declared for request in trainer.calls["GetValues"]]
+    assert (told[0], told[-1]) == (0, end)
     assert trainer.losses == dict.fromkeys(range(end + 50), 1.0)
     assert "is back after" in caplog.text
     # What came with one offer is declared with it, and no more is said than is known.

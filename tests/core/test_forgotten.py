@@ -250,6 +250,28 @@ def test_what_one_of_several_reporters_said_is_missing() -> None:
         assert missing(run, core.Held(rank=1, reported=2, frontier=2)) is None
 
 
+def test_a_request_from_before_a_declaration_has_values_that_it_undid() -> None:
+    """The holder went on by another stride from between two progresses of its block."""
+    log = Log(policies=[PLATEAU], feedback={"delay": 40})
+    log.open(holder="h" * 32)
+    block = log.take(0, stride=10)
+    digest = core.values_digest(block.learning_rates, ())
+    before = core.Held(stride=10, steps=block.steps, digest=digest)
+    wanted = core.OfferRequest(begin=15, stride=15, count=2)
+    log.write(core.offer_values(log.state, wanted, holder="h" * 32))
+    used = core.offered(log.state, wanted).block()
+    assert before.last > used.begin
+    assert missing(log, before) is None
+    log.write(core.declare_values(log.state, [used], holder="h" * 32))
+    assert missing(log, before) is None
+    # Once its declaration was answered the holder has the values that the log has, or more.
+    digest = core.values_digest(used.learning_rates, ())
+    after = {"begin": 15, "stride": 15, "steps": used.steps, "declared": used.last + 1}
+    assert missing(log, core.Held(**after, digest=digest)) is None
+    found = missing(log, core.Held(**after, digest=bytes(16)))
+    assert found == core.Forgot(1, 0, "values", used.last)
+
+
 REPORTS = st.lists(
     st.tuples(
         st.sampled_from([0, 1, 2]),

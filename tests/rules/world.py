@@ -512,6 +512,7 @@ class World:
         answer = self._until_done(lambda one: one.trainers.declare_values(request), replica, fault)
         self._hear(attempt, answer.frontier)
         self._of(attempt).add(request.blocks[-1], 2)
+        self._of(attempt).declared = max(used) + 1
         if max(used) > self.arrived:
             reference.declare(self.arrived + 1, max(used) + 1, offer.permit)
         self.handed.update({(attempt.number, at): got for at, got in used.items()})

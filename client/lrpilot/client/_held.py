@@ -24,6 +24,8 @@ class Held:
         """The greatest `offer` of an answer."""
         self.reported = 0
         """The greatest `moves_to` of an acknowledged report of this rank."""
+        self.declared = 0
+        """Leader mode: first progress behind what was declared, once that was answered."""
         self._rank = rank
         self._lock = threading.Lock()
         self._block: pb.Block | None = None
@@ -68,6 +70,7 @@ class Held:
                 rank=self._rank,
                 frontier=frontier,
                 reported=self.reported,
+                declared=self.declared,
                 offer=self.offer,
                 log=self.log,
             )

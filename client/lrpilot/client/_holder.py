@@ -462,6 +462,7 @@ class Holder:
         with self._lock:
             self._known |= declared
             self._link.got.add(blocks(declared)[-1], len(self._opened.groups))
+            self._link.got.declared = max(declared) + 1
             self._is_back = self._is_alone
             # What operators changed meanwhile shows from here on.
             self._offers.outdate()

@@ -323,6 +323,7 @@ class Held(google.protobuf.message.Message):
     OFFER_FIELD_NUMBER: builtins.int
     LOG_FIELD_NUMBER: builtins.int
     REPORTED_FIELD_NUMBER: builtins.int
+    DECLARED_FIELD_NUMBER: builtins.int
     rank: builtins.int
     """Global rank of the caller."""
     begin: builtins.int
@@ -347,6 +348,10 @@ class Held(google.protobuf.message.Message):
     """The greatest `moves_to` of the caller's own reports that were acknowledged, in the
     run's unit; 0: none was.
     """
+    declared: builtins.int
+    """Leader mode: first progress behind what the caller has declared, once that was
+    answered; 0: nothing.
+    """
     def __init__(
         self,
         *,
@@ -359,8 +364,9 @@ class Held(google.protobuf.message.Message):
         offer: builtins.int = ...,
         log: builtins.bytes = ...,
         reported: builtins.int = ...,
+        declared: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["begin", b"begin", "digest", b"digest", "frontier", b"frontier", "log", b"log", "offer", b"offer", "rank", b"rank", "reported", b"reported", "steps", b"steps", "stride", b"stride"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["begin", b"begin", "declared", b"declared", "digest", b"digest", "frontier", b"frontier", "log", b"log", "offer", b"offer", "rank", b"rank", "reported", b"reported", "steps", b"steps", "stride", b"stride"]) -> None: ...
 
 global___Held = Held
 

@@ -37,6 +37,8 @@ class Held:
     """Up to where the client's own reports were acknowledged; 0: none was."""
     offer: int = 0
     """Leader mode: the sequence number of the newest permit; 0: none has come yet."""
+    declared: int = 0
+    """Leader mode: first progress behind what the holder has declared; 0: nothing yet."""
     log: str = ""
     """Digest at seq 1 of the log that opened the attempt, as many digits as travel; empty: not
     known."""
@@ -98,7 +100,9 @@ def missing(
         return Forgot(attempt, held.rank, "losses", held.frontier)
     if held.reported > max(state.frontier, state.reporters.positions.get(held.rank, state.begin)):
         return Forgot(attempt, held.rank, "losses", held.reported)
-    if held.steps:
+    # What a request had of values that a declaration undid since is not missing.
+    is_undone = bool(state.declared) and state.declared[-1].end > held.declared
+    if held.steps and not is_undone:
         block = (held.begin, held.stride, held.steps)
         found = recorded_digest(state, *block) if digest is None else digest(*block)
         if found != held.digest:

@@ -46,6 +46,7 @@ def read_held(message: pb.Held, offer: int = 0) -> core.Held:
         digest=message.digest,
         frontier=message.frontier,
         reported=message.reported,
+        declared=message.declared,
         offer=message.offer or offer,
         log=message.log.hex(),
     )
