@@ -21,10 +21,14 @@ from tests.crash.evidence import (
     Hex,
     LoggedReport,
     Story,
+    bare,
     bits,
     calls_of,
+    content,
     hex_of,
+    is_bare,
     records_of,
+    report_of,
     shown,
     used_values,
     values_of,
@@ -41,15 +45,17 @@ KINDS = {
     "lands below it",
     "log": "The log is dense, and its hash chain right",
     "steps": "A rank uses every progress of its attempt in order, none left out",
-    "loss lost": "Every acknowledged loss is in the log with its bits",
+    "loss lost": "Every acknowledged loss, validation loss and skipped update is in the log with "
+    "its bits",
     "loss outcome": "A loss was acknowledged as what the log has it as: recorded, repeated or late",
     "loss repeated": "A loss is in the log once, however often it was sent",
-    "loss from nowhere": "The log holds no loss that was refused or never sent",
+    "loss from nowhere": "The log says nothing of a step that was refused or never sent so",
     "request lost": "Every acknowledged request of an operator or trainer is in the log, as it was "
     "answered",
     "request repeated": "A request id brings what it asked for once",
     "request from nowhere": "The log holds nothing that was refused or never asked for",
     "superseded": "Once a new attempt is open, nothing more is fixed in an older one",
+    "accused": "Nobody says of a log that it has forgotten something: no round puts a copy back",
     "state": "A saved state names a place of this log",
     "replay": "A fold of the log gives the values that were handed out, from the records and "
     "computed anew from the plan",
@@ -347,11 +353,11 @@ class _Round:
         for call in self.calls:
             if call.method == "ReportLosses" and not call.refused:
                 for item in call.request.reports:
-                    sources |= set(_marks(call, item))
+                    sources |= set(_marks(call, report_of(item)))
         for attempt in self.story.attempts.values():
             by_key: dict[tuple[int, int, int, bool], list[LoggedReport]] = defaultdict(list)
             for logged in attempt.reports:
-                if not _is_bare(logged.report):
+                if not is_bare(logged.report):
                     by_key[logged.key].append(logged)
                 self._check_source(attempt, logged, sources)
             for logs in by_key.values():
@@ -361,7 +367,7 @@ class _Round:
                 if len(logs) > 1:
                     one = logs[0].report
                     seqs = ", ".join(str(item.seq) for item in logs)
-                    losses = ", ".join(shown(item.report.loss) for item in logs)
+                    losses = ", ".join(shown(item.report) for item in logs)
                     self._add(
                         "loss repeated",
                         f"attempt {attempt.number}, progress {one.progress}, rank {logs[0].rank}: "
@@ -378,14 +384,13 @@ class _Round:
 
     def _check_source(self, attempt: Attempt, logged: LoggedReport, sources: set[Any]) -> None:
         report = logged.report
-        mark = (attempt.number, logged.rank, logged.incarnation, report.progress, report.moves_to)
-        kept = (*mark, report.tries, bits(report.loss))
-        if (mark if _is_bare(report) else kept) not in sources:
+        mark = (attempt.number, logged.rank, logged.incarnation, logged.late, content(report))
+        if mark not in sources:
             self._add(
                 "loss from nowhere",
                 f"attempt {attempt.number}, progress {report.progress}, rank {logged.rank}: the "
-                f"log has loss {shown(report.loss)}, moving to {report.moves_to}, which nobody "
-                "sent or which was refused",
+                f"log has {shown(report)}, moving to {report.moves_to}, which nobody sent so or "
+                "which was refused",
                 self.rows[logged.seq - 1],
             )
 
@@ -397,42 +402,47 @@ class _Round:
             self._add("loss outcome", f"{call.who}: an outcome for each report", *call.records)
         for item, outcome in zip(call.request.reports, call.response.outcomes, strict=False):
             name = trainer_pb2.ReportOutcome.Name(outcome).removeprefix("REPORT_OUTCOME_")
-            loss = item.loss if item.HasField("loss") else None
-            is_skip = item.skipped and (name == "REPEATED" or rank != attempt.reporters[0])
-            if is_skip or loss is None:
-                # Of these only that the reporter moves on.
-                position = attempt.positions.get(rank, attempt.opened.begin)
-                if max(position, attempt.frontier) < item.moves_to:
-                    self._lost(call, item, name, "the log does not say that it moved on")
+            sent = report_of(item)
+            passed = max(attempt.positions.get(rank, attempt.opened.begin), attempt.frontier)
+            # The update is one for all: the first reporter speaks for the others.
+            if is_bare(sent) or (sent.skipped and rank != attempt.reporters[0]):
+                if passed < sent.moves_to:
+                    self._lost(call, sent, name, "the log does not say that it moved on")
                 continue
             # Late, and received after its step was final: it counts without its try.
             logs = [
                 logged
                 for key in {
-                    (rank, item.progress, getattr(item, "try"), item.skipped),
-                    (rank, item.progress, 0, False),
+                    (rank, sent.progress, sent.tries, sent.skipped),
+                    (rank, sent.progress, 0, False),
                 }
                 for logged in by_key.get(key, ())
             ]
-            same = [logged for logged in logs if bits(logged.report.loss) == bits(loss)]
             if name == "RECORDED":
-                wanted = {key: bits(value) for key, value in item.validation_losses.items()}
-                same = [logged for logged in same if logged.validation == wanted]
-            if not same:
-                there = ", ".join(shown(logged.report.loss) for logged in logs) or "nothing"
-                self._lost(call, item, name, f"the log has {there}")
+                same = [logged for logged in logs if content(logged.report) == content(sent)]
+            else:
+                same = [logged for logged in logs if bits(logged.report.loss) == bits(sent.loss)]
+            # Of a step that is final nothing but a late loss is kept.
+            may_be_dropped = name == "REPEATED" and (sent.skipped or sent.loss is None)
+            if not same and may_be_dropped and passed > sent.progress:
+                if passed < sent.moves_to:
+                    self._lost(call, sent, name, "the log does not say that it moved on")
+            elif not same:
+                there = ", ".join(shown(logged.report) for logged in logs) or "nothing"
+                self._lost(call, sent, name, f"the log has {there}")
             elif name == "LATE":
-                was_dropped = item.progress < attempt.passed_over
+                was_dropped = sent.progress < attempt.passed_over
                 if not any(logged.late for logged in same) and not was_dropped:
-                    self._lost(call, item, name, "its step was not final", kind="loss outcome")
+                    self._lost(call, sent, name, "its step was not final", kind="loss outcome")
             elif all(logged.late for logged in same):
-                self._lost(call, item, name, "it came late", kind="loss outcome")
+                self._lost(call, sent, name, "it came late", kind="loss outcome")
 
-    def _lost(self, call: Call, item: Any, name: str, why: str, kind: str = "loss lost") -> None:
-        loss = shown(item.loss) if item.HasField("loss") else "none"
+    def _lost(
+        self, call: Call, sent: core.Report, name: str, why: str, kind: str = "loss lost"
+    ) -> None:
         self._add(
             kind,
-            f"attempt {call.attempt}, progress {item.progress}, {call.who}: loss {loss} was "
+            f"attempt {call.attempt}, progress {sent.progress}, {call.who}: {shown(sent)} was "
             f"acknowledged as {name}, and {why}",
             *call.records,
         )
@@ -618,19 +628,18 @@ def _greatest(moved: Sequence[tuple[int, int]], before_ns: int, least: int) -> i
     return max((to for sent_ns, to in moved if sent_ns < before_ns), default=least)
 
 
-def _is_bare(report: core.Report) -> bool:
-    """Return whether a report says only that the reporter moves on."""
-    return not report.has_metrics and not report.skipped
-
-
-def _marks(call: Call, item: Any) -> Iterator[tuple[Any, ...]]:
-    """Yield what the log may keep of a report: that the reporter moves on, or all of it."""
-    loss = item.loss if item.HasField("loss") else None
-    mark = (call.attempt, call.request.rank, call.request.incarnation, item.progress, item.moves_to)
-    yield mark
-    yield (*mark, getattr(item, "try"), bits(loss))
-    # A late loss is kept without its try.
-    yield (*mark, 0, bits(loss))
+def _marks(call: Call, sent: core.Report) -> Iterator[tuple[Any, ...]]:
+    """Yield what the log may keep of a report, and whether only where its step was final."""
+    mark = (call.attempt, call.request.rank, call.request.incarnation)
+    moves = bare(sent)
+    yield (*mark, False, content(sent))
+    yield (*mark, True, content(moves))
+    if sent.skipped:
+        # Where another reporter speaks for this one.
+        yield (*mark, False, content(moves))
+    else:
+        # A late loss is kept alone.
+        yield (*mark, True, content(replace(moves, loss=sent.loss)))
 
 
 def _ending_at(report: core.Report, begin: int) -> core.Report:

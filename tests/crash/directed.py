@@ -170,17 +170,19 @@ class Process:
         for at in range(begin, end):
             self.history.used(RUN, self.attempt.number, at, [self.steps[at]], None)
 
-    def report(self, begin: int, *losses: float | None) -> list[str]:
+    def report(self, begin: int, *losses: float | None, **fields: Any) -> list[str]:
         """Report losses from a progress on; return what became of each."""
-        return self.reporting(begin, *losses)()
+        return self.reporting(begin, *losses, **fields)()
 
-    def reporting(self, begin: int, *losses: float | None) -> Callable[[], list[str]]:
-        """Return what sends one report."""
+    def reporting(
+        self, begin: int, *losses: float | None, **fields: Any
+    ) -> Callable[[], list[str]]:
+        """Return what sends one report; `fields`: what else it says of each step."""
         request = trainer_pb2.ReportLossesRequest(
             run=RUN, attempt=self.attempt, rank=self.rank, incarnation=self.who
         )
         for at, loss in enumerate(losses, begin):
-            request.reports.add(progress=at, loss=loss, moves_to=at + 1)
+            request.reports.add(**{"progress": at, "loss": loss, "moves_to": at + 1} | fields)
 
         def send() -> list[str]:
             answer = self.trainer.ReportLosses(request, timeout=CALL_S, wait_for_ready=True)
@@ -329,6 +331,28 @@ def power_lost_after_an_answer(bench: Bench) -> None:
         power.close()
     server.start()
     assert rank.values(0) == [LR] * 5 + [LR / 2]
+
+
+@_round()
+def steps_without_a_loss(bench: Bench) -> None:
+    """What is said of a step that has no loss is as durable as a loss."""
+    rank = bench.process("r0.0")
+    rank.attach()
+    rank.open()
+    validation = {"val": 0.5}
+    assert rank.report(0, 1.0) == ["RECORDED"]
+    assert rank.report(1, None, validation_losses=validation) == ["RECORDED"]
+    assert rank.report(2, None, skipped=True, moves_to=2) == ["RECORDED"]
+    rank.loses(rank.reporting(2, None, validation_losses=validation, **{"try": 1}))
+    assert rank.report(2, None, validation_losses=validation, **{"try": 1}) == ["REPEATED"]
+    assert bench.kinds().count("reported") == 4
+    # The plateau decides at 3, the first loss after the one at 0.
+    assert rank.report(3, 1.0) == ["RECORDED"]
+    assert rank.values(0) == [LR] * 7 + [LR / 2]
+    rank.use(0, 2)
+    # The update at 2 was skipped.
+    rank.use(2, 3)
+    rank.use(2, 8)
 
 
 @_round()

@@ -40,9 +40,54 @@ def bits(value: float | None) -> bytes | None:
     return b"nan" if isnan(value) else struct.pack("<d", value)
 
 
-def shown(value: float | None) -> str:
-    """Return a loss as violations show it."""
-    return "none" if value is None else float(value).hex()
+def report_of(item: Any) -> core.Report:
+    """Return a report as it was sent."""
+    return core.Report(
+        progress=item.progress,
+        loss=item.loss if item.HasField("loss") else None,
+        weight=item.weight or 1.0,
+        moves_to=item.moves_to,
+        skipped=item.skipped,
+        tries=getattr(item, "try"),
+        validation=dict(item.validation_losses),
+        gradient_norm=item.gradient_norm if item.HasField("gradient_norm") else None,
+        batch=item.batch or None,
+    )
+
+
+def bare(report: core.Report) -> core.Report:
+    """Return of a report only that the reporter moves on."""
+    return core.Report(report.progress, None, 1.0, report.moves_to)
+
+
+def is_bare(report: core.Report) -> bool:
+    """Return whether a report says only that the reporter moves on."""
+    return not report.has_metrics and not report.skipped
+
+
+def content(report: core.Report) -> tuple[Any, ...]:
+    """Return what two reports must have in common to be the same."""
+    return (
+        report.progress,
+        report.moves_to,
+        report.skipped,
+        report.tries,
+        bits(report.loss),
+        bits(report.weight),
+        tuple(sorted((name, bits(value)) for name, value in report.validation.items())),
+        bits(report.gradient_norm),
+        report.batch,
+    )
+
+
+def shown(report: core.Report) -> str:
+    """Return what a report says of its step as violations show it."""
+    said = {"loss": report.loss, **report.validation, "gradient norm": report.gradient_norm}
+    values = [f"{name} {value.hex()}" for name, value in said.items() if value is not None]
+    if report.batch is not None:
+        values.append(f"batch {report.batch}")
+    kind = "skipped update" if report.skipped else "step"
+    return f"a {kind} with {', '.join(values) or 'no loss'}"
 
 
 @dataclass(frozen=True)
@@ -138,11 +183,6 @@ class LoggedReport:
         report = self.report
         return self.rank, report.progress, report.tries, report.skipped
 
-    @property
-    def validation(self) -> dict[str, bytes | None]:
-        """Validation losses to the bit."""
-        return {name: bits(value) for name, value in self.report.validation.items()}
-
 
 @dataclass
 class Attempt:
@@ -236,6 +276,15 @@ class Story:
         request_id = getattr(event, "request_id", "")
         if request_id:
             self.requests.setdefault(request_id, []).append((seq, event))
+        if isinstance(event, core.Forgot):
+            # Of an attempt above the current one where the log has forgotten the attempt itself.
+            self._complain(
+                "accused",
+                f"event {seq} says for rank {event.rank} that the log has forgotten "
+                f"{event.what} of attempt {event.attempt}, up to progress {event.progress}",
+                seq,
+            )
+            return
         number = getattr(event, "attempt", None)
         if isinstance(event, core.Opened):
             self._open(seq, event)

@@ -119,6 +119,20 @@ def _dedup_dropped() -> None:
 
 
 @_planted
+def _validation_dropped() -> None:
+    """Of a step without a loss a validation loss is acknowledged, and only its end is appended."""
+    right = core.report_losses
+
+    def report_losses(
+        state: core.RunState, reports: Sequence[core.Report], *, rank: int, incarnation: str
+    ) -> tuple[list[core.Event], list[core.Outcome]]:
+        kept = [item if item.loss is not None else replace(item, validation={}) for item in reports]
+        return right(state, kept, rank=rank, incarnation=incarnation)
+
+    _set(core, "report_losses", report_losses)
+
+
+@_planted
 def _recompute_instead_of_record() -> None:
     """Values are computed for each answer, and no record of them is made."""
     right = core.get_values

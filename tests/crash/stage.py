@@ -166,15 +166,28 @@ class Stage:
         )
 
     def report(
-        self, *reports: tuple[int, float | None], who: str = "r0.0", lost: bool = False
+        self,
+        *reports: tuple[int, float | None],
+        who: str = "r0.0",
+        lost: bool = False,
+        skipped: bool = False,
+        **validation: float,
     ) -> Any:
         """Report losses by progress; `lost`: the answer does not come."""
         request = trainer_pb2.ReportLossesRequest(run=RUN, attempt=self.attempt, incarnation=who)
+        items = []
         for at, loss in reports:
-            request.reports.add(progress=at, loss=loss, moves_to=at + 1)
+            to = at if skipped else at + 1
+            items.append(core.Report(at, loss, 1.0, to, skipped=skipped, validation=validation))
+            request.reports.add(
+                progress=at,
+                loss=loss,
+                moves_to=to,
+                skipped=skipped,
+                validation_losses=validation,
+            )
 
         def serve() -> Any:
-            items = [core.Report(at, loss, 1.0, at + 1) for at, loss in reports]
             events, outcomes = core.report_losses(self.state, items, rank=0, incarnation=who)
             self.apply(events)
             if lost:

@@ -47,6 +47,14 @@ def last_event(stage: Stage, kind: type[Any]) -> int:
     return max(at for at, event in enumerate(stage.events) if isinstance(event, kind))
 
 
+def spoil_report(stage: Stage, **fields: Any) -> None:
+    """Let the log say something else in its last event, which is of one report."""
+    event = stage.events[-1]
+    assert isinstance(event, core.Reported)
+    (report,) = event.reports
+    stage.events[-1] = replace(event, reports=(replace(report, **fields),))
+
+
 def next_bit(value: float) -> float:
     """Return the float after one."""
     return nextafter(value, 2.0 * value)
@@ -95,6 +103,18 @@ class TestCleanRounds:
         stage = trained(4)
         stage.report((4, float("nan")), (5, float("inf")), (6, None))
         stage.report((4, float("nan")))
+        assert stage.check() == []
+
+    def test_what_is_said_of_steps_without_a_loss(self) -> None:
+        stage = trained(4)
+        stage.report((4, None), val=0.5, lost=True)
+        stage.report((4, None), val=0.5)
+        stage.report((5, None), skipped=True)
+        stage.report((5, None), skipped=True)
+        stage.report((6, 1.0), val=0.25)
+        # Their steps are final: nothing is kept of these.
+        stage.report((5, None), val=0.5)
+        stage.report((5, None), skipped=True)
         assert stage.check() == []
 
     def test_what_no_answer_came_to_may_be_in_the_log_or_not(self) -> None:
@@ -280,10 +300,7 @@ def an_acknowledged_loss_is_not_in_the_log(stage: Stage) -> None:
 @breaks("loss lost")
 def an_acknowledged_loss_is_in_the_log_with_other_bits(stage: Stage) -> None:
     stage.report((12, 1.0))
-    event = stage.events[-1]
-    assert isinstance(event, core.Reported)
-    (report,) = event.reports
-    stage.events[-1] = replace(event, reports=(replace(report, loss=next_bit(1.0)),))
+    spoil_report(stage, loss=next_bit(1.0))
 
 
 @breaks("loss lost")
@@ -296,6 +313,45 @@ def a_repeat_is_acknowledged_though_there_was_no_first(stage: Stage) -> None:
 @breaks("loss lost")
 def a_step_without_a_loss_is_acknowledged_and_forgotten(stage: Stage) -> None:
     stage.report((12, None))
+    stage.events.pop()
+
+
+@breaks("loss lost")
+def an_acknowledged_validation_loss_is_not_in_the_log(stage: Stage) -> None:
+    stage.report((12, None), val=0.5)
+    stage.events.pop()
+    stage.report((13, 1.0))
+
+
+@breaks("loss lost")
+def of_a_step_with_a_validation_loss_only_its_end_is_in_the_log(stage: Stage) -> None:
+    stage.report((12, None), val=0.5)
+    spoil_report(stage, validation={})
+
+
+@breaks("loss lost")
+def an_acknowledged_validation_loss_is_in_the_log_with_other_bits(stage: Stage) -> None:
+    stage.report((12, 1.0), val=0.5)
+    spoil_report(stage, validation={"val": next_bit(0.5)})
+
+
+@breaks("loss lost")
+def an_acknowledged_validation_loss_is_in_the_log_by_another_name(stage: Stage) -> None:
+    stage.report((12, 1.0), val=0.5)
+    spoil_report(stage, validation={"test": 0.5})
+
+
+@breaks("loss lost")
+def an_acknowledged_skip_is_not_in_the_log(stage: Stage) -> None:
+    stage.report((12, None), skipped=True)
+    stage.events.pop()
+    stage.report((13, 1.0))
+
+
+@breaks("loss lost")
+def a_repeated_skip_is_acknowledged_though_there_was_no_first(stage: Stage) -> None:
+    stage.report((12, None), skipped=True, lost=True)
+    stage.report((12, None), skipped=True)
     stage.events.pop()
 
 
@@ -329,6 +385,24 @@ def a_refused_loss_is_in_the_log(stage: Stage) -> None:
 def a_loss_that_nobody_sent_is_in_the_log(stage: Stage) -> None:
     report = core.Report(12, 1.0, 1.0, 13)
     stage.apply([core.Reported(1, "r0.0", (report,))])
+
+
+@breaks("loss from nowhere")
+def a_validation_loss_that_nobody_sent_is_in_the_log(stage: Stage) -> None:
+    stage.report((12, 1.0))
+    spoil_report(stage, validation={"val": 0.5})
+
+
+@breaks("loss from nowhere")
+def a_validation_loss_without_an_answer_is_left_out_of_its_step(stage: Stage) -> None:
+    stage.report((12, None), val=0.5, lost=True)
+    spoil_report(stage, validation={})
+
+
+@breaks("loss from nowhere")
+def a_gradient_norm_that_nobody_sent_is_in_the_log(stage: Stage) -> None:
+    stage.report((12, 1.0), lost=True)
+    spoil_report(stage, gradient_norm=1.0)
 
 
 @breaks("request lost")
@@ -422,6 +496,16 @@ def an_attempt_has_the_number_of_another(stage: Stage) -> None:
     event = stage.events[-1]
     assert isinstance(event, core.Opened)
     stage.events[-1] = replace(event, attempt=3)
+
+
+@breaks("accused")
+def the_log_is_said_to_have_forgotten_losses(stage: Stage) -> None:
+    stage.apply([core.Forgot(1, 0, "losses", 13)])
+
+
+@breaks("accused")
+def the_log_is_said_to_have_forgotten_an_attempt(stage: Stage) -> None:
+    stage.apply([core.Forgot(2, 0, "attempt", 13)])
 
 
 @breaks("state")

@@ -27,6 +27,7 @@ CAUGHT = [
     ("fence-dropped", "two replicas open at once", "superseded"),
     ("horizon-off-by-one", "other losses after a resume", "beyond the horizon"),
     ("dedup-dropped", "a report is sent again to the other replica", "loss repeated"),
+    ("validation-dropped", "steps without a loss", "loss lost"),
     ("recompute-instead-of-record", "the same losses again after an operator", "not recorded"),
     ("rewind-keeps-decisions", "other losses after a resume", "n + D"),
     ("request-id-forgotten", "the same losses again after an operator", "request repeated"),
