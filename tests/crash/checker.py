@@ -409,22 +409,18 @@ class _Round:
                 if passed < sent.moves_to:
                     self._lost(call, sent, name, "the log does not say that it moved on")
                 continue
-            # Late, and received after its step was final: it counts without its try.
-            logs = [
-                logged
-                for key in {
-                    (rank, sent.progress, sent.tries, sent.skipped),
-                    (rank, sent.progress, 0, False),
-                }
-                for logged in by_key.get(key, ())
-            ]
+            keys = {(rank, sent.progress, sent.tries, sent.skipped)}
+            if not sent.skipped:
+                # Late, and received after its step was final: it counts without its try.
+                keys.add((rank, sent.progress, 0, False))
+            logs = [logged for key in keys for logged in by_key.get(key, ())]
             if name == "RECORDED":
                 same = [logged for logged in logs if content(logged.report) == content(sent)]
             else:
                 same = [logged for logged in logs if bits(logged.report.loss) == bits(sent.loss)]
             # Of a step that is final nothing but a late loss is kept.
             may_be_dropped = name == "REPEATED" and (sent.skipped or sent.loss is None)
-            if not same and may_be_dropped and passed > sent.progress:
+            if not same and may_be_dropped and sent.progress < passed:
                 if passed < sent.moves_to:
                     self._lost(call, sent, name, "the log does not say that it moved on")
             elif not same:

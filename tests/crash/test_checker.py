@@ -112,9 +112,12 @@ class TestCleanRounds:
         stage.report((5, None), skipped=True)
         stage.report((5, None), skipped=True)
         stage.report((6, 1.0), val=0.25)
-        # Their steps are final: nothing is kept of these.
+        # Their steps are final: of these only a late loss is kept.
         stage.report((5, None), val=0.5)
         stage.report((5, None), skipped=True)
+        stage.waive()
+        stage.report((7, 1.0))
+        stage.report((7, 1.0), skipped=True)
         assert stage.check() == []
 
     def test_what_no_answer_came_to_may_be_in_the_log_or_not(self) -> None:

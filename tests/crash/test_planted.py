@@ -57,6 +57,7 @@ SEEDS: list[tuple[str, StoreKind, str, int, tuple[str, ...]]] = [
     ),
     ("horizon-off-by-one", "sqlite", "server killed", 2, ("beyond the horizon",)),
     ("dedup-dropped", "sqlite", "duplicated reports", 2, ("loss repeated",)),
+    ("validation-dropped", "sqlite", "server killed", 26, ("loss lost",)),
     ("recompute-instead-of-record", "sqlite", "server killed", 2, ("not recorded",)),
     ("rewind-keeps-decisions", "sqlite", "client killed", 1, ("replay",)),
 ]
