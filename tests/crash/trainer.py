@@ -200,12 +200,12 @@ def _train(plan: TrainerPlan, history: HistoryWriter, say: Callable[[Any], None]
                 loss=loss,
                 val_losses={"val": chance.random()} if validation else None,
             )
-            if late and scheduler.progress > late[0][0] + 3 * plan.increment:
-                pilot.report(*late.pop(0))
-            if scheduler.progress < here:
+            if pilot.attempt != attempt:
                 # A rollback: what was late belongs to the attempt before.
                 late.clear()
                 saved = False
+            if late and scheduler.progress > late[0][0] + 3 * plan.increment:
+                pilot.report(*late.pop(0))
             waited_s = time.monotonic() - begun_s
             if waited_s >= STALL_S:
                 history.stall(waited_s, scheduler.progress)

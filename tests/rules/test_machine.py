@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -327,7 +328,7 @@ class Job(RuleBasedStateMachine):
             world.close()
 
 
-TestInMemory = Job.TestCase
+TestInMemory = pytest.mark.timeout(900)(Job.TestCase)
 TestInMemory.settings = settings(
     max_examples=150,
     stateful_step_count=40,

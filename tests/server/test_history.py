@@ -3,6 +3,8 @@
 import asyncio
 import json
 import math
+import threading
+import time
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -308,7 +310,7 @@ async def test_old_reports_are_repeats_conflicts_and_late_ones_as_ever(store: St
     async with served(store) as server:
         await server.create()
         await server.open()
-        await server.train(0, 20)
+        await server.train(0, 12)
         await server.write(lambda state: core.waive(state, state.horizon + 8))
         await server.train((await server.run()).state.frontier, 150)
         seq = (await server.run()).state.seq
@@ -456,6 +458,76 @@ async def test_a_run_of_the_same_name_has_nothing_of_the_one_before(store: Store
         await server.open()
         await server.train(0, 30)
         await server.check()
+
+
+class Packing(MemoryStore):
+    """A store that always finds something to pack, and tells who packs beside another."""
+
+    def __init__(self, segments: int) -> None:
+        super().__init__()
+        self.left = segments
+        self.overlaps = 0
+        self.packed: Callable[[], None] = lambda: None
+        self._packs = threading.Lock()
+
+    def compact(self, run: str, through_seq: int) -> int:
+        if not self._packs.acquire(blocking=False):
+            self.overlaps += 1
+            return 0
+        # Long enough for another to come, if any may.
+        time.sleep(0.02)
+        self.left -= 1
+        self.packed()
+        self._packs.release()
+        return int(self.left > 0)
+
+
+def done(events: list[core.Event], _: core.RunState) -> tuple[list[core.Event], None]:
+    """What a request does that was evaluated before."""
+    return events, None
+
+
+async def test_one_log_is_packed_at_a_time() -> None:
+    store = Packing(segments=20)
+    committer = GroupCommitter(store)
+    ledger = Ledger(store, committer, History(store, snapshot_every=1))
+    for name in ("a", "b", "c", "d"):
+        events = core.create_run(core.RunState(name), core.parse_spec({**SPEC, "name": name}), "r")
+        await ledger.transact(await ledger.find(name), partial(done, events))
+    await ledger.settle()
+    await committer.close()
+    assert (store.left <= 0, store.overlaps) == (True, 0)
+
+
+async def test_the_end_of_a_server_waits_for_one_segment_at_most() -> None:
+    store = Packing(segments=1_000_000)
+    history = History(store)
+    store.packed = lambda: history.stop() if store.left == 1_000_000 - 3 else None
+    async with served(Watched()) as server:
+        await server.create()
+        run = await server.run()
+        store._logs["long"] = server.store.read("long")
+        assert history.keep("long", history.snapshot(run))
+    assert store.left == 1_000_000 - 3
+
+
+async def test_the_end_of_a_server_waits_for_one_page_of_a_load(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_history, "ROWS_PER_READ", 10)
+    store = Watched()
+    async with served(store) as server:
+        await server.create()
+        await server.open()
+        await server.train(0, 12)
+    history = History(store)
+    whole = history.load("long")
+    assert whole is not None
+    history.stop()
+    store.rows_read = 0
+    with pytest.raises(StoreUnavailable, match="shutting down"):
+        history.load("long")
+    assert store.rows_read == 10
 
 
 class TestReplicas:

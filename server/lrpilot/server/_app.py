@@ -241,6 +241,7 @@ class Server:
         await self._health.enter_graceful_shutdown()
         self._health.end_watches()
         self._trainer_service.drain()
+        self.ledger.hurry()
         await self.grpc.stop(DRAIN_S)
         await self.ledger.settle()
 

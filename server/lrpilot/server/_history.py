@@ -9,13 +9,14 @@ trimmed (a resume at an old checkpoint), the log is folded again from an older s
 
 import json
 import logging
+import threading
 import time
 import zlib
 from typing import Any, Protocol
 
 from lrpilot import core
 from lrpilot.server._live_run import LiveRun
-from lrpilot.server._store import Snapshot, Store, StoreError
+from lrpilot.server._store import Snapshot, Store, StoreError, StoreUnavailable
 
 logger = logging.getLogger("lrpilot.server")
 
@@ -66,6 +67,11 @@ class History:
         self._kept_steps = kept_steps
         self._kept_delays = kept_delays
         self._has_failed = False
+        self._is_ending = threading.Event()
+
+    def stop(self) -> None:
+        """Let what takes long end soon: a packing after its segment, a load after its page."""
+        self._is_ending.set()
 
     def load(self, name: str, floor: int | None = None) -> LiveRun | None:
         """Return a run after its whole log, or None where there is no such run. Blocks.
@@ -111,6 +117,8 @@ class History:
                 run.apply(row)
             after = run.state.seq
             if not is_whole:
+                if self._is_ending.is_set():
+                    raise StoreUnavailable("the server is shutting down")
                 self.trim(run, floor)
         return run if run.state.exists else None
 
@@ -144,6 +152,9 @@ class History:
             while is_kept and (rows := self._store.compact(name, snapshot.seq)):
                 if self._observer is not None:
                     self._observer.rows_compacted(rows)
+                if self._is_ending.is_set():
+                    # What is packed is packed; the next snapshot goes on with it.
+                    break
         except StoreError as error:
             if self._observer is not None:
                 self._observer.snapshot_failed()

@@ -61,6 +61,8 @@ class Ledger:
         """Run to the last `seq` that another replica may have written and nobody read yet."""
         self._tended: set[str] = set()
         """Runs of which a snapshot is being written."""
+        self._one_packing = asyncio.Semaphore(1)
+        """Held while a log is packed: many at once would take every thread that reads need."""
         self._is_suspended = False
 
     @property
@@ -285,6 +287,10 @@ class Ledger:
         task.add_done_callback(self._tasks.discard)
         return task
 
+    def hurry(self) -> None:
+        """Let what takes long end early, from now on: the server ends."""
+        self._history.stop()
+
     async def settle(self) -> None:
         """Wait for every request that was begun."""
         while self._tasks:
@@ -462,7 +468,9 @@ class Ledger:
                 snapshot = await asyncio.to_thread(self._history.snapshot, run)
                 run.snapshot_seq, run.unsaved, updated_ns = snapshot.seq, 0, run.updated_ns
             # The run goes on meanwhile: a snapshot is of the log as it was.
-            if await asyncio.to_thread(self._history.keep, name, snapshot):
+            async with self._one_packing:
+                is_kept = await asyncio.to_thread(self._history.keep, name, snapshot)
+            if is_kept:
                 run.snapshot_ns = updated_ns
         except Exception:
             logger.exception("run %s: no snapshot can be made", name)
