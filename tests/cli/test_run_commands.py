@@ -134,7 +134,7 @@ def test_an_imported_run_is_shown_as_such_until_an_attempt_opens(
 def test_a_state_that_only_a_newer_server_knows_is_shown_by_its_number(
     run: Cli, server: Any, specs: Any
 ) -> None:
-    message = run_message(specs.plain)
+    message: Any = run_message(specs.plain)
     message.state = 77
     server.answers["ListRuns"] = lambda _: runs_pb2.ListRunsResponse(runs=[message])
     assert " 77 " in run("list").stdout
