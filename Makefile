@@ -17,6 +17,7 @@ test: $(VENV)/.dev-installed  ## Run the linters, the type checker and the whole
 	@PATH="$(CURDIR)/$(BIN):$$PATH" bash scripts/test.sh
 
 torture: $(VENV)/.dev-installed  ## Let 1,000 things go wrong and check what is promised; half an hour.
+	@$(BIN)/python -m pytest -q -m torture tests/crash
 	@$(BIN)/python -m tests.crash.torture $(TORTURE)
 
 versions: $(VENV)/.dev-installed  ## Test the client on the oldest and newest versions of what it needs; long.

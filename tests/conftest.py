@@ -114,6 +114,8 @@ def _show_times(terminalreporter: pytest.TerminalReporter) -> None:
                 suite = report.nodeid.partition("::")[0].rpartition("/")[0] or "."
                 seconds[suite] += report.duration
                 tests[suite] += report.when == "call"
+    if not tests:
+        return
     terminalreporter.section("time per suite", sep="=")
     for suite in sorted(seconds, key=lambda suite: -seconds[suite]):
         terminalreporter.write_line(f"{seconds[suite]:8.1f} s  {tests[suite]:5d} tests  {suite}")

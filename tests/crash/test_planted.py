@@ -101,6 +101,7 @@ def right_servers() -> Iterator[Callable[[StoreKind], Laboratory]]:
         yield get
 
 
+@pytest.mark.torture
 @pytest.mark.parametrize(("bug", "store", "fault", "seed", "kinds"), SEEDED)
 def test_a_random_round_catches_a_planted_bug(
     bug: str,
