@@ -119,15 +119,28 @@ def test_a_run_without_feedback_and_reports_is_trimmed_at_what_is_in_use() -> No
     assert [block.begin for block in state.records] == [90, 92, 96]
     # Should its reporter speak after all, of what is below, that takes the whole.
     check_trimmed("run", [*log.rows, *_said(log, 0)], len(log.rows), 90)
-    state.apply(core.Reported(1, "one", (core.Report(3, None, 1.0, 5),)))
-    with pytest.raises(core.HistoryNeeded, match="at progress 5 was dropped"):
-        state.apply(core.Reported(1, "one", (core.Report(5, 1.0, 1.0, 6),)))
+    for loss in (None, 1.0):
+        with pytest.raises(core.HistoryNeeded, match="at progress 3 was dropped"):
+            state.apply(core.Reported(1, "one", (core.Report(3, loss, 1.0, 5),)))
 
 
 def _said(log: Log, at: int) -> list[bytes]:
     rows = len(log.rows)
     log.report(at, [1.0] * 9)
     return log.rows[rows:]
+
+
+def test_a_first_report_below_the_floor_asks_for_history_although_it_holds_no_loss() -> None:
+    log = Log(policies=[PLATEAU], learning_rate=LINEAR, feedback={"delay": 8})
+    log.open()
+    log.write(core.waive(log.state, 8))
+    at = log.state.horizon - 1
+    log.take(at, 1, in_use=at)
+    before = len(log.rows)
+    first = log.state.frontier
+    assert trimmed(log.state, 1000).floor == at > first
+    log.report(first, [None])
+    assert check_trimmed("run", log.rows, before, 1000) == 1
 
 
 def test_what_is_not_final_yet_is_never_dropped() -> None:
@@ -196,11 +209,11 @@ def test_what_a_snapshot_holds_is_pinned_to_its_format() -> None:
         1,
         "adjustments advice answers approved attempt begin declared digest done dropped "
         "dropped_late dropped_loss dropped_permit extras finished floor forgot forgotten "
-        "format frontier greatest_attempt holder imported_from in_use key keys "
-        "last_record_below_floor late log loss_progress loss_values lost_digest lost_seq made "
-        "marks may_revise moved name observers origin origin_observers origins outcomes "
-        "pending_spec permits records reporters revised_by revisions rewinds rollbacks seq "
-        "token trainer_spec waivers",
+        "format frontier greatest_attempt holder imported_from in_use is_imported key keys "
+        "last_record_below_floor late log loss_progress loss_values lost_attempt lost_digest "
+        "lost_seq made marks may_revise moved name observers origin origin_observers origins "
+        "outcomes pending_spec permits records reporters revised_by revisions rewinds "
+        "rollbacks seq token trainer_spec waivers went_on",
     )
 
 

@@ -425,7 +425,12 @@ class RunState:
         """Raise HistoryNeeded where it takes what was dropped to apply an event."""
         match event:
             case Reported():
-                said = [item for item in event.reports if item.has_metrics or item.skipped]
+                # The first report of an attempt that went on without any may lie below the floor.
+                said = [
+                    item
+                    for item in event.reports
+                    if item.has_metrics or item.skipped or not self.moved
+                ]
                 self.refuse_dropped(min((item.progress for item in said), default=self.floor))
             case Opened() if event.fold is None:
                 self.refuse_dropped(event.begin)
