@@ -28,7 +28,7 @@ from collections.abc import (
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 import grpc
@@ -43,6 +43,10 @@ from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._metrics import Metrics
 from lrpilot.server._store import LogRow
 from lrpilot.v1 import errors_pb2, runs_pb2, runs_pb2_grpc, trainer_pb2, trainer_pb2_grpc
+
+if TYPE_CHECKING:
+    # Which has Program from here.
+    from tests.e2e.harness import Rank
 
 DEADLINE_S = 60.0
 """Every call and every wait in these tests ends by then."""
@@ -475,3 +479,12 @@ def until() -> Until:
             await asyncio.sleep(0.01)
 
     return wait
+
+
+@pytest.fixture
+def ranks() -> Iterator[list["Rank"]]:
+    """Processes that are gone at the end."""
+    started: list[Rank] = []
+    yield started
+    for rank in started:
+        rank.dispose()

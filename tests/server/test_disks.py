@@ -77,15 +77,6 @@ def disk(tmp_path: Path) -> Iterator[Disk]:
     disk.remove()
 
 
-@pytest.fixture
-def ranks() -> Iterator[list[Rank]]:
-    """Processes that are gone at the end."""
-    started: list[Rank] = []
-    yield started
-    for rank in started:
-        rank.dispose()
-
-
 @contextmanager
 def failing(program: Program, calls: str, error: str) -> Iterator[None]:
     """Let system calls of a server fail, instead of being carried out."""

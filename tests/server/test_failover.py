@@ -74,15 +74,6 @@ def opened() -> Iterator[Callable[[str], SqlStore]]:
         store.close()
 
 
-@pytest.fixture
-def ranks() -> Iterator[list[Rank]]:
-    """Processes that are gone at the end."""
-    started: list[Rank] = []
-    yield started
-    for rank in started:
-        rank.dispose()
-
-
 class TestRealJobs:
     STEPS = 200
 

@@ -9,7 +9,7 @@ import signal
 import time
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -412,15 +412,6 @@ class TestStart:
         assert program.ended() == 2
         assert "store" in program.log()
         assert "wrong-one" not in program.log()
-
-
-@pytest.fixture
-def ranks() -> Iterator[list[Rank]]:
-    """Processes that are gone at the end."""
-    started: list[Rank] = []
-    yield started
-    for rank in started:
-        rank.dispose()
 
 
 class TestRealJobs:

@@ -6,7 +6,7 @@ import logging
 import socket
 import sqlite3
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -183,15 +183,6 @@ class TestReleaseBefore:
     def test_it_refuses_a_database(self, start_old: StartOld, postgres: str) -> None:
         open_store(postgres).close()
         self.refused(start_old("--store", postgres))
-
-
-@pytest.fixture
-def ranks() -> Iterator[list[Rank]]:
-    """Processes that are gone at the end."""
-    started: list[Rank] = []
-    yield started
-    for rank in started:
-        rank.dispose()
 
 
 @pytest.mark.needs_program("postgres")

@@ -317,11 +317,7 @@ class Ledger:
                     if await self._read(run):
                         continue
                     return answer(run.state, outcome)
-                now_ns = time.time_ns()
-                rows = [
-                    LogRow(seq, data, digest, now_ns)
-                    for seq, data, digest in core.rows(run.state, events)
-                ]
+                rows = _rows(run.state, events)
                 name = run.state.name
                 after = run.state.digest if run.state.exists else None
                 try:
@@ -371,11 +367,7 @@ class Ledger:
                 events, answer = evaluate(run.state, digest)
                 if not events:
                     return answer
-                now_ns = time.time_ns()
-                more = [
-                    LogRow(seq, data, digest, now_ns)
-                    for seq, data, digest in core.rows(folded.state, events)
-                ]
+                more = _rows(folded.state, events)
                 try:
                     await asyncio.to_thread(self._adopt, name, log, more)
                 except SeqTaken:
@@ -476,3 +468,9 @@ class Ledger:
             logger.exception("run %s: no snapshot can be made", name)
         finally:
             self._tended.discard(name)
+
+
+def _rows(state: core.RunState, events: list[core.Event]) -> list[LogRow]:
+    """Return events as the rows that come behind the log of `state`, recorded now."""
+    now_ns = time.time_ns()
+    return [LogRow(seq, data, digest, now_ns) for seq, data, digest in core.rows(state, events)]

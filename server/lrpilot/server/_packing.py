@@ -26,6 +26,9 @@ CACHED_SEGMENTS = 4
 
 _BLOCKS_PER_QUERY = 16
 
+ROW = (events.c.seq, events.c.payload, events.c.digest, events.c.recorded_at_ns)
+"""Columns of a plain row, in the order of a LogRow."""
+
 
 @dataclass(frozen=True, slots=True)
 class Segment:
@@ -208,7 +211,7 @@ def next_segment(connection: sa.Connection, run: str, through_seq: int) -> list[
 def _plain(connection: sa.Connection, run_id: int, first_seq: int, last_seq: int) -> list[LogRow]:
     """Return those rows of a log from `first_seq` to `last_seq` that are not packed."""
     wanted = (
-        sa.select(events.c.seq, events.c.payload, events.c.digest, events.c.recorded_at_ns)
+        sa.select(*ROW)
         .where(events.c.run_id == run_id, events.c.seq.between(first_seq, last_seq))
         .order_by(events.c.seq)
     )

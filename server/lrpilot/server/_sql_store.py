@@ -23,6 +23,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from lrpilot.server._memory_store import MemoryStore, check_limit, needless
 from lrpilot.server._migrate import is_newest, migrate
 from lrpilot.server._packing import (
+    ROW,
     PackedLog,
     Part,
     Unpacked,
@@ -263,15 +264,8 @@ class SqlStore:
         run_id = _hold(connection, run)
         before = snapshot.seq - 1
         at = self._unpacked.rows(run, self._read(connection, run, before, 1), before, 1)
-        if (
-            run_id is None
-            or not at
-            or (at[0].seq, at[0].digest)
-            != (
-                snapshot.seq,
-                snapshot.digest,
-            )
-        ):
+        is_there = [(row.seq, row.digest) for row in at] == [(snapshot.seq, snapshot.digest)]
+        if run_id is None or not is_there:
             return False
         of_run = snapshots.c.run_id == run_id
         found = connection.scalars(sa.select(snapshots.c.seq).where(of_run)).all()
@@ -515,7 +509,7 @@ _LAST_SEQ = (
 
 
 _ROWS_AFTER = (
-    sa.select(events.c.seq, events.c.payload, events.c.digest, events.c.recorded_at_ns)
+    sa.select(*ROW)
     # Found first: then the index has a log in its order, and nothing is sorted.
     .where(
         events.c.run_id
