@@ -238,6 +238,7 @@ class Run(google.protobuf.message.Message):
     DECLARED_STEPS_FIELD_NUMBER: builtins.int
     IMPORTED_FROM_FIELD_NUMBER: builtins.int
     FORGOTTEN_FIELD_NUMBER: builtins.int
+    RANKS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name."""
     state: global___RunState.ValueType
@@ -335,6 +336,12 @@ class Run(google.protobuf.message.Message):
         absent: there was none.
         """
 
+    @property
+    def ranks(self) -> global___Ranks:
+        """How the ranks keep up, as far as they asked the server that answers; absent: none did
+        in the current attempt.
+        """
+
     def __init__(
         self,
         *,
@@ -373,15 +380,80 @@ class Run(google.protobuf.message.Message):
         declared_steps: builtins.int = ...,
         imported_from: builtins.str = ...,
         forgotten: builtins.str = ...,
+        ranks: global___Ranks | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "created_at", b"created_at", "declaration", b"declaration", "loss", b"loss", "smoothed_loss", b"smoothed_loss", "updated_at", b"updated_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "adjustments", b"adjustments", "attempt", b"attempt", "begin", b"begin", "created_at", b"created_at", "declaration", b"declaration", "declared_steps", b"declared_steps", "delay", b"delay", "digest", b"digest", "etag", b"etag", "forgotten", b"forgotten", "frontier", b"frontier", "held", b"held", "horizon", b"horizon", "imported_from", b"imported_from", "late_losses", b"late_losses", "leader", b"leader", "loss", b"loss", "losses", b"losses", "name", b"name", "nonfinite_losses", b"nonfinite_losses", "permitted", b"permitted", "progress", b"progress", "rollbacks", b"rollbacks", "seq", b"seq", "skipped", b"skipped", "smoothed_loss", b"smoothed_loss", "spec_document", b"spec_document", "stage", b"stage", "state", b"state", "total", b"total", "unit", b"unit", "updated_at", b"updated_at", "validation_losses", b"validation_losses", "values", b"values", "waivers", b"waivers"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "created_at", b"created_at", "declaration", b"declaration", "loss", b"loss", "ranks", b"ranks", "smoothed_loss", b"smoothed_loss", "updated_at", b"updated_at"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "adjustments", b"adjustments", "attempt", b"attempt", "begin", b"begin", "created_at", b"created_at", "declaration", b"declaration", "declared_steps", b"declared_steps", "delay", b"delay", "digest", b"digest", "etag", b"etag", "forgotten", b"forgotten", "frontier", b"frontier", "held", b"held", "horizon", b"horizon", "imported_from", b"imported_from", "late_losses", b"late_losses", "leader", b"leader", "loss", b"loss", "losses", b"losses", "name", b"name", "nonfinite_losses", b"nonfinite_losses", "permitted", b"permitted", "progress", b"progress", "ranks", b"ranks", "rollbacks", b"rollbacks", "seq", b"seq", "skipped", b"skipped", "smoothed_loss", b"smoothed_loss", "spec_document", b"spec_document", "stage", b"stage", "state", b"state", "total", b"total", "unit", b"unit", "updated_at", b"updated_at", "validation_losses", b"validation_losses", "values", b"values", "waivers", b"waivers"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_loss", b"_loss"]) -> typing.Literal["loss"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_smoothed_loss", b"_smoothed_loss"]) -> typing.Literal["smoothed_loss"] | None: ...
 
 global___Run = Run
+
+@typing.final
+class Ranks(google.protobuf.message.Message):
+    """How the ranks of the current attempt keep up, as far as they asked one server. Where
+    ranks of a node share what they fetch, the one that asks stands for all of them.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ACTIVE_FIELD_NUMBER: builtins.int
+    WAITING_FIELD_NUMBER: builtins.int
+    BLOCKED_S_FIELD_NUMBER: builtins.int
+    SLOWEST_FIELD_NUMBER: builtins.int
+    active: builtins.int
+    """Number of ranks that asked within the last two minutes."""
+    waiting: builtins.int
+    """Calls of blocked training threads that wait now."""
+    blocked_s: builtins.float
+    """For how long a training thread was blocked since the horizon last moved, in seconds."""
+    @property
+    def slowest(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___RankLag]:
+        """The ranks farthest behind of those, at most 16, the farthest first."""
+
+    def __init__(
+        self,
+        *,
+        active: builtins.int = ...,
+        waiting: builtins.int = ...,
+        blocked_s: builtins.float = ...,
+        slowest: collections.abc.Iterable[global___RankLag] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["active", b"active", "blocked_s", b"blocked_s", "slowest", b"slowest", "waiting", b"waiting"]) -> None: ...
+
+global___Ranks = Ranks
+
+@typing.final
+class RankLag(google.protobuf.message.Message):
+    """Where one rank is."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RANK_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
+    LAG_FIELD_NUMBER: builtins.int
+    ASKED_S_AGO_FIELD_NUMBER: builtins.int
+    rank: builtins.int
+    """Global rank."""
+    progress: builtins.int
+    """Greatest progress that it used when it last asked."""
+    lag: builtins.int
+    """How far that was behind the progress of the run then."""
+    asked_s_ago: builtins.float
+    """How long ago it asked, in seconds."""
+    def __init__(
+        self,
+        *,
+        rank: builtins.int = ...,
+        progress: builtins.int = ...,
+        lag: builtins.int = ...,
+        asked_s_ago: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["asked_s_ago", b"asked_s_ago", "lag", b"lag", "progress", b"progress", "rank", b"rank"]) -> None: ...
+
+global___RankLag = RankLag
 
 @typing.final
 class Declaration(google.protobuf.message.Message):
@@ -1107,6 +1179,267 @@ class LossRecord(google.protobuf.message.Message):
 global___LossRecord = LossRecord
 
 @typing.final
+class GetCurvesRequest(google.protobuf.message.Message):
+    """Request of GetCurves."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RUN_FIELD_NUMBER: builtins.int
+    BEGIN_FIELD_NUMBER: builtins.int
+    END_FIELD_NUMBER: builtins.int
+    POINTS_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    run: builtins.str
+    """Name of the run."""
+    begin: builtins.int
+    """First progress wanted."""
+    end: builtins.int
+    """Last progress wanted; 0: the end of the run."""
+    points: builtins.int
+    """About how many points a curve may have, 10 to 4,000; 0: 1,000."""
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """Parameter groups wanted, by name; none: the first 8."""
+
+    def __init__(
+        self,
+        *,
+        run: builtins.str = ...,
+        begin: builtins.int = ...,
+        end: builtins.int = ...,
+        points: builtins.int = ...,
+        groups: collections.abc.Iterable[builtins.str] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["begin", b"begin", "end", b"end", "groups", b"groups", "points", b"points", "run", b"run"]) -> None: ...
+
+global___GetCurvesRequest = GetCurvesRequest
+
+@typing.final
+class GetCurvesResponse(google.protobuf.message.Message):
+    """Answer of GetCurves. Of more values than points wanted a curve has the least and the
+    greatest of each stretch, at their progress, so that no spike is lost.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    @typing.final
+    class ValidationLossesEntry(google.protobuf.message.Message):
+        DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: builtins.int
+        VALUE_FIELD_NUMBER: builtins.int
+        key: builtins.str
+        @property
+        def value(self) -> global___Curve: ...
+        def __init__(
+            self,
+            *,
+            key: builtins.str = ...,
+            value: global___Curve | None = ...,
+        ) -> None: ...
+        def HasField(self, field_name: typing.Literal["value", b"value"]) -> builtins.bool: ...
+        def ClearField(self, field_name: typing.Literal["key", b"key", "value", b"value"]) -> None: ...
+
+    SEQ_FIELD_NUMBER: builtins.int
+    BEGIN_FIELD_NUMBER: builtins.int
+    END_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
+    HORIZON_FIELD_NUMBER: builtins.int
+    LOSSES_FIELD_NUMBER: builtins.int
+    SMOOTHED_LOSS_FIELD_NUMBER: builtins.int
+    VALIDATION_LOSSES_FIELD_NUMBER: builtins.int
+    GRADIENT_NORM_FIELD_NUMBER: builtins.int
+    GROUPS_FIELD_NUMBER: builtins.int
+    GROUP_COUNT_FIELD_NUMBER: builtins.int
+    STAGES_FIELD_NUMBER: builtins.int
+    seq: builtins.int
+    """Sequence number of the last event that counts."""
+    begin: builtins.int
+    """First progress shown."""
+    end: builtins.int
+    """Last progress shown, in the unit."""
+    progress: builtins.int
+    """Greatest progress whose values a rank is known to use: below it is the past."""
+    horizon: builtins.int
+    """First progress whose values are not fixed yet: from it on all is planned."""
+    group_count: builtins.int
+    """Number of the run's groups, with those left out."""
+    @property
+    def losses(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___LossCurve]:
+        """Losses, a curve for each attempt, in the order in which they opened."""
+
+    @property
+    def smoothed_loss(self) -> global___Curve:
+        """Exponential average of the losses that count, weight 0.02 for the newest."""
+
+    @property
+    def validation_losses(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___Curve]:
+        """Validation losses by name, those that count."""
+
+    @property
+    def gradient_norm(self) -> global___Curve:
+        """Norms of the gradient, those that count."""
+
+    @property
+    def groups(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GroupCurve]:
+        """LR and WD, a curve for each group."""
+
+    @property
+    def stages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___StageSpan]:
+        """The stages, in order; none where the run has only one."""
+
+    def __init__(
+        self,
+        *,
+        seq: builtins.int = ...,
+        begin: builtins.int = ...,
+        end: builtins.int = ...,
+        progress: builtins.int = ...,
+        horizon: builtins.int = ...,
+        losses: collections.abc.Iterable[global___LossCurve] | None = ...,
+        smoothed_loss: global___Curve | None = ...,
+        validation_losses: collections.abc.Mapping[builtins.str, global___Curve] | None = ...,
+        gradient_norm: global___Curve | None = ...,
+        groups: collections.abc.Iterable[global___GroupCurve] | None = ...,
+        group_count: builtins.int = ...,
+        stages: collections.abc.Iterable[global___StageSpan] | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["gradient_norm", b"gradient_norm", "smoothed_loss", b"smoothed_loss"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["begin", b"begin", "end", b"end", "gradient_norm", b"gradient_norm", "group_count", b"group_count", "groups", b"groups", "horizon", b"horizon", "losses", b"losses", "progress", b"progress", "seq", b"seq", "smoothed_loss", b"smoothed_loss", "stages", b"stages", "validation_losses", b"validation_losses"]) -> None: ...
+
+global___GetCurvesResponse = GetCurvesResponse
+
+@typing.final
+class Curve(google.protobuf.message.Message):
+    """Values over progress; both lists are equally long, and progress does not fall."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    PROGRESS_FIELD_NUMBER: builtins.int
+    VALUE_FIELD_NUMBER: builtins.int
+    @property
+    def progress(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Progress, in the unit."""
+
+    @property
+    def value(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """The values; some may be NaN or infinite."""
+
+    def __init__(
+        self,
+        *,
+        progress: collections.abc.Iterable[builtins.int] | None = ...,
+        value: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["progress", b"progress", "value", b"value"]) -> None: ...
+
+global___Curve = Curve
+
+@typing.final
+class LossCurve(google.protobuf.message.Message):
+    """The losses of one attempt."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ATTEMPT_FIELD_NUMBER: builtins.int
+    BEGIN_FIELD_NUMBER: builtins.int
+    FORGOTTEN_FROM_FIELD_NUMBER: builtins.int
+    LOSS_FIELD_NUMBER: builtins.int
+    attempt: builtins.int
+    """Number of the attempt."""
+    begin: builtins.int
+    """Progress at which it opened."""
+    forgotten_from: builtins.int
+    """From this progress on its losses were forgotten, as a later attempt opened there; absent: none."""
+    @property
+    def loss(self) -> global___Curve:
+        """The losses, those forgotten among them."""
+
+    def __init__(
+        self,
+        *,
+        attempt: builtins.int = ...,
+        begin: builtins.int = ...,
+        forgotten_from: builtins.int | None = ...,
+        loss: global___Curve | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_forgotten_from", b"_forgotten_from", "forgotten_from", b"forgotten_from", "loss", b"loss"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_forgotten_from", b"_forgotten_from", "attempt", b"attempt", "begin", b"begin", "forgotten_from", b"forgotten_from", "loss", b"loss"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_forgotten_from", b"_forgotten_from"]) -> typing.Literal["forgotten_from"] | None: ...
+
+global___LossCurve = LossCurve
+
+@typing.final
+class GroupCurve(google.protobuf.message.Message):
+    """LR and WD of one group over progress. From a point to the next one they run straight; where
+    they jump, the last progress before and the first one after are both there.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    PROGRESS_FIELD_NUMBER: builtins.int
+    LEARNING_RATE_FIELD_NUMBER: builtins.int
+    BASE_LEARNING_RATE_FIELD_NUMBER: builtins.int
+    WEIGHT_DECAY_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Name of the group; empty for the only one."""
+    @property
+    def progress(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """Progress, in the unit."""
+
+    @property
+    def learning_rate(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Learning rates."""
+
+    @property
+    def base_learning_rate(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Learning rates of the base schedule, without adjustments."""
+
+    @property
+    def weight_decay(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """Weight decays; empty: the run sets none."""
+
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        progress: collections.abc.Iterable[builtins.int] | None = ...,
+        learning_rate: collections.abc.Iterable[builtins.float] | None = ...,
+        base_learning_rate: collections.abc.Iterable[builtins.float] | None = ...,
+        weight_decay: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["base_learning_rate", b"base_learning_rate", "learning_rate", b"learning_rate", "name", b"name", "progress", b"progress", "weight_decay", b"weight_decay"]) -> None: ...
+
+global___GroupCurve = GroupCurve
+
+@typing.final
+class StageSpan(google.protobuf.message.Message):
+    """A stage as it was, or as it is planned."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: builtins.int
+    BEGIN_FIELD_NUMBER: builtins.int
+    END_FIELD_NUMBER: builtins.int
+    name: builtins.str
+    """Name."""
+    begin: builtins.int
+    """First progress."""
+    end: builtins.int
+    """First progress behind it."""
+    def __init__(
+        self,
+        *,
+        name: builtins.str = ...,
+        begin: builtins.int = ...,
+        end: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["begin", b"begin", "end", b"end", "name", b"name"]) -> None: ...
+
+global___StageSpan = StageSpan
+
+@typing.final
 class ListEventsRequest(google.protobuf.message.Message):
     """Request of ListEvents."""
 
@@ -1115,6 +1448,8 @@ class ListEventsRequest(google.protobuf.message.Message):
     RUN_FIELD_NUMBER: builtins.int
     PAGE_SIZE_FIELD_NUMBER: builtins.int
     PAGE_TOKEN_FIELD_NUMBER: builtins.int
+    NEWEST_FIRST_FIELD_NUMBER: builtins.int
+    NOTABLE_FIELD_NUMBER: builtins.int
     run: builtins.str
     """Name of the run."""
     page_size: builtins.int
@@ -1123,14 +1458,22 @@ class ListEventsRequest(google.protobuf.message.Message):
     """
     page_token: builtins.str
     """From the previous answer; empty: the first page."""
+    newest_first: builtins.bool
+    """The newest event first."""
+    notable: builtins.bool
+    """Without the events that every step brings: reports and records of values on which
+    nothing was decided, and permits.
+    """
     def __init__(
         self,
         *,
         run: builtins.str = ...,
         page_size: builtins.int = ...,
         page_token: builtins.str = ...,
+        newest_first: builtins.bool = ...,
+        notable: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["page_size", b"page_size", "page_token", b"page_token", "run", b"run"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["newest_first", b"newest_first", "notable", b"notable", "page_size", b"page_size", "page_token", b"page_token", "run", b"run"]) -> None: ...
 
 global___ListEventsRequest = ListEventsRequest
 

@@ -45,6 +45,11 @@ class RunServiceStub(object):
                 request_serializer=lrpilot_dot_v1_dot_runs__pb2.ApproveAdviceRequest.SerializeToString,
                 response_deserializer=lrpilot_dot_v1_dot_runs__pb2.ApproveAdviceResponse.FromString,
                 )
+        self.GetCurves = channel.unary_unary(
+                '/lrpilot.v1.RunService/GetCurves',
+                request_serializer=lrpilot_dot_v1_dot_runs__pb2.GetCurvesRequest.SerializeToString,
+                response_deserializer=lrpilot_dot_v1_dot_runs__pb2.GetCurvesResponse.FromString,
+                )
         self.ListEvents = channel.unary_unary(
                 '/lrpilot.v1.RunService/ListEvents',
                 request_serializer=lrpilot_dot_v1_dot_runs__pb2.ListEventsRequest.SerializeToString,
@@ -122,6 +127,14 @@ class RunServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetCurves(self, request, context):
+        """Returns the curves of a run, to be drawn: losses as they were reported, LR and WD as they were
+        used, as they are fixed and as they are planned. Errors: INVALID_ARGUMENT (InvalidRequest).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListEvents(self, request, context):
         """Lists the events of a run's log in order, in pages.
         """
@@ -192,6 +205,11 @@ def add_RunServiceServicer_to_server(servicer, server):
                     servicer.ApproveAdvice,
                     request_deserializer=lrpilot_dot_v1_dot_runs__pb2.ApproveAdviceRequest.FromString,
                     response_serializer=lrpilot_dot_v1_dot_runs__pb2.ApproveAdviceResponse.SerializeToString,
+            ),
+            'GetCurves': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetCurves,
+                    request_deserializer=lrpilot_dot_v1_dot_runs__pb2.GetCurvesRequest.FromString,
+                    response_serializer=lrpilot_dot_v1_dot_runs__pb2.GetCurvesResponse.SerializeToString,
             ),
             'ListEvents': grpc.unary_unary_rpc_method_handler(
                     servicer.ListEvents,
@@ -328,6 +346,23 @@ class RunService(object):
         return grpc.experimental.unary_unary(request, target, '/lrpilot.v1.RunService/ApproveAdvice',
             lrpilot_dot_v1_dot_runs__pb2.ApproveAdviceRequest.SerializeToString,
             lrpilot_dot_v1_dot_runs__pb2.ApproveAdviceResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def GetCurves(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/lrpilot.v1.RunService/GetCurves',
+            lrpilot_dot_v1_dot_runs__pb2.GetCurvesRequest.SerializeToString,
+            lrpilot_dot_v1_dot_runs__pb2.GetCurvesResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

@@ -64,6 +64,14 @@ class RunServiceStub:
     FAILED_PRECONDITION (AdviceExpired).
     """
 
+    GetCurves: grpc.UnaryUnaryMultiCallable[
+        lrpilot.v1.runs_pb2.GetCurvesRequest,
+        lrpilot.v1.runs_pb2.GetCurvesResponse,
+    ]
+    """Returns the curves of a run, to be drawn: losses as they were reported, LR and WD as they were
+    used, as they are fixed and as they are planned. Errors: INVALID_ARGUMENT (InvalidRequest).
+    """
+
     ListEvents: grpc.UnaryUnaryMultiCallable[
         lrpilot.v1.runs_pb2.ListEventsRequest,
         lrpilot.v1.runs_pb2.ListEventsResponse,
@@ -143,6 +151,14 @@ class RunServiceAsyncStub:
     ]
     """Turns an advice into an adjustment at the horizon. Errors: as AdjustRun, and
     FAILED_PRECONDITION (AdviceExpired).
+    """
+
+    GetCurves: grpc.aio.UnaryUnaryMultiCallable[
+        lrpilot.v1.runs_pb2.GetCurvesRequest,
+        lrpilot.v1.runs_pb2.GetCurvesResponse,
+    ]
+    """Returns the curves of a run, to be drawn: losses as they were reported, LR and WD as they were
+    used, as they are fixed and as they are planned. Errors: INVALID_ARGUMENT (InvalidRequest).
     """
 
     ListEvents: grpc.aio.UnaryUnaryMultiCallable[
@@ -236,6 +252,16 @@ class RunServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[lrpilot.v1.runs_pb2.ApproveAdviceResponse, collections.abc.Awaitable[lrpilot.v1.runs_pb2.ApproveAdviceResponse]]:
         """Turns an advice into an adjustment at the horizon. Errors: as AdjustRun, and
         FAILED_PRECONDITION (AdviceExpired).
+        """
+
+    @abc.abstractmethod
+    def GetCurves(
+        self,
+        request: lrpilot.v1.runs_pb2.GetCurvesRequest,
+        context: _ServicerContext,
+    ) -> typing.Union[lrpilot.v1.runs_pb2.GetCurvesResponse, collections.abc.Awaitable[lrpilot.v1.runs_pb2.GetCurvesResponse]]:
+        """Returns the curves of a run, to be drawn: losses as they were reported, LR and WD as they were
+        used, as they are fixed and as they are planned. Errors: INVALID_ARGUMENT (InvalidRequest).
         """
 
     @abc.abstractmethod
