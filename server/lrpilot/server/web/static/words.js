@@ -1,0 +1,162 @@
+// What is to be said of a run: whether it is well, what lrpilot did last and why, what it will do.
+// The words and thresholds are those of deploy/grafana/states.py.
+
+import { ago, changeText, count, duration, plural, rate, secondsSince, toNumber } from "./format.js";
+
+const WAIT_S = 15;
+const SILENT_S = 900;
+
+/** Share of a run's losses that counts as lately, and the fewest and most losses. */
+const LATELY = { share: 0.02, least: 50, most: 1000 };
+
+/** Status of adjustments that change nothing (any more), so that they are no news. */
+const PASSED = new Set(["advice", "expired", "held back", "forgotten", "undone", "approved"]);
+
+/** Return the state of a run: `{ word, tone }`. */
+export function stateOf(run, now = Date.now()) {
+  if (run.state === "unreadable") return { word: "unreadable", tone: "bad" };
+  if (run.state === "finished") return { word: "finished", tone: "faint" };
+  if (run.forgotten) return { word: "log forgot", tone: "bad" };
+  if (run.state === "created") return { word: "created", tone: "faint" };
+  if (run.imported_from) return { word: "imported", tone: "info" };
+  if (waits(run)) return { word: "ranks wait", tone: "bad" };
+  if (isSilent(run, now)) return { word: "is silent", tone: "warn" };
+  if (run.held) return { word: "is held", tone: "info" };
+  return { word: "trains", tone: "ok" };
+}
+
+function waits(run) {
+  return Boolean(run.ranks && run.ranks.waiting > 0 && run.ranks.blocked_s > WAIT_S);
+}
+
+function isSilent(run, now) {
+  return run.state === "running" && secondsSince(run.updated_at, now) > SILENT_S;
+}
+
+/** Return the advice that waits for an answer, oldest first. */
+export function pendingAdvice(run) {
+  return (run.adjustments ?? []).filter((item) => item.status === "advice" && item.action !== "note");
+}
+
+/** Return the directives that the trainers have not answered, or not as they should. */
+function troubledDirectives(run) {
+  const troubled = new Set(["asked", "failed", "unhandled"]);
+  return (run.adjustments ?? []).filter(
+    (item) => item.action === "directive" && troubled.has(item.status) && !item.forgotten,
+  );
+}
+
+/**
+ * Return what needs someone, worst first: a list of `{ tone, text, id }`, `id` of the adjustment that
+ * it is about or null. `nonfiniteAt`: progress of the newest loss that is not finite, null: none.
+ */
+export function troublesOf(run, nonfiniteAt = null, now = Date.now()) {
+  const found = [];
+  const add = (tone, text, id = null) => found.push({ tone, text, id });
+  if (run.state === "unreadable") {
+    add("bad", "The log of this run cannot be read. The server's own log says why.");
+    return found;
+  }
+  if (run.forgotten) add("bad", run.forgotten);
+  if (run.state === "finished") return found;
+  if (waits(run)) {
+    const calls = plural(run.ranks.waiting, "rank waits", "ranks wait");
+    add("bad", `${calls} for values; training stands still for ${duration(run.ranks.blocked_s)}.`);
+  }
+  if (nonfiniteAt !== null && isLately(run, nonfiniteAt)) {
+    add("bad", `The loss was not finite at ${count(nonfiniteAt)}; ${count(run.nonfinite_losses)} such in all.`);
+  }
+  if (isSilent(run, now)) add("warn", `Nothing was recorded for ${duration(secondsSince(run.updated_at, now))}.`);
+  for (const item of troubledDirectives(run)) {
+    const said = item.status === "asked" ? "has no answer yet" : item.status;
+    const tone = item.status === "asked" ? "warn" : "bad";
+    add(tone, `Directive ${item.id}, ${item.summary}, due at ${count(item.effective)}: ${said}.`, item.id);
+  }
+  for (const item of pendingAdvice(run)) {
+    const until = item.expires ? `, until ${count(item.expires)}` : "";
+    add("warn", `Advice ${item.id} waits for an answer${until}: ${item.summary}. ${item.reason}`, item.id);
+  }
+  if (run.held) add("info", "LR and WD are held: they stay as they are until a release.");
+  if (run.imported_from) add("info", `Imported from ${run.imported_from}: its job goes on here from its checkpoint.`);
+  return found;
+}
+
+function isLately(run, progress) {
+  const losses = Math.min(LATELY.most, Math.max(LATELY.least, LATELY.share * run.losses));
+  const stride = Math.max(1, (run.progress - Math.min(run.begin, run.progress)) / Math.max(1, run.losses));
+  return progress >= run.frontier - losses * stride;
+}
+
+/** Return the newest change that lrpilot made, which may be planned still; null: there was none. */
+export function lastChange(run) {
+  const changes = (run.adjustments ?? []).filter(
+    (item) => !item.forgotten && item.action !== "note" && !PASSED.has(item.status),
+  );
+  return changes.at(-1) ?? null;
+}
+
+/** Return who made an adjustment: a policy, or a person. */
+export function madeBy(item) {
+  return item.author || item.source.replace(/^policies\.\d+ \((.+)\)$/, "$1");
+}
+
+/** Return one adjustment in a sentence: "LR × 0.5 at 30,120 by plateau, LR 2e-4 → 1e-4". */
+export function changeSentence(item) {
+  return `${item.summary} at ${count(item.effective)} by ${madeBy(item)}: ${changeText(item)}`;
+}
+
+/** Return the loss in words: "2.31, smoothed 2.29". */
+export function lossText(run) {
+  if (toNumber(run.loss) === null) return "none yet";
+  const smoothed = toNumber(run.smoothed_loss) === null ? "" : `, smoothed ${rate(run.smoothed_loss)}`;
+  return `${rate(run.loss)}${smoothed}`;
+}
+
+/**
+ * Return what comes next, as a list of phrases, soonest first: planned adjustments, the next stage,
+ * where the LR turns. `curves`: GetCurvesResponse, null: not there yet.
+ */
+export function nextOf(run, curves) {
+  if (run.state === "finished" || run.state === "unreadable") return [];
+  const found = (run.adjustments ?? [])
+    .filter((item) => item.status === "planned" && !item.forgotten && item.action !== "note")
+    .map((item) => [item.effective, `${item.summary} at ${count(item.effective)} by ${madeBy(item)}`]);
+  for (const stage of curves?.stages ?? []) {
+    if (stage.begin > run.progress) {
+      found.push([stage.begin, `stage ${stage.name} at ${count(stage.begin)}`]);
+      break;
+    }
+  }
+  const turn = curves ? nextTurn(curves) : null;
+  if (turn) found.push(turn);
+  return found.sort(([a], [b]) => a - b).map(([, text]) => text);
+}
+
+/** Return where the planned LR of the first group turns, `[progress, phrase]`; null: nowhere. */
+function nextTurn(curves) {
+  const group = curves.groups?.[0];
+  if (!group) return null;
+  const points = group.progress
+    .map((progress, index) => [progress, toNumber(group.learning_rate[index])])
+    .filter(([progress]) => progress >= curves.progress);
+  let trend = null;
+  for (let index = 1; index < points.length; index += 1) {
+    const here = trendOf(points[index - 1][1], points[index][1]);
+    if (trend !== null && here !== trend) return [points[index - 1][0], `LR ${here} from ${count(points[index - 1][0])} on`];
+    trend = here;
+  }
+  if (points.length < 2) return null;
+  const [end, value] = points.at(-1);
+  return [end, `LR ${trend}${trend === "stays" ? "" : ` to ${rate(value)}`} until the planned end, ${count(end)}`];
+}
+
+function trendOf(before, after) {
+  if (Math.abs(after - before) <= 1e-12 * Math.max(Math.abs(before), Math.abs(after))) return "stays";
+  return after > before ? "rises" : "falls";
+}
+
+/** Return when the run last did something, in words. */
+export function sinceText(run, now = Date.now()) {
+  const what = run.state === "finished" ? "finished" : "last event";
+  return run.updated_at ? `${what} ${ago(run.updated_at, now)}` : "";
+}
