@@ -7,8 +7,8 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import Callable, Collection, Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Coroutine, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import grpc.aio
 from google.protobuf.descriptor import ServiceDescriptor
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
 
 from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._history import History
@@ -29,6 +28,7 @@ from lrpilot.server._run_service import RunService
 from lrpilot.server._sql_store import open_store
 from lrpilot.server._store import Store, StoreError, StoreUnavailable
 from lrpilot.server._trainer_service import TrainerService
+from lrpilot.server.web import Web, listen
 from lrpilot.v1 import runs_pb2, trainer_pb2
 
 logger = logging.getLogger("lrpilot.server")
@@ -77,7 +77,7 @@ class ServerConfig:
     listen: str
     """HOST:PORT for gRPC; port 0: the kernel picks."""
     http: str | None
-    """HOST:PORT for metrics; None: not served."""
+    """HOST:PORT for metrics, probes and the page; None: not served."""
     insecure: bool = False
     """Whether to listen beyond loopback although nothing is encrypted."""
     keep_finished_days: float | None = None
@@ -305,11 +305,17 @@ async def _serve(
 ) -> None:
     server = Server(store, committer, metrics)
     grpc_address = server.bind(config.listen)
-    with _http(config.http, metrics, lambda: server.not_ready) as http_address:
+    web = None
+    if config.http is not None:
+        host = config.http.rpartition(":")[0]
+        listener = _listen_http(config.http)
+        web = Web(listener, host, metrics.registry, lambda: server.not_ready)
+    async with nullcontext() if web is None else web.served():
         await server.start()
         # What was loaded until now stays to the end. A full collection of garbage need not look
         # through it each time, in which nobody is served.
         gc.freeze()
+        http_address = "off" if web is None else web.address
         print(f"lrpilot ready grpc={grpc_address} http={http_address}", flush=True)  # noqa: T201
         warming = asyncio.create_task(server.ledger.warm_up())
         if config.keep_finished_days is not None:
@@ -357,57 +363,14 @@ def _signals(stop: asyncio.Event) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-@contextmanager
-def _http(
-    address: str | None, metrics: Metrics, not_ready: Callable[[], str | None]
-) -> Iterator[str]:
-    """Serve metrics, `/live` and `/ready` on a thread of its own; yield where."""
-    if address is None:
-        yield "off"
-        return
-    host, _, port = address.rpartition(":")
+def _listen_http(address: str) -> socket.socket:
     try:
-        server, thread = start_http_server(
-            int(port), addr=host.strip("[]"), registry=metrics.registry
-        )
+        return listen(address)
     except OSError as error:
         raise StartupError(
             f"cannot listen on {address} for HTTP: {error.strerror or error}; "
             "stop what listens there or choose another address with --http"
         ) from error
-    wsgi: Any = server
-    wsgi.set_app(_routed(wsgi.get_app(), not_ready))
-    try:
-        yield f"{host}:{server.server_port}"
-    finally:
-        # Its loop looks for this twice a second; the thread of a scrape may last longer.
-        server.shutdown()
-        server.server_close()
-        thread.join(DRAIN_S)
-
-
-def _routed(metrics: Any, not_ready: Callable[[], str | None]) -> Any:
-    """Return a WSGI application that answers probes, and all else with metrics."""
-
-    def probe(path: str) -> tuple[str, bytes] | None:
-        if path == "/live":
-            return "200 OK", b"live\n"
-        if path == "/ready":
-            why = not_ready()
-            if why is None:
-                return "200 OK", b"ready\n"
-            return "503 Service Unavailable", f"not ready: {why}\n".encode()
-        return None
-
-    def serve(environment: dict[str, Any], start: Callable[..., Any]) -> Any:
-        answer = probe(environment.get("PATH_INFO", ""))
-        if answer is None:
-            return metrics(environment, start)
-        status, body = answer
-        start(status, [("Content-Type", "text/plain; charset=utf-8")])
-        return [body]
-
-    return serve
 
 
 def _why_not(address: str) -> str:
