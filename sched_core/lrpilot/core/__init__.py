@@ -76,6 +76,7 @@ from lrpilot.core._events import (
     encode,
 )
 from lrpilot.core._forgotten import Held, log_forgotten, missing, recorded_digest, values_digest
+from lrpilot.core._losses import AttemptLosses, LossReader, Series, Smoothed, is_routine
 from lrpilot.core._operators import (
     Action,
     Ask,
@@ -95,7 +96,7 @@ from lrpilot.core._operators import (
 )
 from lrpilot.core._plan import ENDABLE, Adjustment, Plan
 from lrpilot.core._presets import PRESETS, Preset
-from lrpilot.core._records import Block
+from lrpilot.core._records import Block, Records
 from lrpilot.core._requests import (
     MAX_BLOCK_STEPS,
     MAX_OFFERED_STEPS,
@@ -155,6 +156,7 @@ __all__ = [
     "AdviceExpired",
     "Ask",
     "Attached",
+    "AttemptLosses",
     "AttemptSuperseded",
     "BeforeAttempt",
     "BelowResumePoint",
@@ -184,6 +186,7 @@ __all__ = [
     "Joined",
     "LogForgotten",
     "LossConflict",
+    "LossReader",
     "LossesPending",
     "LrpilotError",
     "NotHolder",
@@ -199,6 +202,7 @@ __all__ = [
     "PlanChanged",
     "Preset",
     "Recorded",
+    "Records",
     "ReleaseValues",
     "Report",
     "Reported",
@@ -214,9 +218,11 @@ __all__ = [
     "SavedState",
     "ScaleDecay",
     "ScaleLearningRate",
+    "Series",
     "SetLearningRate",
     "SetTotal",
     "SimulatedStep",
+    "Smoothed",
     "SpecChanged",
     "StageSchedule",
     "StateMismatch",
@@ -244,6 +250,7 @@ __all__ = [
     "fold",
     "get_values",
     "import_run",
+    "is_routine",
     "learning_rate_schedule",
     "log_forgotten",
     "made_next",

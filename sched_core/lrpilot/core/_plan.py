@@ -595,16 +595,17 @@ class Plan:
             reasons.add("stable phase")
         return reasons
 
-    def values(self, progress: int) -> Values:
+    def values(self, progress: int, groups: Sequence[int] | None = None) -> Values:
         """Return the learning rates and the weight decays at `progress`, one per group.
 
-        The weight decays are None when the run sets none.
+        The weight decays are None when the run sets none. `groups`: positions of those wanted;
+        None: all.
         """
         revision = self._revision_at(progress)
         stages = self._stages(revision)
         index = stage_at(stages, progress)
         span = self._span(stages[index], progress)
-        groups = range(len(revision.spec.group_names))
+        groups = range(len(revision.spec.group_names)) if groups is None else groups
         lrs = tuple(self._learning_rate(revision, index, group, progress, span) for group in groups)
         if not revision.spec.has_weight_decay:
             return lrs, None
@@ -612,14 +613,50 @@ class Plan:
             self._weight_decay(revision, index, group, progress, span) for group in groups
         )
 
-    def base(self, progress: int) -> tuple[float, ...]:
-        """Return the learning rates at `progress` without adjustments, one per group."""
+    def base(self, progress: int, groups: Sequence[int] | None = None) -> tuple[float, ...]:
+        """Return the learning rates at `progress` without adjustments, one per group.
+
+        `groups`: positions of those wanted; None: all.
+        """
         revision = self._revision_at(progress)
         index = stage_at(self._stages(revision), progress)
+        groups = range(len(revision.spec.group_names)) if groups is None else groups
         return tuple(
-            self._base(revision, index, group, progress, adjusted=False)
-            for group in range(len(revision.spec.group_names))
+            self._base(revision, index, group, progress, adjusted=False) for group in groups
         )
+
+    def copy(self) -> "Plan":
+        """Return a plan that gives the same values, for use on another thread."""
+        return Plan(self._revisions, self._adjustments, self.rollbacks)
+
+    def spec_at(self, progress: int) -> RunSpec:
+        """Return the spec that the values at `progress` follow."""
+        return self._revision_at(progress).spec
+
+    def corners(self, begin: int, last: int) -> list[int]:
+        """Return where in [begin, last] LR and WD may jump or bend, in order.
+
+        It is the last progress before each such place and the first one behind it, so that between
+        two of them a schedule of straight lines is straight, and any other one smooth. Where a
+        change meets a limit on the way, it may bend as well.
+        """
+        found: set[int] = set()
+        for index, revision in enumerate(self._revisions):
+            if all(item.effective > revision.effective for item in self._revisions[index + 1 :]):
+                found |= {revision.effective - 1, revision.effective}
+            for stage in self._stages(revision):
+                found |= {at for at in stage.corners() if self._revision_at(max(0, at)) is revision}
+        for item in self._adjustments:
+            found |= {item.effective - 1, item.effective}
+            match item.change:
+                case Hold() as change if change.length is not None:
+                    found |= {item.effective + change.length - 1, item.effective + change.length}
+                case BeginDecay() as change:
+                    found |= {item.effective + change.length, item.effective + change.length + 1}
+                case Curve() as change:
+                    for offset, _ in change.points:
+                        found |= {item.effective + offset - 1, item.effective + offset}
+        return sorted(at for at in found if begin <= at <= last)
 
     def _revision_at(self, progress: int) -> Revision:
         for revision in reversed(self._revisions):

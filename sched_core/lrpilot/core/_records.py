@@ -114,6 +114,12 @@ class Records:
         insort(self._blocks, block, key=_place)
         self._widest = max(self._widest, block.end - block.begin)
 
+    def copy(self) -> "Records":
+        """Return records that hold the same, for use on another thread."""
+        same = Records(self.floor, self.last_below_floor)
+        same._blocks, same._widest = list(self._blocks), self._widest
+        return same
+
     def trim(self, progress: int) -> "Records":
         """Return the records without those below `progress`, which becomes the floor."""
         trimmed = Records(progress, self.last_below_floor)

@@ -321,6 +321,7 @@ class StageSchedule:
     _rates_freeze: int | None
     _decays: tuple[_GroupDecay, ...] | None
     _decays_origin: int
+    _decays_end: int
     _decays_freeze: int | None
 
     def learning_rate(self, group: int, progress: int, init: float | None = None) -> float:
@@ -342,6 +343,21 @@ class StageSchedule:
                 init = rates.init
             return _warming(init, rates.peak, warmup.length, warmup.counts_as(local))
         return rates.curve(local)
+
+    def corners(self) -> set[int]:
+        """Return where LR and WD of the stage may jump or bend: each time the last progress before
+        and the first one behind."""
+        bends = {self.warmup_end, self.decay_begin, float(self.decay_end), float(self._decays_end)}
+        bends |= {float(at) for at in (self._rates_freeze, self._decays_freeze) if at is not None}
+        for rates in self._rates:
+            bends |= {self.begin + local for local, _, _ in rates.warmup.pieces}
+        found = {self.begin - 1, self.begin}
+        for at in bends:
+            if math.isfinite(at):
+                found |= {math.floor(at), math.floor(at) + 1}
+        return {
+            at for at in found if at >= self.begin - 1 and (self.until is None or at <= self.until)
+        }
 
     @property
     def peaks(self) -> tuple[float, ...]:
@@ -500,6 +516,7 @@ def _stage(
         _rates_freeze=_least(None if ended else total, frozen),
         _decays=None if decay is None else tuple(_group_decay(decay, g) for g in groups),
         _decays_origin=origin,
+        _decays_end=origin + over,
         _decays_freeze=_least(None if origin + over <= total else total, frozen),
     )
 

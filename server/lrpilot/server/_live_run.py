@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from itertools import islice
 
 from lrpilot import core
-from lrpilot.server._recent import RecentMaximum
+from lrpilot.server._recent import RecentMaximum, RecentRanks
 from lrpilot.server._store import LogRow
 from lrpilot.v1.trainer_pb2 import SaveStateResponse
 
@@ -16,6 +16,9 @@ MAX_DIGESTS = 4096
 
 LAG_S = 60.0
 """How long the lag of a rank that asked is remembered, at least."""
+
+RANKS_S = 120.0
+"""How long a rank that asked is remembered."""
 
 
 class CorruptLog(Exception):
@@ -50,6 +53,8 @@ class LiveRun:
         """The last one that was reported; None: there is none."""
         self.lag = RecentMaximum(LAG_S)
         """How far the ranks that asked lately were behind the one that is farthest."""
+        self.ranks = RecentRanks(RANKS_S)
+        """Where each rank of the attempt was that asked lately."""
         self.snapshot_seq = 0
         """Where the newest snapshot ends that this server wrote or read."""
         self.unsaved = 0
@@ -133,6 +138,7 @@ class LiveRun:
         if self.state.attempt != attempt:
             self._drop_blocks()
             self.lag = RecentMaximum(LAG_S)
+            self.ranks = RecentRanks(RANKS_S)
         if self.state.horizon != self._horizon or self.state.attempt != attempt:
             self._horizon = self.state.horizon
             self.excuse()

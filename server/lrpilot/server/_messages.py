@@ -1,5 +1,6 @@
 """Runs, adjustments and events as people see them on the wire."""
 
+import time
 from collections.abc import Set
 
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -12,6 +13,9 @@ from lrpilot.v1 import runs_pb2 as pb
 
 MAX_ADJUSTMENTS_BYTES = 256 * 1024
 """A run shows its newest adjustments, as many as fit in this; its history has all of them."""
+
+SLOWEST_RANKS = 16
+"""Ranks that a run names, those farthest behind."""
 
 
 def run_message(run: LiveRun) -> pb.Run:
@@ -64,6 +68,28 @@ def run_message(run: LiveRun) -> pb.Run:
         forgotten=(
             core.log_forgotten(state, state.alarm).message if state.alarm is not None else ""
         ),
+        ranks=_ranks(run),
+    )
+
+
+def _ranks(run: LiveRun) -> pb.Ranks | None:
+    now_s = time.monotonic()
+    active = run.ranks.count(now_s)
+    if not active and not run.ranks_waiting:
+        return None
+    return pb.Ranks(
+        active=active,
+        waiting=run.ranks_waiting,
+        blocked_s=run.blocked_s(),
+        slowest=[
+            pb.RankLag(
+                rank=item.rank,
+                progress=item.progress,
+                lag=item.lag,
+                asked_s_ago=now_s - item.at_s,
+            )
+            for item in run.ranks.slowest(SLOWEST_RANKS)
+        ],
     )
 
 

@@ -3,19 +3,20 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 
 from google.protobuf.message import Message
 
 from lrpilot import core
 from lrpilot.server._changes import Change, read_action, repeated_change, shown_change
+from lrpilot.server._curves import Rates, draw_losses, losses_of, read_wanted
 from lrpilot.server._documents import read_spec
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._live_run import LiveRun
 from lrpilot.server._messages import adjustment_messages, event_message, run_message
 from lrpilot.server._rpc import Behaviour, require
 from lrpilot.server._run_file import LogChanged, RunFileReader, RunFileWriter
-from lrpilot.server._store import StoreUnavailable
+from lrpilot.server._store import MAX_SEQ, LogRow, StoreUnavailable
 from lrpilot.v1 import runs_pb2 as pb
 
 logger = logging.getLogger("lrpilot.server")
@@ -52,6 +53,7 @@ class RunService:
             "ReviseRun": self.revise_run,
             "AdjustRun": self.adjust_run,
             "ApproveAdvice": self.approve_advice,
+            "GetCurves": self.get_curves,
             "ListEvents": self.list_events,
             "FinishRun": self.finish_run,
             "DeleteRun": self.delete_run,
@@ -69,6 +71,7 @@ class RunService:
             "ReviseRunRequest": pb.ReviseRunRequest,
             "AdjustRunRequest": pb.AdjustRunRequest,
             "ApproveAdviceRequest": pb.ApproveAdviceRequest,
+            "GetCurvesRequest": pb.GetCurvesRequest,
             "ListEventsRequest": pb.ListEventsRequest,
             "FinishRunRequest": pb.FinishRunRequest,
             "DeleteRunRequest": pb.DeleteRunRequest,
@@ -234,15 +237,37 @@ class RunService:
             logger.info("run %s: %s", name, change.summary)
         return change
 
+    async def get_curves(self, request: pb.GetCurvesRequest) -> pb.GetCurvesResponse:
+        """See the proto file."""
+        run = await self._ledger.run(request.run)
+        state = run.state
+        wanted = read_wanted(request, state)
+        answer = pb.GetCurvesResponse(
+            seq=state.seq,
+            begin=wanted.begin,
+            end=wanted.end,
+            progress=state.progress,
+            horizon=state.horizon,
+        )
+        rates = Rates(state)
+        rows = await self._ledger.history(request.run, 0, state.seq)
+
+        def draw() -> None:
+            draw_losses(losses_of(row.payload for row in rows), wanted, answer)
+            rates.draw(wanted, answer)
+
+        await asyncio.to_thread(draw)
+        return answer
+
     async def list_events(self, request: pb.ListEventsRequest) -> pb.ListEventsResponse:
         """See the proto file."""
         run = await self._ledger.run(request.run)
         size = _page_size(request.page_size, PAGE_OF_EVENTS, MAX_PAGE_OF_EVENTS)
-        after = _page_start(request.page_token)
-        rows = await self._ledger.history(request.run, after, size + 1)
+        start = _page_start(request.page_token)
         decided: dict[int, list[pb.Adjustment]] = {}
         for item in adjustment_messages(run.state):
             decided.setdefault(item.seq, []).append(item)
+        rows = await self._page(run, request, start, size + 1, decided.keys())
         answer = pb.ListEventsResponse()
         room = MAX_PAGE_BYTES
         for row in rows[:size]:
@@ -255,6 +280,38 @@ class RunService:
         if len(answer.events) < len(rows):
             answer.next_page_token = str(answer.events[-1].seq)
         return answer
+
+    async def _page(
+        self,
+        run: LiveRun,
+        request: pb.ListEventsRequest,
+        start: int,
+        count: int,
+        decided: Collection[int],
+    ) -> list[LogRow]:
+        """Return the rows of a log behind `start`, 0 for its begin, in the order asked for.
+
+        There are `count` of them, and fewer only where the log ends.
+        """
+        found: list[LogRow] = []
+        end = (start or MAX_SEQ) - 1 if request.newest_first else MAX_SEQ
+        if request.newest_first:
+            end = min(end, run.state.seq)
+        while len(found) < count:
+            wanted = EVENTS_PER_READ if request.notable else count - len(found)
+            after = max(0, end - wanted) if request.newest_first else start
+            rows = await self._ledger.history(request.run, after, max(0, min(wanted, end - after)))
+            if not rows:
+                break
+            start, end = (start, after) if request.newest_first else (rows[-1].seq, end)
+            if request.newest_first:
+                rows.reverse()
+            found += [
+                row
+                for row in rows
+                if not request.notable or row.seq in decided or not core.is_routine(row.payload)
+            ]
+        return found[:count]
 
     async def finish_run(self, request: pb.FinishRunRequest) -> pb.FinishRunResponse:
         """See the proto file."""

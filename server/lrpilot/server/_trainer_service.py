@@ -13,6 +13,7 @@ from lrpilot import core
 from lrpilot.server._documents import read_spec
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._live_run import LiveRun
+from lrpilot.server._recent import Asked
 from lrpilot.server._rpc import Behaviour, require
 from lrpilot.server._trainer_messages import (
     block_message,
@@ -227,7 +228,10 @@ class TrainerService:
         block = await self._block(run, asker, wanted)
         # Also before a wait, which may be long: its ranks are there.
         _seen(run)
-        run.lag.add(max(0, run.state.progress - request.in_use), time.monotonic())
+        lag, now_s = max(0, run.state.progress - request.in_use), time.monotonic()
+        run.lag.add(lag, now_s)
+        if request.HasField("held"):
+            run.ranks.add(Asked(request.held.rank, request.in_use, lag, now_s))
         if block is None and request.blocked:
             async with run.blocked():
                 block = await self._wait(run, asker, wanted, end_s, blocked=True)
