@@ -11,8 +11,8 @@ EXPORTED = """
     InvalidState JoinRefused Joined LogForgotten LossConflict LossReader LossesPending LrpilotError
     NotHolder NotReporter Note Offer OfferRequest OpenRequest Opened Outcome Permitted Plan
     PlanChanged Preset Recorded Records ReleaseValues Report Reported ResumePointRequired Revised
-    RevisionRefused RunExists RunFinished RunLive RunNotFound RunSpec RunState SavedState ScaleDecay
-    ScaleLearningRate Series SetLearningRate SetTotal SimulatedStep Smoothed SpecChanged
+    Revision RevisionRefused RunExists RunFinished RunLive RunNotFound RunSpec RunState SavedState
+    ScaleDecay ScaleLearningRate Series SetLearningRate SetTotal SimulatedStep Smoothed SpecChanged
     StageSchedule StateMismatch TakeBack ValuesConflict ValuesRequest Violation Waived
     acknowledge_directive adjust_run approve_advice attach_run base_schedule base_values chain
     change_from_mapping change_to_mapping check_attempt check_holder create_run declare_values

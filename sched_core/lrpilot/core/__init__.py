@@ -94,7 +94,7 @@ from lrpilot.core._operators import (
     made_next,
     planned,
 )
-from lrpilot.core._plan import ENDABLE, Adjustment, Plan
+from lrpilot.core._plan import ENDABLE, Adjustment, Plan, Revision
 from lrpilot.core._presets import PRESETS, Preset
 from lrpilot.core._records import Block, Records
 from lrpilot.core._requests import (
@@ -208,6 +208,7 @@ __all__ = [
     "Reported",
     "ResumePointRequired",
     "Revised",
+    "Revision",
     "RevisionRefused",
     "RunExists",
     "RunFinished",

@@ -121,9 +121,10 @@ class Server:
         self._metrics = metrics
         self._tasks: list[asyncio.Task[None]] = []
         self._trainer_service = TrainerService(self.ledger)
+        self.runs = RunService(self.ledger)
         services: dict[ServiceDescriptor, Service] = {
             trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"]: self._trainer_service,
-            runs_pb2.DESCRIPTOR.services_by_name["RunService"]: RunService(self.ledger),
+            runs_pb2.DESCRIPTOR.services_by_name["RunService"]: self.runs,
         }
         self._names = [descriptor.full_name for descriptor in services]
         self._health = _Health(("", *self._names))
@@ -309,7 +310,14 @@ async def _serve(
     if config.http is not None:
         host = config.http.rpartition(":")[0]
         listener = _listen_http(config.http)
-        web = Web(listener, host, metrics.registry, lambda: server.not_ready)
+        web = Web(
+            listener,
+            host,
+            registry=metrics.registry,
+            ledger=server.ledger,
+            runs=server.runs,
+            not_ready=lambda: server.not_ready,
+        )
     async with nullcontext() if web is None else web.served():
         await server.start()
         # What was loaded until now stays to the end. A full collection of garbage need not look
@@ -324,7 +332,11 @@ async def _serve(
         await stop.wait()
         logger.info("draining: calls under way have %g s to end", DRAIN_S)
         warming.cancel()
+        if web is not None:
+            web.drain()
         await server.drain()
+    # A change that was asked for over HTTP may have begun meanwhile.
+    await server.ledger.settle()
 
 
 @contextmanager

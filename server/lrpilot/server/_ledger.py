@@ -22,6 +22,7 @@ from lrpilot.server._history import History
 from lrpilot.server._live_run import LiveRun
 from lrpilot.server._packing import PackedLog
 from lrpilot.server._store import LogRow, News, SeqTaken, Store, StoreUnavailable
+from lrpilot.server._touched import Touched
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -42,8 +43,8 @@ POLL_S = 1.0
 """Time between two looks at what other replicas wrote, for word of it that was lost."""
 
 ASKED_S = 60.0
-"""A run is looked at so while its ranks asked this replica for something within this time. It is
-more than one call may wait."""
+"""A run is looked at so while its ranks asked this replica for something, or somebody viewed it
+here, within this time. It is more than one call may wait."""
 
 
 class Ledger:
@@ -55,6 +56,8 @@ class Ledger:
         self._store = store
         self._committer = committer
         self._history = history or History(store)
+        self.touched = Touched()
+        """The runs that changed, for those who follow them all."""
         self._runs: dict[str, LiveRun] = {}
         self._tasks: set[asyncio.Task[object]] = set()
         self._told: dict[str, float] = {}
@@ -116,7 +119,10 @@ class Ledger:
         if run is not None and run.state.exists:
             return run
         # Goes on when its caller gives up: a long log would otherwise never be read to its end.
-        return await self._finish(self._find(self._runs.setdefault(name, LiveRun(name))))
+        return await self._finish(self._find(self._runs.setdefault(name, self._new(name))))
+
+    def _new(self, name: str) -> LiveRun:
+        return LiveRun(name, self.touched.touch)
 
     async def _find(self, run: LiveRun) -> LiveRun:
         name = run.state.name
@@ -170,7 +176,11 @@ class Ledger:
             await asyncio.sleep(POLL_S)
             since_s = time.monotonic() - ASKED_S
             await self._look_around(
-                [run for run in self._runs.values() if run.seen_s and run.seen_s > since_s]
+                [
+                    run
+                    for run in self._runs.values()
+                    if max(run.seen_s or 0.0, run.viewed_s or 0.0) > since_s
+                ]
             )
 
     def _heard(self, news: News) -> None:
@@ -178,6 +188,8 @@ class Ledger:
             self._begin(self._look_around(list(self._runs.values())))
         elif (run := self._runs.get(news.run)) is not None:
             self._catch_up(run, math.inf if news.seq is None else news.seq)
+        else:
+            self.touched.touch(news.run)
 
     async def _look_around(self, runs: list[LiveRun]) -> None:
         """Read those runs whose logs do not end as they do here."""

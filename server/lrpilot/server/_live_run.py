@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import islice
 
@@ -28,7 +28,9 @@ class CorruptLog(Exception):
 class LiveRun:
     """One run in memory."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, told: Callable[[str], None] | None = None) -> None:
+        """`told` is called with the name whenever the state changes."""
+        self._told = told
         self.state = core.RunState(name)
         self.lock = asyncio.Lock()
         self.changed = asyncio.Event()
@@ -38,6 +40,8 @@ class LiveRun:
         """When the first and the last event were recorded, Unix nanoseconds."""
         self.seen_s: float | None = None
         """When a rank last asked for something, on the monotonic clock; None: not yet."""
+        self.viewed_s: float | None = None
+        """When a person last looked, likewise: what other replicas write is read for them too."""
         self.blocks: dict[tuple[int, int, int, int], bytes] = {}
         """Serialized blocks of the current attempt."""
         self._digests: dict[tuple[int, int, int], bytes] = {}
@@ -201,3 +205,5 @@ class LiveRun:
         """Wake everyone who waits."""
         self.changed.set()
         self.changed = asyncio.Event()
+        if self._told is not None:
+            self._told(self.state.name)

@@ -20,13 +20,20 @@ SLOWEST_RANKS = 16
 
 def run_message(run: LiveRun) -> pb.Run:
     """Return a run as people see it."""
+    message = run_summary(run)
+    message.spec_document = dump_document(run.state.spec.to_mapping())
+    message.adjustments.extend(newest_adjustments(run.state))
+    return message
+
+
+def run_summary(run: LiveRun) -> pb.Run:
+    """Return a run as a list shows it: without its spec and its adjustments, which take long."""
     state = run.state
     spec = state.spec
     rates, decays = state.values(state.progress)
     return pb.Run(
         name=state.name,
         state=_run_state(state),
-        spec_document=dump_document(spec.to_mapping()),
         unit=spec.unit,
         total=spec.total,
         attempt=state.attempt,
@@ -49,7 +56,6 @@ def run_message(run: LiveRun) -> pb.Run:
         nonfinite_losses=state.observers.nonfinite,
         waivers=state.waivers,
         late_losses=state.late_losses,
-        adjustments=_newest(adjustment_messages(state)),
         seq=state.seq,
         digest=state.digest,
         created_at=timestamp(run.created_ns),
@@ -95,6 +101,14 @@ def _ranks(run: LiveRun) -> pb.Ranks | None:
 
 def _declaration(item: core.Declaration) -> pb.Declaration:
     return pb.Declaration(begin=item.begin, end=item.end, steps=item.steps)
+
+
+def pending_advice(state: core.RunState) -> int:
+    """Return the number of pieces of advice that can be approved now."""
+    return sum(
+        item.mode == "advise" and item.id not in state.approved and state.horizon < item.expires
+        for item in state.advice
+    )
 
 
 def adjustment_messages(state: core.RunState) -> list[pb.Adjustment]:
@@ -174,10 +188,11 @@ class _Status:
         return "ended"
 
 
-def _newest(adjustments: list[pb.Adjustment]) -> list[pb.Adjustment]:
+def newest_adjustments(state: core.RunState) -> list[pb.Adjustment]:
+    """Return the adjustments that a run shows: the newest ones, in order of decision."""
     kept: list[pb.Adjustment] = []
     room = MAX_ADJUSTMENTS_BYTES
-    for item in reversed(adjustments):
+    for item in reversed(adjustment_messages(state)):
         room -= item.ByteSize()
         if room < 0:
             break

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from lrpilot import core
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._live_run import LiveRun
+from lrpilot.server._messages import pending_advice
 
 PREFIX = "lrpilot_run"
 
@@ -302,10 +303,6 @@ def _decisions(state: core.RunState) -> Iterator[Reading]:
             advice[decided.source, decided.kind] += 1
     yield from (Reading("adjustments", count, labels) for labels, count in adjustments.items())
     yield from (Reading("advice", count, labels) for labels, count in advice.items())
-    pending = sum(
-        item.mode == "advise" and item.id not in state.approved and state.horizon < item.expires
-        for item in state.advice
-    )
-    yield Reading("pending_advice", pending)
+    yield Reading("pending_advice", pending_advice(state))
     planned = sum(item.effective > state.progress for item in state.plan.adjustments)
     yield Reading("planned_adjustments", planned)

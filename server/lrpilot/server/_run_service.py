@@ -13,7 +13,7 @@ from lrpilot.server._curves import Rates, draw_losses, losses_of, read_wanted
 from lrpilot.server._documents import read_spec
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._live_run import LiveRun
-from lrpilot.server._messages import adjustment_messages, event_message, run_message
+from lrpilot.server._messages import adjustment_messages, event_message, run_message, run_summary
 from lrpilot.server._rpc import Behaviour, require
 from lrpilot.server._run_file import LogChanged, RunFileReader, RunFileWriter
 from lrpilot.server._store import MAX_SEQ, LogRow, StoreUnavailable
@@ -101,7 +101,7 @@ class RunService:
         room = MAX_PAGE_BYTES
         done = 0
         for name in names[:size]:
-            message = await self._listed(name)
+            message = await self.listed(name)
             if message is not None:
                 room -= message.ByteSize()
                 if room < 0 and answer.runs:
@@ -112,21 +112,19 @@ class RunService:
             answer.next_page_token = names[done - 1]
         return answer
 
-    async def _listed(self, name: str) -> pb.Run | None:
-        """Return a run as a list shows it; one that cannot be read must not hide the others."""
+    async def listed(self, name: str) -> pb.Run | None:
+        """Return a run as a list shows it; None: it does not exist.
+
+        One that cannot be read must not hide the others: it is UNREADABLE. Raises StoreUnavailable.
+        """
         try:
             run = await self._ledger.find(name)
-            if not run.state.exists:
-                return None
-            message = run_message(run)
+            return run_summary(run) if run.state.exists else None
         except StoreUnavailable:
             raise
         except Exception:
             logger.exception("run %s cannot be read", name)
             return pb.Run(name=name, state=pb.RUN_STATE_UNREADABLE)
-        message.ClearField("adjustments")
-        message.ClearField("spec_document")
-        return message
 
     async def revise_run(self, request: pb.ReviseRunRequest) -> pb.ReviseRunResponse:
         """See the proto file."""

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple, TypeAlias
 
 import typer
 
-from lrpilot.server.cli._messages import fields_of, run_fields
+from lrpilot.server._json import fields_of
+from lrpilot.server.cli._messages import run_fields
 from lrpilot.server.cli._output import group_text, table_lines
 from lrpilot.server.cli._show import arrow
 from lrpilot.v1 import runs_pb2

@@ -6,10 +6,7 @@ dry run has shown.
 """
 
 import enum
-import getpass
-import os
 import shlex
-import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ import typer
 
 from lrpilot.core import ENDABLE
 from lrpilot.core._errors import InvalidSpec, Violation
+from lrpilot.server._author import caller
 from lrpilot.server._documents import load_document
 from lrpilot.server.cli._effect import (
     Answer,
@@ -515,16 +513,6 @@ def _words(option: str, value: Any) -> tuple[str, ...]:
     if value is True:
         return (option,)
     return (option, value.value if isinstance(value, enum.Enum) else str(value))
-
-
-def caller() -> str:
-    """Return who calls, for the log."""
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError, ImportError):
-        # A container may run under a number that has no name.
-        user = f"uid-{os.getuid()}" if hasattr(os, "getuid") else "unknown"
-    return f"{user}@{socket.gethostname()}"
 
 
 def _name_in(document: str, source: str) -> str:

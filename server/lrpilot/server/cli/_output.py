@@ -1,8 +1,6 @@
 """How commands write: tables of plain text, numbers, JSON, pictures, files."""
 
 import enum
-import json
-import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +9,7 @@ from typing import Any
 
 import typer
 
+from lrpilot.server._json import json_line
 from lrpilot.server.cli._failures import INVALID, CommandError
 
 
@@ -93,11 +92,6 @@ def write_json(value: Any) -> None:
     typer.echo(json_line(value))
 
 
-def json_line(value: Any) -> str:
-    """Return a value as JSON; floats in shortest round-trip form, non-finite ones as strings."""
-    return json.dumps(_plain(value), allow_nan=False)
-
-
 def table_lines(
     headers: Sequence[str], rows: Iterable[Sequence[str]], left: int = 0
 ) -> Iterator[str]:
@@ -139,13 +133,3 @@ def group_text(names: Sequence[str]) -> str:
 def is_terminal() -> bool:
     """Return whether standard output goes to a person."""
     return sys.stdout.isatty()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from lrpilot.server.cli._messages import state_name
+from lrpilot.server._json import state_name
 from lrpilot.server.cli._output import counted, rate
 from lrpilot.v1 import runs_pb2
 

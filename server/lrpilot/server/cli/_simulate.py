@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lrpilot.core import Adjustment, RunSpec, SimulatedStep
+from lrpilot.server._json import json_line
 from lrpilot.server.cli._failures import INVALID, CommandError, command
 from lrpilot.server.cli._losses import read_losses
 from lrpilot.server.cli._options import LossTag, SpecArgument, ValidationTag
@@ -16,7 +17,6 @@ from lrpilot.server.cli._output import (
     counted,
     encoded,
     format_of,
-    json_line,
     needs_matplotlib,
     rate,
     table_lines,

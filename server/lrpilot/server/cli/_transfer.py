@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from lrpilot.server._author import caller
+from lrpilot.server._json import json_line
 from lrpilot.server.cli._failures import INVALID, CommandError, command
 from lrpilot.server.cli._messages import run_fields
-from lrpilot.server.cli._operate import Author, caller
+from lrpilot.server.cli._operate import Author
 from lrpilot.server.cli._options import SERVER, AsJson, Force, RunArgument, Server, TimeoutS
-from lrpilot.server.cli._output import counted, is_terminal, json_line, write_json
+from lrpilot.server.cli._output import counted, is_terminal, write_json
 from lrpilot.server.cli._remote import connected
 from lrpilot.v1 import runs_pb2
 
@@ -53,12 +55,10 @@ def export(
 ) -> None:
     """Write a run's whole log into one file, for a backup or another server."""
     target = f"{name}.jsonl.gz" if output is None else output
-    if target == "-" and is_terminal():
-        raise CommandError("a packed log is nothing for a terminal: give -o FILE", INVALID)
     written = 0
     with (
-        whole_file(target) as file,
-        progress_bar() as progress,
+        _written(target) as file,
+        _progress() as progress,
         connected(server, timeout_s) as runs,
     ):
         parts = runs.export(name, force=force)
@@ -106,7 +106,7 @@ def import_(
     failed: list[OSError] = []
     with ExitStack() as stack:
         file = stack.enter_context(_read(source))
-        progress = stack.enter_context(progress_bar())
+        progress = stack.enter_context(_progress())
         # Of a pipe nobody knows how long it is.
         size = os.fstat(file.fileno()).st_size if source != "-" else None
         bar = progress.add_task(f"import {source}", total=size or None)
@@ -143,7 +143,7 @@ def import_(
         typer.echo(f"imported {name}: {events}; its job goes on from its checkpoint")
 
 
-def progress_bar() -> Progress:
+def _progress() -> Progress:
     """Return a bar on standard error, where that is a terminal."""
     console = Console(stderr=True)
     return Progress(
@@ -158,12 +158,11 @@ def progress_bar() -> Progress:
 
 
 @contextmanager
-def whole_file(target: str) -> Iterator[BinaryIO]:
-    """Yield a file that gets its name once the block has written all of it, and else is gone.
-
-    `-` is standard output. Raises CommandError.
-    """
+def _written(target: str) -> Iterator[BinaryIO]:
+    """Yield a file that gets its name once the block has written all of it, and else is gone."""
     if target == "-":
+        if is_terminal():
+            raise CommandError("a packed log is nothing for a terminal: give -o FILE", INVALID)
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return

@@ -35,6 +35,8 @@ _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]*)(?::[0-9]*)?", re.ASCII)
 class Access:
     """What may be done over one listening socket."""
 
+    MISDIRECTED = "this server is asked for by localhost, 127.0.0.1 or [::1], with any port"
+
     def __init__(self, host: str, listener: socket.socket) -> None:
         self._is_loopback = _is_loopback(listener.getsockname()[0])
         # A name of this machine's own that leads to loopback, where it was bound by that.

@@ -14,7 +14,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from lrpilot.server._ledger import Ledger
+from lrpilot.server._run_service import RunService
 from lrpilot.server.web._access import Access, Guarded
+from lrpilot.server.web._answers import Refused, error_answer
+from lrpilot.server.web._api import Api
 from lrpilot.server.web._files import read_files
 from lrpilot.server.web._http import serving
 
@@ -30,7 +34,10 @@ class Web:
         self,
         listener: socket.socket,
         host: str,
+        *,
         registry: CollectorRegistry,
+        ledger: Ledger,
+        runs: RunService,
         not_ready: Callable[[], str | None],
     ) -> None:
         """Prepare to serve.
@@ -39,6 +46,8 @@ class Web:
             listener: where; the one of `listen`.
             host: the host by which that was named.
             registry: of the metrics.
+            ledger: holds the runs.
+            runs: what is asked for by gRPC.
             not_ready: tells why no calls are wanted here, for people; None: they are.
         """
         self._listener = listener
@@ -49,6 +58,7 @@ class Web:
         self._metrics: Any = make_wsgi_app(registry)
         self._files = read_files()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="http")
+        self._api = Api(ledger, runs, self._access, not_ready, self._threads)
         self._app = Guarded(
             Starlette(
                 routes=[
@@ -58,7 +68,9 @@ class Web:
                     Route("/metrics", self._scrape),
                     Route("/live", self._live),
                     Route("/ready", self._ready),
+                    *self._api.routes,
                 ],
+                exception_handlers={HTTPException: _no_such},
             )
         )
 
@@ -70,6 +82,10 @@ class Web:
                 yield
         finally:
             self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def drain(self) -> None:
+        """End what lasts, and take no more that would: the server is about to end."""
+        self._api.drain()
 
     async def _live(self, request: Request) -> Response:
         del request
@@ -121,6 +137,13 @@ class Web:
 
     def _refuse_misdirected(self, request: Request) -> None:
         if self._access.is_misdirected(request.headers):
-            raise HTTPException(
-                421, "this server is asked for by localhost, 127.0.0.1 or [::1], and any port"
-            )
+            raise HTTPException(421, self._access.MISDIRECTED)
+
+
+async def _no_such(request: Request, error: Any) -> Response:
+    """Say that a path or a method is none, or what else is wrong with it."""
+    if not request.url.path.startswith("/api/"):
+        return PlainTextResponse(f"{error.detail}\n", error.status_code, error.headers)
+    reason = "MethodNotAllowed" if error.status_code == 405 else "PathNotFound"
+    text = f"{request.method} {request.url.path}: {error.detail}; docs/http.md lists the paths"
+    return error_answer(request.url.path, Refused(error.status_code, reason, text, error.headers))
