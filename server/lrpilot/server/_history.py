@@ -124,13 +124,7 @@ class History:
 
     def trim(self, run: LiveRun, floor: int | None = None) -> None:
         """Drop what a run in memory will hardly be asked for; nothing from `floor` on."""
-        lag = run.lag.greatest(time.monotonic()) or 0
-        behind = max(self._kept_delays * run.state.delay, lag)
-        wanted = run.state.begin_of_last(self._kept_steps) - behind
-        run.state.trim(wanted if floor is None else min(wanted, floor))
-        # Of those trimmed from the state too: people look for them. But their number has no bound.
-        if len(run.late) > KEPT_LATE:
-            run.late = set(sorted(run.late)[-KEPT_LATE:])
+        trim(run, floor, kept_steps=self._kept_steps, kept_delays=self._kept_delays)
 
     def is_due(self, run: LiveRun) -> bool:
         """Return whether a run is to be trimmed and a snapshot to be written of it."""
@@ -170,6 +164,23 @@ class History:
             return False
         self._has_failed = False
         return is_kept
+
+
+def trim(
+    run: LiveRun,
+    floor: int | None = None,
+    *,
+    kept_steps: int = KEPT_STEPS,
+    kept_delays: int = KEPT_DELAYS,
+) -> None:
+    """Drop what a run in memory will hardly be asked for; nothing from `floor` on."""
+    lag = run.lag.greatest(time.monotonic()) or 0
+    behind = max(kept_delays * run.state.delay, lag)
+    wanted = run.state.begin_of_last(kept_steps) - behind
+    run.state.trim(wanted if floor is None else min(wanted, floor))
+    # Of those trimmed from the state too: people look for them. But their number has no bound.
+    if len(run.late) > KEPT_LATE:
+        run.late = set(sorted(run.late)[-KEPT_LATE:])
 
 
 def _packed(run: LiveRun) -> bytes:

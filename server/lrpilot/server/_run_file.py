@@ -46,6 +46,10 @@ _GZIP = 16 + zlib.MAX_WBITS
 Trim = Callable[[LiveRun, int | None], None]
 """Drops what a run will hardly be asked for; nothing from a given progress on. See History.trim."""
 
+Seen = Callable[[LiveRun, LogRow, core.Event], None]
+"""Is given each event, in order, with the run after it. As long as it has done nothing it may raise
+HistoryNeeded: it is called again then, with a run that knows more."""
+
 _LINE = re.compile(rb'(\{.*),"check":"([0-9a-f]{8}|[0-9a-f]{64})"\}', re.DOTALL)
 _EVENT = re.compile(
     rb'\{"seq":([0-9]{1,19}),"recorded_at_ns":([0-9]{1,19}),"payload":(\{.*\})', re.DOTALL
@@ -143,8 +147,9 @@ class RunFileReader:
     no use any more then.
     """
 
-    def __init__(self, trim: Trim) -> None:
+    def __init__(self, trim: Trim, seen: Seen | None = None) -> None:
         self._trim = trim
+        self._seen = seen
         self._unpacker = zlib.decompressobj(wbits=_GZIP)
         self._checked = hashlib.sha256()
         self._rest = b""
@@ -240,9 +245,10 @@ class RunFileReader:
             raise self._fault(f"recorded_at_ns {recorded_at_ns}", f"at most {MAX_SEQ}")
         row = LogRow(seq, payload, core.chain(state.digest, payload), recorded_at_ns)
         try:
-            is_created = isinstance(core.decode(payload), core.Created)
+            event = core.decode(payload)
+            is_created = isinstance(event, core.Created)
             if is_created == (seq == 1):
-                run = self._run = self._applied(run, row)
+                run = self._run = self._applied(run, row, event)
                 state = run.state
         except Exception as error:
             # Whatever a fold of what is no event raises.
@@ -260,14 +266,16 @@ class RunFileReader:
         if len(self._log.blocks) > blocks:
             self._trim(run, None)
 
-    def _applied(self, run: LiveRun, row: LogRow) -> LiveRun:
-        """Return the run after a row. Raises as LiveRun.apply does."""
+    def _applied(self, run: LiveRun, row: LogRow, event: core.Event) -> LiveRun:
+        """Return the run after a row, once it was seen. Raises as LiveRun.apply does."""
         floor: int | None = None
         while True:
             try:
                 if floor is not None:
                     run = self._folded(run.state.name, floor)
                 run.apply(row)
+                if self._seen is not None:
+                    self._seen(run, row, event)
             except core.HistoryNeeded as error:
                 # Here, or earlier, the log goes back behind what is kept: keep more.
                 floor = error.progress

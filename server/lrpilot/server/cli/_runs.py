@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import typer
 from rich.console import Console
 
-from lrpilot.server._json import fields_of
 from lrpilot.server.cli._failures import command
+from lrpilot.server.cli._history import history
 from lrpilot.server.cli._messages import run_fields
 from lrpilot.server.cli._operate import COMMANDS
 from lrpilot.server.cli._options import (
@@ -23,7 +23,7 @@ from lrpilot.server.cli._options import (
 )
 from lrpilot.server.cli._output import table_lines, write_json
 from lrpilot.server.cli._remote import connected
-from lrpilot.server.cli._show import event_lines, list_row, panel
+from lrpilot.server.cli._show import list_row, panel
 from lrpilot.server.cli._specs import spec_document
 from lrpilot.server.cli._transfer import export, import_
 
@@ -109,30 +109,13 @@ def show(
     console.print(panel(run))
 
 
-@app.command(
+app.command(
     epilog=examples(
         "lrpilot run history my-run",
         "lrpilot run history my-run --json | jq -c 'select(.kind == \"waived\")'",
+        "lrpilot run history my-run -o my-run.parquet",
     )
-)
-@command
-def history(
-    name: RunArgument,
-    *,
-    server: Server = SERVER,
-    as_json: AsJson = False,
-    timeout_s: TimeoutS = TIMEOUT_S,
-) -> None:
-    """Print a run's log from its start: every event, and what was decided on it and why."""
-    with connected(server, timeout_s) as runs:
-        for event in runs.events(name):
-            if as_json:
-                write_json(fields_of(event))
-            else:
-                for line in event_lines(event):
-                    typer.echo(line)
-
-
+)(history)
 for _function, _epilog in COMMANDS:
     app.command(epilog=_epilog)(_function)
 

@@ -55,10 +55,12 @@ def export(
 ) -> None:
     """Write a run's whole log into one file, for a backup or another server."""
     target = f"{name}.jsonl.gz" if output is None else output
+    if target == "-" and is_terminal():
+        raise CommandError("a packed log is nothing for a terminal: give -o FILE", INVALID)
     written = 0
     with (
-        _written(target) as file,
-        _progress() as progress,
+        whole_file(target) as file,
+        progress_bar() as progress,
         connected(server, timeout_s) as runs,
     ):
         parts = runs.export(name, force=force)
@@ -106,7 +108,7 @@ def import_(
     failed: list[OSError] = []
     with ExitStack() as stack:
         file = stack.enter_context(_read(source))
-        progress = stack.enter_context(_progress())
+        progress = stack.enter_context(progress_bar())
         # Of a pipe nobody knows how long it is.
         size = os.fstat(file.fileno()).st_size if source != "-" else None
         bar = progress.add_task(f"import {source}", total=size or None)
@@ -143,7 +145,7 @@ def import_(
         typer.echo(f"imported {name}: {events}; its job goes on from its checkpoint")
 
 
-def _progress() -> Progress:
+def progress_bar() -> Progress:
     """Return a bar on standard error, where that is a terminal."""
     console = Console(stderr=True)
     return Progress(
@@ -158,11 +160,12 @@ def _progress() -> Progress:
 
 
 @contextmanager
-def _written(target: str) -> Iterator[BinaryIO]:
-    """Yield a file that gets its name once the block has written all of it, and else is gone."""
+def whole_file(target: str) -> Iterator[BinaryIO]:
+    """Yield a file that gets its name once the block has written all of it, and else is gone.
+
+    `-` is standard output. Raises CommandError.
+    """
     if target == "-":
-        if is_terminal():
-            raise CommandError("a packed log is nothing for a terminal: give -o FILE", INVALID)
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return

@@ -7,7 +7,7 @@
  * `spec_document` is that of the last full answer. A panel returns how to end it, or nothing.
  */
 export class RunContext {
-  #listeners = { run: new Set(), select: new Set(), range: new Set(), preview: new Set() };
+  #listeners = { run: new Set(), select: new Set(), range: new Set(), preview: new Set(), said: new Set() };
   run = null;
   /** Id of the adjustment or advice that is selected; null: none. */
   selected = null;
@@ -38,6 +38,11 @@ export class RunContext {
     return this.#listen("preview", callback);
   }
 
+  /** Call back with the outcome of a change that was asked for here, as a sentence. */
+  onSaid(callback) {
+    return this.#listen("said", callback);
+  }
+
   /** Tell everyone of a newer state of the run. */
   setRun(run) {
     this.run = { spec_document: this.run?.spec_document, ...run };
@@ -58,6 +63,11 @@ export class RunContext {
   /** Draw what a change would do: the `preview` of a dry run's answer; null: draw none. */
   preview(points) {
     this.#tell("preview", points);
+  }
+
+  /** Announce the outcome of a change. */
+  say(text) {
+    this.#tell("said", text);
   }
 
   #listen(kind, callback) {

@@ -1,14 +1,18 @@
 // One run: how it is in words, then its curves, then what was done to it and why.
 
+import { mountActions } from "./actions.js";
+import { mountAdjustments } from "./adjustments.js";
 import { RunContext } from "./context.js";
 import { element, showError } from "./dom.js";
+import { mountEvents } from "./events.js";
+import { mountSpec } from "./spec.js";
 import { mountSummary } from "./summary.js";
 
 /**
  * What stands below the curves, in order: functions of (root, context), each of a module of its own,
  * which return how to end them, or nothing.
  */
-const PANELS = [];
+const PANELS = [mountActions, mountAdjustments, mountEvents, mountSpec];
 
 /** Show one run in `root`; return how to end it. */
 export function mountRun(root, api, name) {
