@@ -19,6 +19,12 @@ from lrpilot.v1 import runs_pb2
 
 M = TypeVar("M", bound=Message)
 
+MAX_VIOLATIONS = 20
+"""Most fields at fault that one answer names."""
+
+MAX_SHOWN = 80
+"""Most characters of what was got that an answer repeats."""
+
 _INTEGERS = {
     FieldDescriptor.CPPTYPE_INT32: (-(2**31), 2**31 - 1),
     FieldDescriptor.CPPTYPE_INT64: (-(2**63), 2**63 - 1),
@@ -123,7 +129,9 @@ def _fill(
     fields = {item.name: item for item in message.DESCRIPTOR.fields if item.name != without}
     chosen: dict[str, str] = {}
     for name, value in content.items():
-        place = f"{path}.{name}" if path else name
+        if len(violations) == MAX_VIOLATIONS:
+            return
+        place = f"{path}.{name[:MAX_SHOWN]}" if path else name[:MAX_SHOWN]
         field = fields.get(name)
         if field is None:
             violations.append(Violation(place, "a field", f"one of {', '.join(fields)}"))
@@ -184,4 +192,4 @@ def _refuse_constant(text: str) -> Any:
 
 def _shown(value: Any) -> str:
     text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 1]}…"

@@ -108,6 +108,8 @@ class RunService:
                     break
                 answer.runs.append(message)
             done += 1
+            # Others have their turn.
+            await asyncio.sleep(0)
         if done < len(names):
             answer.next_page_token = names[done - 1]
         return answer

@@ -2,6 +2,7 @@
 
 import asyncio
 import importlib.metadata
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
@@ -19,6 +20,7 @@ from lrpilot.server._ledger import Ledger
 from lrpilot.server._live_run import LiveRun
 from lrpilot.server._messages import newest_adjustments, run_message, run_summary
 from lrpilot.server._run_service import RunService
+from lrpilot.server._store import StoreUnavailable
 from lrpilot.server.web._access import Access, is_foreign
 from lrpilot.server.web._answers import Refused, error_answer, json_answer
 from lrpilot.server.web._requests import Query, read_body
@@ -36,6 +38,8 @@ from lrpilot.server.web._streams import (
     pause_s,
 )
 from lrpilot.v1 import runs_pb2 as pb
+
+logger = logging.getLogger("lrpilot.server")
 
 T = TypeVar("T")
 
@@ -125,6 +129,9 @@ class Api:
             raise Refused(421, "Misdirected", self._access.MISDIRECTED)
         if is_foreign(request.headers):
             raise Refused(403, "Foreign", "a page of another site must not ask here")
+        self._refuse_draining()
+
+    def _refuse_draining(self) -> None:
         if self._streams.ending.is_set():
             raise Refused(503, "Draining", "the server is about to end")
 
@@ -176,6 +183,7 @@ class Api:
             notable=query.flag("notable"),
         )
         query.end()
+        await self._viewed(request)
         return await self._runs.list_events(wanted)
 
     async def _specs(self, request: Request) -> Any:
@@ -192,7 +200,15 @@ class Api:
 
     async def _viewed(self, request: Request) -> LiveRun:
         """Return the run that is asked for, which is looked after from now on."""
-        run = await self._ledger.run(request.path_params["name"])
+        name = request.path_params["name"]
+        try:
+            run = await self._ledger.run(name)
+        except (core.LrpilotError, StoreUnavailable):
+            raise
+        except Exception as error:
+            logger.exception("run %s cannot be read", name)
+            text = f"run {name!r} cannot be read; the server's log says why"
+            raise Refused(500, "RunUnreadable", text) from error
         run.viewed_s = time.monotonic()
         return run
 
@@ -213,6 +229,8 @@ class Api:
     ) -> None:
         """Fill in who asks for what run. Raises Refused where that may only be looked at."""
         Query(request).end()
+        # The body may have taken its time.
+        self._refuse_draining()
         why = self._access.why_read_only(request.headers)
         if why is not None and not wanted.dry_run:
             raise Refused(403, "ReadOnly", why)

@@ -6,7 +6,7 @@ from google.protobuf.message import Message
 from starlette.requests import Request
 
 from lrpilot import core
-from lrpilot.server._json import read_message
+from lrpilot.server._json import MAX_SHOWN, MAX_VIOLATIONS, read_message
 from lrpilot.server.web._answers import Refused
 
 M = TypeVar("M", bound=Message)
@@ -79,11 +79,13 @@ class Query:
 
     def end(self) -> None:
         """Refuse what was not asked for, or was no good. Raises InvalidRequest."""
-        known = ", ".join(self._known) or "no parameter"
+        known = ", ".join(self._known) or "none"
         for name in dict.fromkeys(key for key, _ in self._values if key not in self._known):
-            self._refuse(name, "a parameter", known)
+            self._refuse(name, "a parameter", f"one of {known}")
         if self._violations:
             raise core.InvalidRequest("the query is invalid", self._violations)
 
     def _refuse(self, name: str, got: str, allowed: str) -> None:
-        self._violations.append(core.Violation(name[:80], got[:80], allowed))
+        if len(self._violations) < MAX_VIOLATIONS:
+            violation = core.Violation(name[:MAX_SHOWN], got[:MAX_SHOWN], allowed)
+            self._violations.append(violation)

@@ -24,6 +24,9 @@ SPARK_S = 10.0
 SPARKS_S = 1.0
 """Longest that a list waits for its sparklines; those that take longer come with the next one."""
 
+BUSY = 0.01
+"""Largest share of a thread that the sparkline of one run may take."""
+
 MAX_SPARKS = 2000
 """Sparklines that are kept, those asked for last."""
 
@@ -35,8 +38,8 @@ class _Drawn(NamedTuple):
     points: Spark
     digest: str
     """Of the log that they are drawn from."""
-    at_s: float
-    """When, on the monotonic clock."""
+    due_s: float
+    """When it may be drawn anew, on the monotonic clock."""
 
 
 class Rows:
@@ -59,6 +62,8 @@ class Rows:
             drawn = self._drawn.get(run.name)
             spark = None if drawn is None else drawn.points
             rows.append(await self._row(run) | {"spark": spark})
+            # Others have their turn.
+            await asyncio.sleep(0)
         return {"runs": rows, "next_page_token": answer.next_page_token}
 
     async def row(self, name: str) -> dict[str, Any] | None:
@@ -80,7 +85,7 @@ class Rows:
             drawn = self._drawn.get(run.name)
             if drawn is not None:
                 self._drawn.move_to_end(run.name)
-                if drawn.digest == run.digest or time.monotonic() - drawn.at_s < SPARK_S:
+                if drawn.digest == run.digest or time.monotonic() < drawn.due_s:
                     continue
             task = self._drawing.get(run.name)
             if task is None:
@@ -92,9 +97,12 @@ class Rows:
     async def _draw_one(self, run: pb.Run) -> None:
         try:
             async with self._turn:
+                began_s = time.monotonic()
                 request = pb.GetCurvesRequest(run=run.name, points=SPARK_POINTS)
                 curves = await self._runs.get_curves(request)
-            drawn = _Drawn(_spark(curves), run.digest, time.monotonic())
+                spent_s = time.monotonic() - began_s
+            due_s = began_s + max(SPARK_S, spent_s / BUSY)
+            drawn = _Drawn(_spark(curves), run.digest, due_s)
         except Exception:
             # The list shows the run without it.
             logger.debug("run %s: no sparkline", run.name, exc_info=True)

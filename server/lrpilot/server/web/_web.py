@@ -59,20 +59,21 @@ class Web:
         self._files = read_files()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="http")
         self._api = Api(ledger, runs, self._access, not_ready, self._threads)
-        self._app = Guarded(
-            Starlette(
-                routes=[
-                    Route("/", self._page),
-                    Route("/runs/{name}", self._page),
-                    Route("/static/{path:path}", self._file),
-                    Route("/metrics", self._scrape),
-                    Route("/live", self._live),
-                    Route("/ready", self._ready),
-                    *self._api.routes,
-                ],
-                exception_handlers={HTTPException: _no_such},
-            )
+        app = Starlette(
+            routes=[
+                Route("/", self._page),
+                Route("/runs/{name}", self._page),
+                Route("/static/{path:path}", self._file),
+                Route("/metrics", self._scrape),
+                Route("/live", self._live),
+                Route("/ready", self._ready),
+                *self._api.routes,
+            ],
+            exception_handlers={HTTPException: _no_such},
         )
+        # An address is right or wrong.
+        app.router.redirect_slashes = False
+        self._app = Guarded(app)
 
     @asynccontextmanager
     async def served(self) -> AsyncIterator[None]:
@@ -114,8 +115,8 @@ class Web:
 
         environment = {
             "REQUEST_METHOD": "GET",
-            "PATH_INFO": request.url.path,
-            "QUERY_STRING": request.url.query,
+            "PATH_INFO": request.scope["path"],
+            "QUERY_STRING": request.scope["query_string"].decode("latin-1"),
             "HTTP_ACCEPT": ",".join(request.headers.getlist("Accept")),
             "HTTP_ACCEPT_ENCODING": ",".join(request.headers.getlist("Accept-Encoding")),
         }
@@ -142,8 +143,10 @@ class Web:
 
 async def _no_such(request: Request, error: Any) -> Response:
     """Say that a path or a method is none, or what else is wrong with it."""
-    if not request.url.path.startswith("/api/"):
+    if not request.scope["path"].startswith("/api/"):
         return PlainTextResponse(f"{error.detail}\n", error.status_code, error.headers)
     reason = "MethodNotAllowed" if error.status_code == 405 else "PathNotFound"
-    text = f"{request.method} {request.url.path}: {error.detail}; docs/http.md lists the paths"
-    return error_answer(request.url.path, Refused(error.status_code, reason, text, error.headers))
+    text = f"{request.method} {request.scope['path']}: {error.detail}; docs/http.md lists the paths"
+    return error_answer(
+        request.scope["path"], Refused(error.status_code, reason, text, error.headers)
+    )
