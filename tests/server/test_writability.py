@@ -10,8 +10,6 @@ import errno
 import os
 import shutil
 import sqlite3
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +33,7 @@ from lrpilot.server._store import (
     Reason,
     StoreUnavailable,
 )
+from tests.http_client import Http, serving
 
 if TYPE_CHECKING:
     from tests.server.conftest import Replica, Until
@@ -434,24 +433,19 @@ async def test_a_server_that_cannot_write_does_not_start(
     open_store(tmp_path / "data").close()
 
 
-def test_ready_over_http_says_why() -> None:
+async def test_ready_over_http_says_why(server: Replica) -> None:
     why: str | None = "disk full: /data/lrpilot.db"
-    with _app._http("127.0.0.1:0", Metrics(), lambda: why) as address:
-
-        def ready() -> tuple[int, str]:
-            try:
-                with urllib.request.urlopen(f"http://{address}/ready", timeout=60) as answer:
-                    return answer.status, answer.read().decode()
-            except urllib.error.HTTPError as error:
-                with error:
-                    return error.code, error.read().decode()
-
-        assert ready() == (503, "not ready: disk full: /data/lrpilot.db\n")
-        why = None
-        assert ready() == (200, "ready\n")
+    async with serving(server, not_ready=lambda: why) as web:
+        http = Http(web.address)
+        answer = await http.get("/ready")
+        assert (answer.status, answer.body) == (503, b"not ready: disk full: /data/lrpilot.db\n")
+        assert (await http.read("/api/server"))["ready"] == why
         # Whether to restart the process, that says nothing of.
-        with urllib.request.urlopen(f"http://{address}/live", timeout=60) as answer:
-            assert answer.status == 200
+        assert (await http.get("/live")).status == 200
+        why = None
+        answer = await http.get("/ready")
+        assert (answer.status, answer.body) == (200, b"ready\n")
+        assert (await http.read("/api/server"))["ready"] is None
 
 
 def test_the_room_on_the_disk_is_shown(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from lrpilot import core
 from lrpilot.server._author import caller
 from lrpilot.server._json import fields_of, json_line
 from lrpilot.server._ledger import Ledger

@@ -143,10 +143,9 @@ class Web:
 
 async def _no_such(request: Request, error: Any) -> Response:
     """Say that a path or a method is none, or what else is wrong with it."""
-    if not request.scope["path"].startswith("/api/"):
+    path: str = request.scope["path"]
+    if not path.startswith("/api/"):
         return PlainTextResponse(f"{error.detail}\n", error.status_code, error.headers)
     reason = "MethodNotAllowed" if error.status_code == 405 else "PathNotFound"
-    text = f"{request.method} {request.scope['path']}: {error.detail}; docs/http.md lists the paths"
-    return error_answer(
-        request.scope["path"], Refused(error.status_code, reason, text, error.headers)
-    )
+    text = f"{request.method} {path}: {error.detail}; docs/http.md lists the paths"
+    return error_answer(path, Refused(error.status_code, reason, text, error.headers))
