@@ -7,8 +7,10 @@
  * `spec_document` is that of the last full answer. A panel returns how to end it, or nothing.
  */
 export class RunContext {
-  #listeners = { run: new Set(), select: new Set(), range: new Set(), preview: new Set(), said: new Set() };
+  #listeners = { run: new Set(), curves: new Set(), select: new Set(), range: new Set(), preview: new Set(), said: new Set() };
   run = null;
+  /** The curves that are drawn, as `decode` of curves.js has them; null: not there yet. */
+  curves = null;
   /** Id of the adjustment or advice that is selected; null: none. */
   selected = null;
 
@@ -21,6 +23,11 @@ export class RunContext {
   onRun(callback) {
     if (this.run) callback(this.run);
     return this.#listen("run", callback);
+  }
+
+  /** Call back whenever the curves drawn changed; return how to stop. */
+  onCurves(callback) {
+    return this.#listen("curves", callback);
   }
 
   /** Call back with the id of what is selected, null for nothing. */
@@ -47,6 +54,17 @@ export class RunContext {
   setRun(run) {
     this.run = { spec_document: this.run?.spec_document, ...run };
     this.#tell("run", this.run);
+  }
+
+  /** Tell everyone of the curves that are drawn now. */
+  setCurves(curves) {
+    this.curves = curves;
+    this.#tell("curves", curves);
+  }
+
+  /** Return the adjustment, advice or directive with that id; undefined: there is none. */
+  find(id) {
+    return this.run?.adjustments?.find((item) => item.id === id);
   }
 
   /** Select an adjustment or an advice by its id, everywhere; null: none. */

@@ -5,43 +5,46 @@ import { mountAdjustments } from "./adjustments.js";
 import { RunContext } from "./context.js";
 import { element, showError } from "./dom.js";
 import { mountEvents } from "./events.js";
+import { mountFigures } from "./figures.js";
+import { mountRanks } from "./ranks.js";
 import { mountSpec } from "./spec.js";
 import { mountSummary } from "./summary.js";
 
 /**
  * What stands below the curves, in order: functions of (root, context), each of a module of its own,
- * which return how to end them, or nothing.
+ * which return how to end them, or nothing. They are called once the run is known.
  */
-const PANELS = [mountActions, mountAdjustments, mountEvents, mountSpec];
+const PANELS = [mountActions, mountAdjustments, mountRanks, mountEvents, mountSpec];
 
 /** Show one run in `root`; return how to end it. */
 export function mountRun(root, api, name) {
   const context = new RunContext(api, name);
-  const top = element("div");
-  const rest = element("div", { class: "stack" });
-  root.append(top, rest);
+  const message = element("div");
+  const view = element("div", { class: "stack", hidden: true });
+  root.append(message, view);
   const ends = [];
-  let isShown = false;
+  const mount = (part) => {
+    const place = element("div");
+    view.append(place);
+    ends.push(part(place, context) ?? (() => {}));
+  };
+  // The curves are asked for at the same time as the run.
+  mount(mountSummary);
+  mount(mountFigures);
 
   const show = (run) => {
+    const isFirst = context.run === null;
+    message.replaceChildren();
+    view.hidden = false;
     context.setRun(run);
-    if (isShown) return;
-    isShown = true;
-    for (const mount of [...PANELS]) {
-      const place = element("div");
-      rest.append(place);
-      ends.push(mount(place, context) ?? (() => {}));
-    }
+    if (isFirst) PANELS.forEach(mount);
   };
   const load = async () => {
     try {
-      const run = await api.run(name);
-      if (!isShown) top.replaceChildren();
-      if (!isShown) ends.push(mountSummary(top, context));
-      show(run);
+      show(await api.run(name));
     } catch (error) {
-      if (isShown) return; // What is seen stays; the bar says that the server is away.
-      showError(top, error, load);
+      // What is seen stays: the bar says that the server is away.
+      if (context.run === null) showError(message, error, load);
     }
   };
   load();
@@ -49,8 +52,8 @@ export function mountRun(root, api, name) {
     api.streamRun(name, {
       // What was missed while it was away may be more than the stream sends: the spec, say.
       opened: (again) => again && load(),
-      run: (run) => isShown && show(run),
-      gone: () => showError(top, { message: `The run ${name} was deleted.` }),
+      run: (run) => context.run && show(run),
+      gone: () => showError(message, { message: `The run ${name} was deleted. What is below is its last state.` }),
     }),
   );
   return () => ends.forEach((end) => end());

@@ -1,5 +1,6 @@
 // The top of a run's view: whether it is well, what was done last and why, what comes next.
 
+import { nonfiniteLosses } from "./curves.js";
 import { badge, element } from "./dom.js";
 import { count, percent, plural, progressText, rate } from "./format.js";
 import { changeSentence, lastChange, lossText, nextOf, sinceText, stateOf, troublesOf } from "./words.js";
@@ -13,6 +14,7 @@ export function mountSummary(root, context) {
   const troubles = element("ul", { class: "troubles", "aria-label": "What needs someone" });
   const bar = element("progress", { "aria-label": "Progress of the run" });
   const facts = element("dl", { class: "facts" });
+  const news = element("p", { class: "visually-hidden", role: "status" });
   root.append(
     element(
       "section",
@@ -21,18 +23,21 @@ export function mountSummary(root, context) {
       troubles,
       bar,
       facts,
+      news,
     ),
   );
 
   let said = "";
   const show = () => {
-    const run = context.run;
+    const { run, curves } = context;
+    if (!run) return;
     const { word, tone } = stateOf(run);
     since.textContent = sinceText(run);
-    const found = troublesOf(run);
+    const nonfinite = curves && run.nonfinite_losses ? nonfiniteLosses(curves).at(-1) : null;
+    const found = troublesOf(run, nonfinite ?? null);
     bar.max = Math.max(1, run.total);
     bar.value = Math.min(run.progress, run.total);
-    const rows = factsOf(run, null);
+    const rows = factsOf(run, curves);
     // Only what changed is touched: a screen reader, and a selection of text, keep their place.
     const now = JSON.stringify([word, found, rows]);
     if (now === said) return;
@@ -41,22 +46,33 @@ export function mountSummary(root, context) {
     troubles.replaceChildren(...found.map((item) => trouble(item, context)));
     troubles.hidden = found.length === 0;
     facts.replaceChildren(
-      ...rows.flatMap(([name, text]) => [element("dt", { text: name }), element("dd", { text })]),
+      ...rows.flatMap(([name, text, detail]) => [
+        element("dt", { text: name }),
+        element("dd", {}, text, Boolean(detail) && element("p", { class: "detail", text: detail })),
+      ]),
     );
   };
-  const end = context.onRun(show);
+  let known = null;
+  const tellNews = (run) => {
+    const items = run.adjustments ?? [];
+    // Said to screen readers: what came since the page was opened.
+    const fresh = known && items.filter((item) => !known.has(item.id));
+    if (fresh?.length) news.textContent = fresh.map((item) => `New: ${changeSentence(item)}`).join(". ");
+    known = new Set(items.map((item) => item.id));
+  };
+  const ends = [context.onRun(show), context.onRun(tellNews), context.onCurves(show)];
   const timer = setInterval(show, CLOCK_MS);
   return () => {
-    end();
+    for (const end of ends) end();
     clearInterval(timer);
   };
 }
 
-function trouble(item, context) {
-  const text = item.id
-    ? element("button", { class: "plain", type: "button", text: item.text, onclick: () => context.select(item.id) })
-    : item.text;
-  return element("li", { class: "notice", dataset: { tone: item.tone } }, text);
+function trouble({ tone, text, detail, id }, context) {
+  const said = id
+    ? element("button", { class: "plain", type: "button", text, onclick: () => context.select(id) })
+    : element("strong", { text });
+  return element("li", { class: "notice", dataset: { tone } }, said, Boolean(detail) && element("p", { class: "detail", text: detail }));
 }
 
 function factsOf(run, curves) {
@@ -68,7 +84,7 @@ function factsOf(run, curves) {
     ["Progress", `${progressText(run)} (${percent(run.total ? run.progress / run.total : 0)})`],
     ["Loss", lossText(run)],
     ["LR now", rates.slice(0, 3).join(", ") + (rates.length > 3 ? ` and ${plural(rates.length - 3, "group")} more` : "")],
-    ["Last", last ? `${changeSentence(last)}. ${last.reason}` : "lrpilot changed nothing yet"],
+    ["Last change", last ? changeSentence(last) : "none: LR and WD follow the base schedule", last?.reason],
     ["Next", next.join("; ") || "nothing planned"],
     ["Attempt", run.attempt ? `${count(run.attempt)}, opened at ${count(run.begin)}` : "none yet"],
   ];

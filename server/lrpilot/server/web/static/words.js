@@ -1,6 +1,7 @@
 // What is to be said of a run: whether it is well, what lrpilot did last and why, what it will do.
 // The words and thresholds are those of deploy/grafana/states.py.
 
+import { lowerBound } from "./curves.js";
 import { ago, changeText, count, duration, plural, rate, secondsSince, toNumber } from "./format.js";
 
 const WAIT_S = 15;
@@ -47,12 +48,12 @@ function troubledDirectives(run) {
 }
 
 /**
- * Return what needs someone, worst first: a list of `{ tone, text, id }`, `id` of the adjustment that
- * it is about or null. `nonfiniteAt`: progress of the newest loss that is not finite, null: none.
+ * Return what needs someone, worst first: a list of `{ tone, text, detail, id }`, `id` of the
+ * adjustment that it is about or null. `nonfiniteAt`: progress of the newest loss that is not finite, null: none.
  */
 export function troublesOf(run, nonfiniteAt = null, now = Date.now()) {
   const found = [];
-  const add = (tone, text, id = null) => found.push({ tone, text, id });
+  const add = (tone, text, detail = "", id = null) => found.push({ tone, text, detail, id });
   if (run.state === "unreadable") {
     add("bad", "The log of this run cannot be read. The server's own log says why.");
     return found;
@@ -68,13 +69,13 @@ export function troublesOf(run, nonfiniteAt = null, now = Date.now()) {
   }
   if (isSilent(run, now)) add("warn", `Nothing was recorded for ${duration(secondsSince(run.updated_at, now))}.`);
   for (const item of troubledDirectives(run)) {
-    const said = item.status === "asked" ? "has no answer yet" : item.status;
+    const said = { asked: "has no answer yet", failed: "failed", unhandled: "was handled by nobody" }[item.status];
     const tone = item.status === "asked" ? "warn" : "bad";
-    add(tone, `Directive ${item.id}, ${item.summary}, due at ${count(item.effective)}: ${said}.`, item.id);
+    add(tone, `Directive due at ${count(item.effective)} ${said}: ${item.summary}`, item.reason, item.id);
   }
   for (const item of pendingAdvice(run)) {
-    const until = item.expires ? `, until ${count(item.expires)}` : "";
-    add("warn", `Advice ${item.id} waits for an answer${until}: ${item.summary}. ${item.reason}`, item.id);
+    const until = item.expires ? ` until ${count(item.expires)}` : "";
+    add("warn", `Advice waits for an answer${until}: ${item.summary}, by ${madeBy(item)}`, item.reason, item.id);
   }
   if (run.held) add("info", "LR and WD are held: they stay as they are until a release.");
   if (run.imported_from) add("info", `Imported from ${run.imported_from}: its job goes on here from its checkpoint.`);
@@ -97,7 +98,7 @@ export function lastChange(run) {
 
 /** Return who made an adjustment: a policy, or a person. */
 export function madeBy(item) {
-  return item.author || item.source.replace(/^policies\.\d+ \((.+)\)$/, "$1");
+  return item.author || item.source.replace(/^(?:(?:stages\.\d+\.)?policies\.\d+|detector) \((.+)\)$/, "$1");
 }
 
 /** Return one adjustment in a sentence: "LR × 0.5 at 30,120 by plateau, LR 2e-4 → 1e-4". */
@@ -114,7 +115,7 @@ export function lossText(run) {
 
 /**
  * Return what comes next, as a list of phrases, soonest first: planned adjustments, the next stage,
- * where the LR turns. `curves`: GetCurvesResponse, null: not there yet.
+ * where the LR turns. `curves`: as `decode` has them, null: not there yet.
  */
 export function nextOf(run, curves) {
   if (run.state === "finished" || run.state === "unreadable") return [];
@@ -133,21 +134,21 @@ export function nextOf(run, curves) {
 }
 
 /** Return where the planned LR of the first group turns, `[progress, phrase]`; null: nowhere. */
-function nextTurn(curves) {
-  const group = curves.groups?.[0];
+function nextTurn({ groups, progress }) {
+  const group = groups[0];
   if (!group) return null;
-  const points = group.progress
-    .map((progress, index) => [progress, toNumber(group.learning_rate[index])])
-    .filter(([progress]) => progress >= curves.progress);
+  const begin = lowerBound(group.x, progress);
   let trend = null;
-  for (let index = 1; index < points.length; index += 1) {
-    const here = trendOf(points[index - 1][1], points[index][1]);
-    if (trend !== null && here !== trend) return [points[index - 1][0], `LR ${here} from ${count(points[index - 1][0])} on`];
+  for (let index = Math.max(1, begin); index < group.x.length; index += 1) {
+    const here = trendOf(group.lr[index - 1], group.lr[index]);
+    const at = group.x[index - 1];
+    if (trend !== null && here !== trend) return [at, `LR ${here} from ${count(at)} on`];
     trend = here;
   }
-  if (points.length < 2) return null;
-  const [end, value] = points.at(-1);
-  return [end, `LR ${trend}${trend === "stays" ? "" : ` to ${rate(value)}`} until the planned end, ${count(end)}`];
+  if (trend === null) return null;
+  const end = group.x.at(-1);
+  const to = trend === "stays" ? `at ${rate(group.lr.at(-1))}` : `to ${rate(group.lr.at(-1))}`;
+  return [end, `LR ${trend} ${to} until the planned end at ${count(end)}`];
 }
 
 function trendOf(before, after) {
