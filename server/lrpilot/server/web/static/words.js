@@ -142,6 +142,9 @@ function nextTurn({ groups, progress }) {
   for (let index = Math.max(1, begin); index < group.x.length; index += 1) {
     const here = trendOf(group.lr[index - 1], group.lr[index]);
     const at = group.x[index - 1];
+    // A step stands as the last progress before it and the first one behind it.
+    const isStep = group.x[index] - at === 1 && at >= progress && here !== "stays";
+    if (isStep) return [group.x[index], `LR goes to ${rate(group.lr[index])} at ${count(group.x[index])}`];
     if (trend !== null && here !== trend) return [at, `LR ${here} from ${count(at)} on`];
     trend = here;
   }
