@@ -149,7 +149,7 @@ class Adjustments {
     if (isPending(item)) setText(left, leftText(item, run));
     return [
       element(
-        "p",
+        "div",
         { class: "what" },
         badge(TONES[item.status] ?? "faint", item.status === "asked" ? "no answer yet" : item.status),
         element("button", {
@@ -160,11 +160,10 @@ class Adjustments {
           text: item.summary,
           onclick: () => this.#pick(item.id),
         }),
-        element("span", { class: "from", text: `from ${count(item.effective)} on` }),
+        element("span", { text: `from ${count(item.effective)} on` }),
+        item.action !== "directive" && element("span", { class: "faint", text: changeText(item) }),
+        this.#acts(item, run),
       ),
-      item.action !== "directive" &&
-        element("p", { class: "effect", text: changeText(item) }),
-      groupTable(item, names),
       item.reason && element("p", { class: "why", text: item.reason }),
       element(
         "p",
@@ -173,7 +172,7 @@ class Adjustments {
         element("code", { text: item.id }),
         isPending(item) && [" · ", left],
       ),
-      this.#acts(item, run),
+      groupTable(item, names),
     ].filter(Boolean);
   }
 
@@ -200,7 +199,7 @@ class Adjustments {
     if (mayBeUndone(item) && mayChange(this.#server, run)) {
       acts.push(changeButton(this.#context, "undo", item));
     }
-    return acts.length > 0 && element("p", { class: "acts" }, acts);
+    return acts.length > 0 && element("span", { class: "acts" }, acts);
   }
 
   #pick(id) {

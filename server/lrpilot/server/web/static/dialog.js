@@ -91,7 +91,7 @@ export class ChangeDialog {
       this.form,
       this.notice,
       this.effect,
-      element("div", { class: "acts" }, this.confirm, this.cancel),
+      element("div", { class: "acts end" }, this.confirm, this.cancel),
     );
     this.form.addEventListener("input", (event) => {
       // Why and who change no number.
@@ -107,8 +107,9 @@ export class ChangeDialog {
   #choose(kind) {
     this.#kind = kind;
     const { title, about, fields = [] } = CHANGES[kind];
-    this.title.textContent = this.#item && kind === "approve" ? `${title}: ${this.#item.summary}` : title;
-    this.about.textContent = about;
+    const what = this.what.options.length > 1 ? "Adjust" : title;
+    this.title.textContent = `${what}: ${this.#context.name}`;
+    this.about.textContent = this.#item && kind === "approve" ? `${this.#item.summary}. ${about}` : about;
     this.fields.replaceChildren(...fields.map((field) => this.#field(field)));
     this.#unsee();
   }
@@ -186,7 +187,9 @@ export class ChangeDialog {
     } finally {
       this.#setBusy(false);
     }
-    this.heading?.isConnected && this.heading.focus();
+    if (!this.heading?.isConnected) return;
+    this.heading.focus({ preventScroll: true });
+    this.heading.scrollIntoView({ block: "start" });
   }
 
   #isFilledIn() {

@@ -72,11 +72,12 @@ export function valueTable(answer) {
       "tbody",
       {},
       points.map((point) =>
-        groups.map((group) =>
+        groups.map((group, place) =>
           element(
             "tr",
             {},
-            element("th", { scope: "row", text: count(point.progress) }),
+            place === 0 &&
+              element("th", { scope: "rowgroup", rowspan: groups.length, text: count(point.progress) }),
             named && element("td", { text: group.name || "all" }),
             element("td", {}, change(point.before[group.index], point.after[group.index])),
             decayed &&

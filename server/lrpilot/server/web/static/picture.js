@@ -1,4 +1,4 @@
-// The picture of a change: LR and WD before and after, over the whole attempt.
+// The picture of a change: LR before and after over the whole attempt, and WD where it changes.
 
 import { element } from "./dom.js";
 import { alikeGroups } from "./effect.js";
@@ -8,7 +8,7 @@ import uPlot from "./vendor/uplot/uPlot.esm.js";
 /** Most groups drawn: there are as many colours. */
 const MOST_LINES = 8;
 
-const HEIGHTS = [190, 130];
+const HEIGHT = 190;
 
 /** Draw the preview of a dry run's answer in `root`; return how to end it. */
 export function drawEffect(root, answer) {
@@ -18,10 +18,15 @@ export function drawEffect(root, answer) {
     run.values.map((values) => values.name),
     preview,
   ).slice(0, MOST_LINES);
-  const measures = [
+  const all = [
     { title: "learning rate", before: "before", after: "after" },
     { title: "weight decay", before: "weight_decay_before", after: "weight_decay_after" },
-  ].filter(({ before, after }) => preview.some((point) => point[before].length || point[after].length));
+  ];
+  const changed = all.filter(({ before, after }) =>
+    preview.some((point) => JSON.stringify(point[before]) !== JSON.stringify(point[after])),
+  );
+  // What stays as it is, the table says.
+  const measures = changed.length > 0 ? changed : all.slice(0, 1);
   const places = measures.map(({ title }) =>
     element("div", { role: "img", "aria-label": `${title} before and after; the table has the numbers` }),
   );
@@ -37,14 +42,17 @@ export function drawEffect(root, answer) {
   const draw = () => {
     for (const chart of charts) chart.destroy();
     charts = measures.map((measure, index) =>
-      drawMeasure(places[index], measure, groups, preview, effective, HEIGHTS[index]),
+      drawMeasure(places[index], measure, groups, preview, effective),
     );
   };
   draw();
   // Colours of a canvas are read once.
   document.addEventListener("themechange", draw);
   const observer = new ResizeObserver(() => {
-    charts.forEach((chart, index) => chart.setSize({ width: places[index].clientWidth, height: HEIGHTS[index] }));
+    charts.forEach((chart, index) => {
+      const width = places[index].clientWidth;
+      if (width !== chart.width) chart.setSize({ width, height: HEIGHT });
+    });
   });
   observer.observe(root);
   return () => {
@@ -54,7 +62,7 @@ export function drawEffect(root, answer) {
   };
 }
 
-function drawMeasure(place, measure, groups, preview, effective, height) {
+function drawMeasure(place, measure, groups, preview, effective) {
   const styles = getComputedStyle(document.documentElement);
   const colour = (name) => styles.getPropertyValue(name).trim();
   const progress = preview.map((point) => point.progress);
@@ -82,7 +90,7 @@ function drawMeasure(place, measure, groups, preview, effective, height) {
   };
   const options = {
     width: place.clientWidth,
-    height,
+    height: HEIGHT,
     legend: { show: false },
     cursor: { show: false },
     scales: {

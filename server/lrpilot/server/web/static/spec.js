@@ -61,8 +61,8 @@ class SpecPanel {
   };
 
   #follow(run) {
-    // A new spec is a new plan; one that waits comes with the next attempt.
-    const plan = `${run.etag} ${run.attempt}`;
+    // A new spec is a new plan, save for one that waits: it comes with the next attempt.
+    const plan = `${run.etag} ${run.attempt} ${run.attempt ? "" : run.seq}`;
     if (plan === this.#plan || this.#isBusy) return;
     this.#plan = plan;
     this.#load();
@@ -71,10 +71,10 @@ class SpecPanel {
   async #load() {
     this.#isBusy = true;
     try {
-      const { specs, pending } = await this.#context.api.specs(this.#context.name);
+      const answer = await this.#context.api.specs(this.#context.name);
       if (this.#isOver) return;
       this.failure.replaceChildren();
-      this.#show(specs, pending);
+      this.#show(answer);
     } catch (error) {
       if (!this.#isOver) showError(this.failure, error, () => this.#load());
       return;
@@ -84,7 +84,7 @@ class SpecPanel {
     this.#follow(this.#context.run);
   }
 
-  #show(specs, pending) {
+  #show({ specs, pending, left_out: leftOut }) {
     const text = specs.at(-1)?.spec_document ?? "";
     if (text !== this.#text) {
       this.#text = text;
@@ -93,8 +93,9 @@ class SpecPanel {
     this.pending.replaceChildren();
     if (pending) {
       this.pending.append(
-        element("h3", { text: "Waits for the next attempt" }),
-        this.#revision(pending, text, true),
+        element("h3", { text: "Begins with the next attempt" }),
+        changeList(pending.changes),
+        differenceOf(text, pending.spec_document),
       );
     }
     const open = new Set(
@@ -103,34 +104,19 @@ class SpecPanel {
     const isFirst = this.history.childElementCount === 0;
     const lines = specs.map((spec, index) =>
       index === 0
-        ? element("p", { class: "faint", text: `The first spec, ${signature(spec)}` })
-        : this.#revision(
+        ? element("p", {
+            class: "faint",
+            text: leftOut ? `${plural(leftOut + 1, "older spec")}: the event log has them` : `The first spec, ${signature(spec)}`,
+          })
+        : revisionOf(
             spec,
             specs[index - 1].spec_document,
             open.has(String(spec.seq)) || (isFirst && index === specs.length - 1),
           ),
     );
     this.history.replaceChildren(
-      element("h3", { text: `History: ${plural(specs.length - 1, "revision")}` }),
+      element("h3", { text: `History: ${plural(specs.length - 1 + leftOut, "revision")}` }),
       ...lines.reverse(),
-    );
-  }
-
-  #revision(spec, before, isOpen) {
-    const from = spec.effective === null ? "from the next attempt on" : `from ${count(spec.effective)} on`;
-    return element(
-      "details",
-      { class: "revision", open: isOpen, dataset: { seq: spec.seq } },
-      element(
-        "summary",
-        {},
-        element("strong", { text: from }),
-        ` · ${spec.changes.map((item) => item.field).join(", ") || "no field differs"}`,
-        element("span", { class: "faint", text: ` · ${signature(spec)}` }),
-      ),
-      spec.reason && element("p", { class: "why", text: spec.reason }),
-      changeList(spec.changes),
-      differenceOf(before, spec.spec_document),
     );
   }
 
@@ -151,9 +137,28 @@ class SpecPanel {
   }
 }
 
+function revisionOf(spec, before, isOpen) {
+  return element(
+    "details",
+    { class: "revision", open: isOpen, dataset: { seq: spec.seq } },
+    element(
+      "summary",
+      {},
+      element("strong", { text: `from ${count(spec.effective)} on` }),
+      ` · ${spec.changes.map((item) => item.field).join(", ") || "no field differs"}`,
+      element("span", { class: "faint", text: ` · ${signature(spec)}` }),
+    ),
+    spec.reason && element("p", { class: "why", text: spec.reason }),
+    changeList(spec.changes),
+    differenceOf(before, spec.spec_document),
+  );
+}
+
 function signature(spec) {
   const who = spec.author || (spec.by_trainer ? "a trainer" : "somebody");
-  return `by ${who}, ${utc(spec.recorded_at)}, event ${count(spec.seq)}`;
+  // What the log has packed away has no time here.
+  const when = spec.recorded_at ? `, ${utc(spec.recorded_at)}` : "";
+  return `by ${who}${when}, event ${count(spec.seq)}`;
 }
 
 function differenceOf(before, after) {
@@ -165,7 +170,7 @@ function differenceOf(before, after) {
       element(
         { "-": "del", "+": "ins" }[sign] ?? "span",
         { class: sign === "@" ? "gap" : null, title: SIGNS[sign] || null },
-        `${sign === "@" ? "⋯" : sign} ${text}\n`,
+        `${sign === "@" ? "⋯" : sign} ${text}`,
       ),
     ),
   );
@@ -175,6 +180,6 @@ function differenceOf(before, after) {
 function coloured(text) {
   return text.split(/(?<=\n)/).map((line) => {
     const [, indent, key, rest] = line.match(/^([\s-]*)([\w.-]+:)?(.*)$/s);
-    return element("span", {}, indent, key && element("span", { class: "key", text: key }), rest);
+    return element("span", {}, indent, key ? element("span", { class: "key", text: key }) : null, rest);
   });
 }
