@@ -331,8 +331,8 @@ def test_a_table_is_bounded(cli: Cli, spec_file: SpecFile) -> None:
 
 @pytest.mark.parametrize("jump", [1, 123_456_789, 10**12 - 1])
 def test_a_picture_finds_a_jump(jump: int) -> None:
-    from lrpilot.server.cli._plot import _bends
+    from lrpilot.server.cli._chart import bends
 
-    points = _bends(lambda progress: (1.0, float(progress >= jump)), 10**12)
+    points = bends(lambda progress: (1.0, float(progress >= jump)), 10**12)
     assert {0, jump - 1, jump, 10**12} <= set(points)
     assert len(points) < 1000

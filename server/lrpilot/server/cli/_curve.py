@@ -8,6 +8,7 @@ import typer
 
 from lrpilot.core._schedules import base_schedule
 from lrpilot.core._spec import RunSpec
+from lrpilot.server.cli._chart import Chart, chart_of_spec
 from lrpilot.server.cli._failures import INVALID, CommandError, command
 from lrpilot.server.cli._options import SpecArgument
 from lrpilot.server.cli._output import (
@@ -104,7 +105,7 @@ def curve(
     if positions is None and (every is not None or not form.is_picture):
         positions = _held(spec.total, every, len(groups))
     if form.is_picture:
-        write_output(output, [_draw(spec, groups, positions, form)])
+        write_output(output, [_draw(chart_of_spec(spec, groups, positions), form)])
     else:
         write_output(output, encoded(_table(spec, groups, positions or [])))
 
@@ -163,8 +164,8 @@ def _stage_name(spec: RunSpec) -> Callable[[int], str]:
     return name
 
 
-def _draw(spec: RunSpec, groups: Sequence[int], positions: list[int] | None, form: Format) -> bytes:
+def _draw(chart: Chart, form: Format) -> bytes:
     with needs_matplotlib():
         # A second to import, and nothing else needs it.
         from lrpilot.server.cli._plot import draw_curve  # noqa: PLC0415
-    return draw_curve(spec, groups, positions, form.value)
+    return draw_curve(chart, form.value)

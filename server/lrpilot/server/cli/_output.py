@@ -110,6 +110,30 @@ def rate(value: float) -> str:
     return f"{value:.6g}"
 
 
+def decimal(value: float) -> str:
+    """Return a tick's value; small ones as people write LRs.
+
+    >>> decimal(0.00015), decimal(0.25), decimal(0.0)
+    ('1.5e-4', '0.25', '0')
+    """
+    if not 0 < abs(value) < 1e-2:
+        return f"{value:.4g}"
+    digits, _, power = f"{value:.3e}".partition("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(power)}"
+
+
+def short(value: float) -> str:
+    """Return a progress at a tick.
+
+    >>> short(500), short(250_000), short(1_500_000)
+    ('500', '250K', '1.5M')
+    """
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e4, "K")):
+        if abs(value) >= size:
+            return f"{value / (1e3 if letter == 'K' else size):.4g}{letter}"
+    return f"{value:.4g}"
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number and its noun, in the plural unless it is one.
 

@@ -1,13 +1,14 @@
 """`lrpilot simulate`: recorded losses through the policies of a spec, offline."""
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
 import typer
 
-from lrpilot.core import Adjustment, RunSpec, SimulatedStep
+from lrpilot.core import Adjustment, SimulatedStep
 from lrpilot.server._json import json_line
+from lrpilot.server.cli._chart import Chart, chart_of_trace
 from lrpilot.server.cli._failures import INVALID, CommandError, command
 from lrpilot.server.cli._losses import read_losses
 from lrpilot.server.cli._options import LossTag, SpecArgument, ValidationTag
@@ -94,7 +95,10 @@ def simulate(
     if form is Format.JSONL:
         write_output(output, encoded(_jsonl(steps, groups[0])))
     elif form.is_picture:
-        write_output(output, [_draw(spec, groups, Trace.of(steps, groups), form, log)])
+        chart = chart_of_trace(spec, groups, Trace.of(steps, groups), log=log)
+        if log:
+            chart.check_logarithmic()
+        write_output(output, [_draw(chart, form, log)])
     else:
         trace = Trace.of(steps, groups[:1])
         write_output(output, encoded(f"{line}\n" for line in _table(trace, groups[0])))
@@ -162,12 +166,8 @@ def _row(adjustment: Adjustment, group: int) -> tuple[str, ...]:
     )
 
 
-def _draw(spec: RunSpec, groups: Sequence[int], trace: Trace, form: Format, log: bool) -> bytes:
-    if log and any(loss is not None and loss <= 0 for loss in trace.losses):
-        raise CommandError(
-            "--log: a loss is 0 or negative, which a logarithmic axis cannot show", INVALID
-        )
+def _draw(chart: Chart, form: Format, log: bool) -> bytes:
     with needs_matplotlib():
         # A second to import, and nothing else needs it.
-        from lrpilot.server.cli._plot_simulation import draw_simulation  # noqa: PLC0415
-    return draw_simulation(spec, groups, trace, log=log, form=form.value)
+        from lrpilot.server.cli._plot_chart import draw_chart  # noqa: PLC0415
+    return draw_chart(chart, log=log, form=form.value)
