@@ -16,7 +16,7 @@ from lrpilot.server.cli._output import (
     check_picture_target,
     encoded,
     format_of,
-    needs_matplotlib,
+    needs,
     rate,
     table_lines,
     write_output,
@@ -165,7 +165,7 @@ def _stage_name(spec: RunSpec) -> Callable[[int], str]:
 
 
 def _draw(chart: Chart, form: Format) -> bytes:
-    with needs_matplotlib():
+    with needs("matplotlib"):
         # A second to import, and nothing else needs it.
         from lrpilot.server.cli._plot import draw_curve  # noqa: PLC0415
     return draw_curve(chart, form.value)

@@ -28,13 +28,21 @@ class CommandError(Exception):
     """What went wrong, for people: one line, more lines below it, and what to do about it."""
 
     def __init__(
-        self, message: str, code: int, *, lines: Sequence[str] = (), hint: str | None = None
+        self,
+        message: str,
+        code: int,
+        *,
+        lines: Sequence[str] = (),
+        hint: str | None = None,
+        reason: str = "",
     ) -> None:
         super().__init__(message)
         self.message = message
         self.code = code
         self.lines = tuple(lines)
         self.hint = hint
+        self.reason = reason
+        """Name of the server's error, such as RunNotFound; empty: it gave none."""
 
 
 def invalid_fields(what: str, error: InvalidFields) -> CommandError:

@@ -37,7 +37,7 @@ from lrpilot.server.cli._options import (
     TimeoutS,
     examples,
 )
-from lrpilot.server.cli._output import check_output, needs_matplotlib, write_json, write_output
+from lrpilot.server.cli._output import check_output, needs, write_json, write_output
 from lrpilot.server.cli._remote import Runs, connected
 from lrpilot.server.cli._specs import spec_document
 from lrpilot.v1 import runs_pb2
@@ -475,7 +475,7 @@ def _drawing(picture: str) -> Callable[[Effect], bytes]:
     form = Path(picture).suffix.removeprefix(".").lower()
     if form not in PICTURES:
         raise typer.BadParameter(f"-o {picture}: give a file that ends in .png or .svg")
-    with needs_matplotlib():
+    with needs("matplotlib"):
         # A second to import, and nothing else needs it.
         from lrpilot.server.cli._plot_change import draw_change  # noqa: PLC0415
     return lambda effect: draw_change(effect, form)

@@ -43,13 +43,13 @@ def check_picture_target(form: Format, output: str | None, stem: str) -> None:
 
 
 @contextmanager
-def needs_matplotlib() -> Iterator[None]:
+def needs(package: str) -> Iterator[None]:
     """Say what to install where an import in the block fails."""
     try:
         yield
     except ImportError as error:
         raise CommandError(
-            f"pictures need matplotlib: {error}", INVALID, hint="pip install 'lrpilot[server]'"
+            f"pictures need {package}: {error}", INVALID, hint="pip install 'lrpilot[server]'"
         ) from None
 
 

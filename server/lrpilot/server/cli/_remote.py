@@ -2,7 +2,7 @@
 
 import os
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,8 @@ CHANNEL_OPTIONS = (
     # Servers stand beside the trainers, never behind the proxy that leads out of the cluster.
     ("grpc.enable_http_proxy", 0),
     ("grpc.max_receive_message_length", 4 * 1024 * 1024),
+    # Who waits for a server to come back looks each second.
+    ("grpc.max_reconnect_backoff_ms", 1000),
 )
 
 _UNANSWERED = (
@@ -78,6 +80,19 @@ class Runs:
             if not page.next_page_token:
                 return
             request.page_token = page.next_page_token
+
+    def notable(self, run: str, count: int) -> Sequence[runs_pb2.Event]:
+        """Return the newest events of a run that are no mere steps, the newest first."""
+        request = runs_pb2.ListEventsRequest(
+            run=run, page_size=count, newest_first=True, notable=True
+        )
+        answer: runs_pb2.ListEventsResponse = self._call(self._stub.ListEvents, request)
+        return answer.events
+
+    def curves(self, request: runs_pb2.GetCurvesRequest) -> runs_pb2.GetCurvesResponse:
+        """Return what is drawn of a run."""
+        answer: runs_pb2.GetCurvesResponse = self._call(self._stub.GetCurves, request)
+        return answer
 
     def adjust(self, request: runs_pb2.AdjustRunRequest) -> runs_pb2.AdjustRunResponse:
         """Change the plan of a run from its horizon on, or show what that would do."""
@@ -190,7 +205,9 @@ def failure(error: Any, server: str, timeout_s: float, doubt: str | None = None)
         # The server's text lists them too.
         message = message.partition("\n")[0]
     exit_code = INVALID if code is grpc.StatusCode.INVALID_ARGUMENT else REFUSED
-    return CommandError(message, exit_code, lines=lines, hint=_HINTS.get(info.reason))
+    return CommandError(
+        message, exit_code, lines=lines, hint=_HINTS.get(info.reason), reason=info.reason
+    )
 
 
 def _details(error: Any) -> tuple[errors_pb2.Status, errors_pb2.ErrorInfo, errors_pb2.BadRequest]:

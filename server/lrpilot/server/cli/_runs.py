@@ -23,9 +23,10 @@ from lrpilot.server.cli._options import (
 )
 from lrpilot.server.cli._output import table_lines, write_json
 from lrpilot.server.cli._remote import connected
-from lrpilot.server.cli._show import list_row, panel
+from lrpilot.server.cli._show import LIST_HEADERS, list_row, panel
 from lrpilot.server.cli._specs import spec_document
 from lrpilot.server.cli._transfer import export, import_
+from lrpilot.server.cli._watch import watch
 
 WIDTH = 120
 """Columns of a panel that does not go to a terminal."""
@@ -69,7 +70,6 @@ def list_runs(
     *, server: Server = SERVER, as_json: AsJson = False, timeout_s: TimeoutS = TIMEOUT_S
 ) -> None:
     """List the runs by name; with --json one line each, without adjustments and spec."""
-    headers = ("run", "state", "attempt", "progress", "total", "unit", "lr", "loss", "updated")
     rows: list[Sequence[str]] = []
     with connected(server, timeout_s) as runs:
         for run in runs.list():
@@ -82,7 +82,7 @@ def list_runs(
     if not as_json and not rows:
         typer.echo("no runs")
     elif not as_json:
-        for line in table_lines(headers, rows, left=2):
+        for line in table_lines(LIST_HEADERS, rows, left=2):
             typer.echo(line)
 
 
@@ -109,6 +109,13 @@ def show(
     console.print(panel(run))
 
 
+app.command(
+    epilog=examples(
+        "lrpilot run watch my-run",
+        "lrpilot run watch my-run --log --group embedding",
+        "lrpilot run watch --server 10.0.0.7:50051",
+    )
+)(watch)
 app.command(
     epilog=examples(
         "lrpilot run history my-run",

@@ -22,11 +22,14 @@ _MOST_PENDING = 3
 """Most pieces of advice that a panel says how to approve, the newest."""
 
 
+LIST_HEADERS = ("run", "state", "attempt", "progress", "total", "unit", "lr", "loss", "updated")
+
+
 def list_row(run: runs_pb2.Run) -> Sequence[str]:
     """Return a run as the cells of a line in the list of runs."""
     return (
         run.name,
-        _state(run),
+        state_of(run),
         str(run.attempt),
         f"{run.progress:,}",
         f"{run.total:,}",
@@ -37,7 +40,8 @@ def list_row(run: runs_pb2.Run) -> Sequence[str]:
     )
 
 
-def _state(run: runs_pb2.Run) -> str:
+def state_of(run: runs_pb2.Run) -> str:
+    """Return the word for where a run stands, the trouble that it is in before all."""
     if run.forgotten:
         return "forgotten"
     is_waiting = run.imported_from and run.state == runs_pb2.RUN_STATE_RUNNING
@@ -65,7 +69,7 @@ def panel(run: runs_pb2.Run) -> RenderableType:
         Group(*parts),
         title=Text(run.name, style="bold"),
         title_align="left",
-        subtitle=Text(_state(run)),
+        subtitle=Text(state_of(run)),
         subtitle_align="right",
         padding=(0, 1),
     )
@@ -74,12 +78,9 @@ def panel(run: runs_pb2.Run) -> RenderableType:
 def event_lines(event: runs_pb2.Event) -> Iterator[str]:
     """Yield the lines of one event: what happened, and below it what was decided on it and why."""
     attempt = f"attempt {event.attempt}" if event.attempt else ""
-    losses = f"; {_losses(event.losses)}" if event.losses else ""
-    author = f", by {event.author}" if event.author else ""
-    reason = f": {event.reason}" if event.reason else ""
     yield (
         f"{event.seq:>6}  {when(event.recorded_at)}  {event.kind:<12}  {attempt:<10}  "
-        f"{event.summary}{losses}{author}{reason}"
+        f"{event_text(event)}"
     ).rstrip()
     for item in event.adjustments:
         status = "" if item.status in _USUAL else f" ({item.status})"
@@ -91,6 +92,14 @@ def event_lines(event: runs_pb2.Event) -> Iterator[str]:
                 f"        {item.id} {item.source} at {item.decided_at:,}: {item.summary}{status} "
                 f"from {item.effective:,} on, {change_text(item)}: {item.reason}"
             )
+
+
+def event_text(event: runs_pb2.Event) -> str:
+    """Return what happened, by whom and why."""
+    losses = f"; {_losses(event.losses)}" if event.losses else ""
+    author = f", by {event.author}" if event.author else ""
+    reason = f": {event.reason}" if event.reason else ""
+    return f"{event.summary}{losses}{author}{reason}"
 
 
 def change_text(item: runs_pb2.Adjustment) -> str:
@@ -126,48 +135,49 @@ def when(stamp: Timestamp) -> str:
     return f"{datetime.fromtimestamp(stamp.seconds, timezone.utc):%Y-%m-%d %H:%M:%S}Z"
 
 
-def _facts(run: runs_pb2.Run) -> Table:
-    facts = Table.grid(padding=(0, 2))
-    facts.add_column(style="dim")
-    facts.add_column()
+def facts(run: runs_pb2.Run) -> Iterator[tuple[str, str]]:
+    """Yield (what, text) for all that is said of where a run stands."""
     share = f" ({run.progress / run.total:.1%})" if run.total else ""
-    facts.add_row("progress", f"{run.progress:,} of {run.total:,} {run.unit}{share}")
+    yield "progress", f"{run.progress:,} of {run.total:,} {run.unit}{share}"
     if run.stage:
-        facts.add_row("stage", Text(run.stage))
+        yield "stage", run.stage
     if run.held:
-        facts.add_row(
-            "held", f"LR and WD are frozen; `lrpilot run release {run.name} --reason …` ends it"
-        )
-    facts.add_row(
+        yield "held", f"LR and WD are frozen; `lrpilot run release {run.name} --reason …` ends it"
+    yield (
         "fixed",
         f"losses below {run.frontier:,} (frontier), values below {run.horizon:,} (horizon), "
         f"delay {run.delay:,}",
     )
     if run.HasField("loss"):
         smoothed = f", smoothed {rate(run.smoothed_loss)}" if run.HasField("smoothed_loss") else ""
-        facts.add_row("loss", f"{rate(run.loss)}{smoothed}")
+        yield "loss", f"{rate(run.loss)}{smoothed}"
     if run.validation_losses:
-        facts.add_row("validation", Text(_named(run.validation_losses)))
-    facts.add_row(
+        yield "validation", _named(run.validation_losses)
+    yield (
         "counts",
         f"{counted(run.losses, 'loss')}, {run.nonfinite_losses:,} of them not finite; "
         f"{counted(run.late_losses, 'late loss')}; {counted(run.waivers, 'waiver')}; "
         f"{counted(run.skipped, 'skipped update')}; {counted(run.rollbacks, 'rollback')}",
     )
     if run.attempt:
-        facts.add_row("attempt", f"{run.attempt:,}, opened at {run.begin:,}")
+        yield "attempt", f"{run.attempt:,}, opened at {run.begin:,}"
     if run.imported_from:
-        facts.add_row(
-            "imported",
-            Text(f"from {run.imported_from}: its job goes on here from its checkpoint"),
-        )
+        yield "imported", f"from {run.imported_from}: its job goes on here from its checkpoint"
     if run.leader:
-        facts.add_row("leader mode", _leader_text(run))
-    facts.add_row("created", when(run.created_at))
-    facts.add_row("updated", f"{when(run.updated_at)}, event {run.seq:,}, log {run.digest[:12]}")
+        yield "leader mode", _leader_text(run)
+    yield "created", when(run.created_at)
+    yield "updated", f"{when(run.updated_at)}, event {run.seq:,}, log {run.digest[:12]}"
     if run.etag:
-        facts.add_row("plan", f"etag {run.etag}")
-    return facts
+        yield "plan", f"etag {run.etag}"
+
+
+def _facts(run: runs_pb2.Run) -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column()
+    for what, text in facts(run):
+        table.add_row(what, Text(text))
+    return table
 
 
 def _leader_text(run: runs_pb2.Run) -> str:

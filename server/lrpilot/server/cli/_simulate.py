@@ -18,7 +18,7 @@ from lrpilot.server.cli._output import (
     counted,
     encoded,
     format_of,
-    needs_matplotlib,
+    needs,
     rate,
     table_lines,
     write_output,
@@ -167,7 +167,7 @@ def _row(adjustment: Adjustment, group: int) -> tuple[str, ...]:
 
 
 def _draw(chart: Chart, form: Format, log: bool) -> bytes:
-    with needs_matplotlib():
+    with needs("matplotlib"):
         # A second to import, and nothing else needs it.
         from lrpilot.server.cli._plot_chart import draw_chart  # noqa: PLC0415
     return draw_chart(chart, log=log, form=form.value)

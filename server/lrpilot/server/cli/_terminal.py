@@ -63,6 +63,12 @@ class _Panel:
     missing: Sequence[int] = ()
     """Where something is not finite."""
 
+    @property
+    def above(self) -> list[int]:
+        """Where single values lie above the panel."""
+        clouds = [line.points for line in self.lines if line.marker == "cloud"]
+        return [point.at for points in clouds for point in points if point.value > self.high]
+
 
 class ChartView:
     """A chart for rich, as wide as there is room; as high as told, else as there is room."""
@@ -150,21 +156,19 @@ class _Drawing:
         return lines
 
     def _title(self, panel: _Panel) -> Text:
-        title = Text(no_wrap=True)
-        title.append(panel.title, style="bold")
+        title = Text(panel.title, style="bold", no_wrap=True)
+        if panel.missing:
+            title.append("  x ", style=_color(_ALERT))
+            title.append(f"{len(panel.missing):,} not finite", style="not bold")
+        if panel.above:
+            title.append(f"  ^ {len(panel.above):,} above {decimal(panel.high)}", style="not bold")
         for line in panel.lines:
             if line.label:
                 sign = {"line": "━", "cloud": "·"}.get(line.marker, line.marker)
-                style = "dim" if line.color is None else f"color({line.color})"
-                title.append(f"  {sign} ", style=style)
-                title.append(line.label)
-        if panel.missing:
-            title.append("  x ", style=f"bold color({_ALERT})")
-            title.append(f"{len(panel.missing):,} not finite")
-        above = sum(point.value > panel.high for line in panel.lines for point in line.points)
-        if above:
-            title.append("  ^ ", style="bold")
-            title.append(f"{above:,} above {decimal(panel.high)}")
+                title.append(
+                    f"  {sign} ", style="dim" if line.color is None else _color(line.color)
+                )
+                title.append(line.label, style="not bold")
         return title
 
     def _plotted(
@@ -192,10 +196,7 @@ class _Drawing:
             points = thinned(line.points, 2 * columns)
             at = [(self._x(point.at), _y(panel, point.value)) for point in points]
             self._draw(figure, at, line.color, self._marker(line), joined=line.marker != "cloud")
-        above = [
-            point.at for line in panel.lines for point in line.points if point.value > panel.high
-        ]
-        for edge, sign, color in ((above, "^", None), (panel.missing, "x", _ALERT)):
+        for edge, sign, color in ((panel.above, "^", None), (panel.missing, "x", _ALERT)):
             shown = {round(self._x(progress) * columns): self._x(progress) for progress in edge}
             at = [(place, 1.0) for place in shown.values()]
             self._draw(figure, at, color, sign, joined=False, style="bold")
@@ -206,12 +207,15 @@ class _Drawing:
         return text
 
     def _scale(self, columns: int) -> Iterator[tuple[float, str]]:
-        """Yield the labels of progress, the most important first."""
+        """Yield the labels of progress: the last with its unit, and those that leave it room."""
         first, last = self._chart.first, self._chart.last
-        yield 1.0, f"{short(last)} {self._chart.unit}"
+        end = f"{short(last)} {self._chart.unit}"
+        yield 1.0, end
         step = max(1, round(_step((last - first) / max(1, columns // 12))))
         for progress in range(-(-first // step) * step, last, step):
-            yield self._x(progress), short(progress)
+            label = short(progress)
+            if self._x(progress) * columns + len(label) / 2 < columns - len(end) - 1:
+                yield self._x(progress), label
 
     def _marks(self) -> list[tuple[int, str]]:
         """Return what stands above a panel, the most important first: others yield to it."""
@@ -275,7 +279,7 @@ def _loss_panel(chart: Chart, *, log: bool) -> _Panel:
     forgotten = zip(chart.forgotten, ["forgotten", *([""] * len(chart.forgotten))], strict=False)
     lines = [
         *(_Line(points, None, "cloud", label) for points, label in forgotten),
-        _Line(chart.losses, COLORS[3], "cloud", "loss"),
+        _Line(chart.losses, COLORS[3], "cloud", "raw"),
         _Line(chart.smoothed, COLORS[0], "line", "smoothed"),
     ]
     if log:
@@ -324,6 +328,10 @@ def _curve(
         yield _Line(planned, color, "·", "planned" if is_told else "")
 
 
+def _color(number: int) -> str:
+    return f"not bold color({number})"
+
+
 def _above_zero(points: Sequence[Point]) -> list[Point]:
     return [point for point in points if point.value > 0]
 
@@ -353,7 +361,7 @@ def _y(panel: _Panel, value: float) -> float:
 
 
 def _ticks(panel: _Panel, rows: int) -> list[float]:
-    """Return the values to label: round ones, of a logarithmic axis powers of 10 if there are any."""
+    """Return the values to label: round ones; of a logarithmic axis powers of 10, if some."""
     low, high = panel.low, panel.high
     if panel.is_log:
         powers = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
