@@ -70,6 +70,10 @@ class Decision:
     text: str
     """What, where, by whom and why."""
 
+    def sign(self, number: int) -> str:
+        """Return how it is marked, if it is the one of this number."""
+        return str(number) if self.is_applied else f"({number})"
+
 
 @dataclass(frozen=True)
 class Chart:
@@ -233,7 +237,7 @@ def chart_of_run(run: runs_pb2.Run, curves: runs_pb2.GetCurvesResponse) -> Chart
     )
 
 
-_SHOWN = ("planned", "in force", "ended", "advice", "asked", "done", "failed", "unhandled")
+_SHOWN = ("planned", "in force", "ended", "noted", "advice", "asked", "done", "failed", "unhandled")
 """Statuses of what a picture of a run marks: not what was forgotten, undone or never applied."""
 
 

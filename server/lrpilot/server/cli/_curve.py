@@ -79,7 +79,9 @@ def curve(
     form: Annotated[
         Format | None,
         typer.Option(
-            "--format", help="Default: what the name of FILE ends in, else table, in a pipe too."
+            "--format",
+            help="Default: what the name of FILE ends in, else table; on a terminal terminal, a "
+            "picture, unless --at or --every asks for rows.",
         ),
     ] = None,
     output: Annotated[
@@ -93,9 +95,11 @@ def curve(
     positions = _read_positions(at)
     if positions is not None and every is not None:
         raise typer.BadParameter("--at and --every exclude each other")
-    form = form or format_of(output)
-    if form.is_picture:
-        check_picture_target(form, output, "curve")
+    if form is None:
+        form = format_of(output)
+        if form is Format.TERMINAL and (positions is not None or every is not None):
+            form = Format.TABLE
+    check_picture_target(form, output, "curve")
     spec = load_spec(source)
     groups = chosen_groups(spec, group)
     if form is Format.JSONL:
@@ -105,7 +109,11 @@ def curve(
     if positions is None and (every is not None or not form.is_picture):
         positions = _held(spec.total, every, len(groups))
     if form.is_picture:
-        write_output(output, [_draw(chart_of_spec(spec, groups, positions), form)])
+        chart = chart_of_spec(spec, groups, positions)
+    if form is Format.TERMINAL:
+        _show(chart)
+    elif form.is_file:
+        write_output(output, [_draw(chart, form)])
     else:
         write_output(output, encoded(_table(spec, groups, positions or [])))
 
@@ -162,6 +170,13 @@ def _stage_name(spec: RunSpec) -> Callable[[int], str]:
         return spec.stages[-1].name
 
     return name
+
+
+def _show(chart: Chart) -> None:
+    with needs("plotext"):
+        # A moment to import, and nothing else needs it.
+        from lrpilot.server.cli._terminal import show_chart  # noqa: PLC0415
+    show_chart(chart, losses=False)
 
 
 def _draw(chart: Chart, form: Format) -> bytes:

@@ -9,7 +9,6 @@ import enum
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,15 +36,13 @@ from lrpilot.server.cli._options import (
     TimeoutS,
     examples,
 )
-from lrpilot.server.cli._output import check_output, needs, write_json, write_output
+from lrpilot.server.cli._output import check_output, needs, picture_form, write_json, write_output
 from lrpilot.server.cli._remote import Runs, connected
 from lrpilot.server.cli._specs import spec_document
 from lrpilot.v1 import runs_pb2
 
 LARGEST = 2**63 - 1
 """Progress is an int64 on the wire."""
-
-PICTURES = ("png", "svg")
 
 Reason = Annotated[
     str, typer.Option("--reason", metavar="TEXT", help="Why, for those who read the log.")
@@ -472,9 +469,7 @@ def _say(effect: Effect, wish: Wish) -> None:
 
 def _drawing(picture: str) -> Callable[[Effect], bytes]:
     """Return what draws; before the call, so that nothing is done where it cannot be drawn."""
-    form = Path(picture).suffix.removeprefix(".").lower()
-    if form not in PICTURES:
-        raise typer.BadParameter(f"-o {picture}: give a file that ends in .png or .svg")
+    form = picture_form(picture)
     with needs("matplotlib"):
         # A second to import, and nothing else needs it.
         from lrpilot.server.cli._plot_change import draw_change  # noqa: PLC0415

@@ -18,24 +18,45 @@ class Format(str, enum.Enum):
 
     TABLE = "table"
     JSONL = "jsonl"
+    TERMINAL = "terminal"
     PNG = "png"
     SVG = "svg"
 
     @property
-    def is_picture(self) -> bool:
-        """Whether it is no text."""
+    def is_file(self) -> bool:
+        """Whether it is a picture that only a file can hold."""
         return self in (Format.PNG, Format.SVG)
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether it is no list of values."""
+        return self.is_file or self is Format.TERMINAL
 
 
 def format_of(output: str | None) -> Format:
-    """Return the format that the name of a file ends in, else a table."""
-    suffix = Path(output or "").suffix.removeprefix(".").lower()
-    return Format(suffix) if suffix in {item.value for item in Format} else Format.TABLE
+    """Return the format that the name of a file ends in, else a table; on a terminal a picture."""
+    if output is None:
+        return Format.TERMINAL if is_terminal() else Format.TABLE
+    suffix = Path(output).suffix.removeprefix(".").lower()
+    known = {item.value for item in Format} - {Format.TERMINAL.value}
+    return Format(suffix) if suffix in known else Format.TABLE
+
+
+def picture_form(output: str) -> str:
+    """Return `png` or `svg`, as the name of a file ends."""
+    form = Path(output).suffix.removeprefix(".").lower()
+    if form not in (Format.PNG.value, Format.SVG.value):
+        raise typer.BadParameter(f"-o {output}: give a file that ends in .png or .svg")
+    return form
 
 
 def check_picture_target(form: Format, output: str | None, stem: str) -> None:
-    """Refuse to write a picture to a terminal."""
-    if output is None and is_terminal():
+    """Refuse to write a picture where it cannot be seen."""
+    if form is Format.TERMINAL and output is not None:
+        raise CommandError(
+            "--format terminal goes to standard output: give -o a file of .png or .svg", INVALID
+        )
+    if form.is_file and output is None and is_terminal():
         raise CommandError(
             f"a picture is nothing for a terminal: give a file, such as -o {stem}.{form.value}",
             INVALID,

@@ -1,10 +1,12 @@
 """`lrpilot run …`: everything about the runs on a server."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from lrpilot.server.cli._chart import chart_of_run
 from lrpilot.server.cli._failures import command
 from lrpilot.server.cli._history import history
 from lrpilot.server.cli._messages import run_fields
@@ -21,12 +23,21 @@ from lrpilot.server.cli._options import (
     TimeoutS,
     examples,
 )
-from lrpilot.server.cli._output import table_lines, write_json
+from lrpilot.server.cli._output import (
+    check_output,
+    is_terminal,
+    needs,
+    picture_form,
+    table_lines,
+    write_json,
+    write_output,
+)
 from lrpilot.server.cli._remote import connected
 from lrpilot.server.cli._show import LIST_HEADERS, list_row, panel
 from lrpilot.server.cli._specs import spec_document
 from lrpilot.server.cli._transfer import export, import_
 from lrpilot.server.cli._watch import watch
+from lrpilot.v1 import runs_pb2
 
 WIDTH = 120
 """Columns of a panel that does not go to a terminal."""
@@ -87,26 +98,67 @@ def list_runs(
 
 
 @app.command(
-    epilog=examples("lrpilot run show my-run", "lrpilot run show my-run --json | jq .horizon")
+    epilog=examples(
+        "lrpilot run show my-run",
+        "lrpilot run show my-run -o my-run.png",
+        "lrpilot run show my-run --json | jq .horizon",
+    )
 )
 @command
 def show(
     name: RunArgument,
     *,
+    output: Annotated[
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="FILE",
+            help="Draw it into FILE, which ends in .png or .svg, and not on the terminal.",
+        ),
+    ] = None,
+    log: Annotated[
+        bool, typer.Option("--log", help="Pictures: the loss on a logarithmic axis.")
+    ] = False,
     server: Server = SERVER,
     as_json: AsJson = False,
     timeout_s: TimeoutS = TIMEOUT_S,
 ) -> None:
-    """Show where a run stands: progress, values, loss, and the adjustments with their reasons."""
+    """Show where a run stands: progress, values, loss, and the adjustments with their reasons.
+
+    On a terminal its losses, LR and WD are drawn below.
+    """
+    form = None if output is None else picture_form(output)
+    check_output(output)
+    is_drawn = form is None and is_terminal() and not as_json
+    if log and form is None and not is_drawn:
+        raise typer.BadParameter("--log is for pictures alone")
+    chart = None
     with connected(server, timeout_s) as runs:
         run = runs.get(name)
+        if form is not None or is_drawn:
+            chart = chart_of_run(run, runs.curves(runs_pb2.GetCurvesRequest(run=name)))
     if as_json:
         write_json(run_fields(run))
+    else:
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = WIDTH
+        console.print(panel(run))
+    if chart is None:
         return
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
-    console.print(panel(run))
+    if log:
+        chart.check_logarithmic()
+    if form is None:
+        with needs("plotext"):
+            # A moment to import, and nothing else needs it.
+            from lrpilot.server.cli._terminal import show_chart  # noqa: PLC0415
+        show_chart(chart, log=log)
+    else:
+        with needs("matplotlib"):
+            # A second to import, likewise.
+            from lrpilot.server.cli._plot_chart import draw_chart  # noqa: PLC0415
+        write_output(output, [draw_chart(chart, log=log, form=form)])
 
 
 app.command(

@@ -11,7 +11,15 @@ from lrpilot.server.cli._chart import chart_of_run
 from lrpilot.server.cli._failures import REFUSED, CommandError
 from lrpilot.server.cli._output import counted, rate, table_lines
 from lrpilot.server.cli._remote import Runs
-from lrpilot.server.cli._show import LIST_HEADERS, event_text, facts, list_row, state_of, when
+from lrpilot.server.cli._show import (
+    LIST_HEADERS,
+    decided_text,
+    event_text,
+    facts,
+    list_row,
+    state_of,
+    when,
+)
 from lrpilot.server.cli._terminal import ChartView, Plain
 from lrpilot.v1 import runs_pb2
 
@@ -191,6 +199,7 @@ class RunView:
         state = state_of(run)
         title = Text(run.name, style="bold")
         title.append(f"  {state}", style="not bold red" if run.forgotten else "not bold")
+        title.append(f"  updated {when(run.updated_at)}", style="not bold dim")
         yield title
         for text in self._trouble():
             for line in textwrap.wrap(text, width):
@@ -228,16 +237,19 @@ class RunView:
         if not decisions:
             yield Text("none", style="dim")
         lines: list[Text] = []
+        most = 2 if height >= _ROOMY else 1
         for number, item in reversed(list(enumerate(decisions, 1))):
-            sign = str(number) if item.is_applied else f"({number})"
-            lines += _hanging(f"{sign:>4} ", item.text, width, 2 if height >= _ROOMY else 1)
+            lines += _hanging(f"{item.sign(number):>4} ", item.text, width, most)
         yield from lines[: rows - 1]
 
     def _happened(self, width: int, rows: int) -> Iterator[Text]:
         yield Text("events, the newest first", style="dim")
         for event in self._events[: rows - 1]:
             time_of_day = when(event.recorded_at).partition(" ")[2]
-            yield from _hanging(f"{time_of_day} ", event_text(event), width, 1)
+            # What was decided on a report says more than the report.
+            texts = [decided_text(item) for item in event.adjustments if event.kind != "adjusted"]
+            for text in texts or [event_text(event)]:
+                yield from _hanging(f"{time_of_day} ", text, width, 1)
 
 
 def ranks_text(ranks: runs_pb2.Ranks) -> str:

@@ -83,15 +83,23 @@ def event_lines(event: runs_pb2.Event) -> Iterator[str]:
         f"{event_text(event)}"
     ).rstrip()
     for item in event.adjustments:
-        status = "" if item.status in _USUAL else f" ({item.status})"
         if event.kind == "adjusted":
             # The line above has said the rest.
-            yield f"        {item.id}: {change_text(item)}{status}"
+            yield f"        {item.id}: {change_text(item)}{_unusual(item)}"
         else:
-            yield (
-                f"        {item.id} {item.source} at {item.decided_at:,}: {item.summary}{status} "
-                f"from {item.effective:,} on, {change_text(item)}: {item.reason}"
-            )
+            yield f"        {item.id} {decided_text(item)}"
+
+
+def decided_text(item: runs_pb2.Adjustment) -> str:
+    """Return what was decided on an event, by what and why."""
+    return (
+        f"{item.source} at {item.decided_at:,}: {item.summary}{_unusual(item)} "
+        f"from {item.effective:,} on, {change_text(item)}: {item.reason}"
+    )
+
+
+def _unusual(item: runs_pb2.Adjustment) -> str:
+    return "" if item.status in _USUAL else f" ({item.status})"
 
 
 def event_text(event: runs_pb2.Event) -> str:

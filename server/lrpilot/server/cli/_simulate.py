@@ -54,7 +54,9 @@ def simulate(
     form: Annotated[
         Format | None,
         typer.Option(
-            "--format", help="Default: what the name of -o FILE ends in, else table, in a pipe too."
+            "--format",
+            help="Default: what the name of -o FILE ends in, else table; on a terminal terminal, "
+            "a picture.",
         ),
     ] = None,
     output: Annotated[
@@ -76,9 +78,8 @@ def simulate(
     if source == "-" and losses == "-":
         raise typer.BadParameter("SPEC and --losses cannot both be standard input")
     form = form or format_of(output)
-    if form.is_picture:
-        check_picture_target(form, output, "simulation")
-    elif log:
+    check_picture_target(form, output, "simulation")
+    if log and not form.is_picture:
         raise typer.BadParameter("--log is for pictures alone")
     spec = load_spec(source)
     groups = chosen_groups(spec, group)
@@ -95,10 +96,14 @@ def simulate(
     if form is Format.JSONL:
         write_output(output, encoded(_jsonl(steps, groups[0])))
     elif form.is_picture:
-        chart = chart_of_trace(spec, groups, Trace.of(steps, groups), log=log)
+        trace = Trace.of(steps, groups)
+        chart = chart_of_trace(spec, groups, trace, log=log)
         if log:
             chart.check_logarithmic()
-        write_output(output, [_draw(chart, form, log)])
+        if form is Format.TERMINAL:
+            _show(chart, trace, log)
+        else:
+            write_output(output, [_draw(chart, form, log)])
     else:
         trace = Trace.of(steps, groups[:1])
         write_output(output, encoded(f"{line}\n" for line in _table(trace, groups[0])))
@@ -138,11 +143,15 @@ def _table(trace: Trace, group: int) -> Iterator[str]:
         headers = ("loss at", "effective", "policy", "mode", "what", "lr or wd there", "why")
         yield from table_lines(headers, rows, left=len(headers))
         yield ""
+    yield _summary(trace)
+
+
+def _summary(trace: Trace) -> str:
     acts = sum(item.mode == "act" for item in trace.decided)
     advice = len(trace.decided) - acts
     first, last = trace.learning_rates[0][0], trace.learning_rates[-1][0]
     found = f" ({trace.nonfinite:,} not finite)" if trace.nonfinite else ""
-    yield (
+    return (
         f"{counted(trace.count, 'loss')}{found}, {counted(acts, 'adjustment')}"
         f"{f', {advice:,} advice' if advice else ''}; "
         f"lr {rate(first)} at {trace.progress[0]:,}, {rate(last)} at {trace.progress[-1]:,}"
@@ -164,6 +173,14 @@ def _row(adjustment: Adjustment, group: int) -> tuple[str, ...]:
         there,
         adjustment.reason,
     )
+
+
+def _show(chart: Chart, trace: Trace, log: bool) -> None:
+    with needs("plotext"):
+        # A moment to import, and nothing else needs it.
+        from lrpilot.server.cli._terminal import show_chart  # noqa: PLC0415
+    show_chart(chart, log=log)
+    typer.echo(_summary(trace))
 
 
 def _draw(chart: Chart, form: Format, log: bool) -> bytes:

@@ -11,11 +11,20 @@ from itertools import pairwise
 from typing import Any
 
 import plotext
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
-from lrpilot.server.cli._chart import Chart, GroupCurve, Point, ceiling, shared, split, thinned
+from lrpilot.server.cli._chart import (
+    Chart,
+    GroupCurve,
+    Point,
+    ceiling,
+    shared,
+    split,
+    thinned,
+)
 from lrpilot.server.cli._output import decimal, group_text, short
 
 COLORS = (12, 5, 2, 6, 3, 13)
@@ -31,6 +40,8 @@ _LOW = 24
 """Lines below which panels stand side by side where they can."""
 _TALL = {"loss": 5, "learning rate": 4, "weight decay": 3}
 """Shares of the height."""
+_LEAST_SHOWN, _MOST_SHOWN = 12, 32
+"""Lines of a chart that is no whole screen."""
 _MOST_LINES = 4
 """Most groups that a panel draws."""
 _LEAST_RATE = 1e-4
@@ -105,6 +116,20 @@ class ChartView:
         yield from lines
 
 
+def show_chart(chart: Chart, *, losses: bool = True, log: bool = False) -> None:
+    """Write a chart to standard output, about as high as the terminal, and what was decided."""
+    console = Console(highlight=False)
+    height = min(max(console.height - 4, _LEAST_SHOWN), _MOST_SHOWN)
+    view = ChartView(chart, losses=losses, log=log, height=height)
+    told = Table.grid(padding=(0, 1))
+    told.add_column(justify="right", width=4)
+    for number, item in enumerate(chart.decisions, 1):
+        told.add_row(Text(item.sign(number), style="bold"), Text(item.text))
+    if chart.more:
+        told.add_row("", Text(chart.more))
+    console.print(Plain(Group(Text(chart.title, style="bold"), view, told)))
+
+
 class Plain:
     """What it holds, in ASCII where the console has no Unicode."""
 
@@ -162,7 +187,8 @@ class _Drawing:
             title.append(f"{len(panel.missing):,} not finite", style="not bold")
         if panel.above:
             title.append(f"  ^ {len(panel.above):,} above {decimal(panel.high)}", style="not bold")
-        for line in panel.lines:
+        # What is left out of a narrow one is the base.
+        for line in sorted(panel.lines, key=lambda line: line.color is None):
             if line.label:
                 sign = {"line": "━", "cloud": "·"}.get(line.marker, line.marker)
                 title.append(
@@ -221,8 +247,7 @@ class _Drawing:
         """Return what stands above a panel, the most important first: others yield to it."""
         chart = self._chart
         marks = [
-            (item.effective, str(number) if item.is_applied else f"({number})")
-            for number, item in enumerate(chart.decisions, 1)
+            (item.effective, item.sign(number)) for number, item in enumerate(chart.decisions, 1)
         ][::-1]
         if chart.progress is not None:
             marks.append((chart.progress, "▼"))

@@ -25,7 +25,7 @@ _LONGEST_S = 10.0
 @command
 def watch(
     name: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="Name of the run. Default: list them all.")
+        str | None, typer.Argument(metavar="RUN", help="Name of the run. Default: list them all.")
     ] = None,
     *,
     log: Annotated[bool, typer.Option("--log", help="Loss and LR on logarithmic axes.")] = False,
