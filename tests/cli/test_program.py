@@ -28,6 +28,7 @@ COMMANDS = [
     ("run", "create"),
     ("run", "list"),
     ("run", "show"),
+    ("run", "watch"),
     ("run", "history"),
     ("run", "revise"),
     ("run", "finish"),

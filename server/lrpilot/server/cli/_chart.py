@@ -230,7 +230,7 @@ def chart_of_run(run: runs_pb2.Run, curves: runs_pb2.GetCurvesResponse) -> Chart
         forgotten=[points for points in forgotten if points],
         missing=missing,
         smoothed=[p for p in points_of(curves.smoothed_loss) if math.isfinite(p.value)],
-        decisions=[_decision_of_run(item) for item in told],
+        decisions=[_decision_of_run(run.name, item) for item in told],
         more=f"and {counted(more, 'older one')}: lrpilot run history {run.name}" if more else "",
         progress=curves.progress,
         horizon=curves.horizon,
@@ -375,10 +375,11 @@ def _decision(item: Adjustment) -> Decision:
     return Decision(item.effective, item.decided_at, item.mode == "act", text)
 
 
-def _decision_of_run(item: runs_pb2.Adjustment) -> Decision:
+def _decision_of_run(run: str, item: runs_pb2.Adjustment) -> Decision:
+    approve = f" (lrpilot run approve {run} {item.id})" if item.status == "advice" else ""
     text = (
-        f"at {item.effective:,} ({item.author or item.source}): {item.summary}, {item.status}, "
-        f"{change_text(item)}: {item.reason}"
+        f"at {item.effective:,} ({item.author or item.source}): {item.summary}, "
+        f"{item.status}{approve}, {change_text(item)}: {item.reason}"
     )
     return Decision(item.effective, item.decided_at, item.status != "advice", text)
 

@@ -28,13 +28,11 @@ POINTS = 1000
 EVENTS = 20
 """Most events that are read."""
 
-_LEAST_PLOTS = 10
-"""Lines of a screen that are kept for the curves."""
+_LEAST_PLOTS, _SHARE = 10, 0.45
+"""Lines of a screen that are kept for the curves, and which share of them all."""
 _FACTS = ("held", "progress", "loss", "counts", "fixed", "stage", "validation", "leader mode",
-          "imported", "attempt", "updated")  # fmt: skip
+          "imported", "attempt")  # fmt: skip
 """What is said of a run, the most important first."""
-_ROOMY = 36
-"""Lines of a screen from which on reasons may take two lines."""
 
 
 class Finished(Exception):
@@ -181,11 +179,12 @@ class RunView:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, height = options.max_width, options.height or options.size.height
-        rows = max(1, (height - _LEAST_PLOTS - 2) // 2)
-        top = list(self._head(width))[: max(1, rows)]
-        bottom = list(self._decisions(width, height, max(2, rows // 2)))
+        kept = max(_LEAST_PLOTS, int(_SHARE * height))
+        rows = max(2, (height - kept) // 2)
+        top = list(self._head(width))[:rows]
+        bottom = list(self._decisions(width, max(2, rows // 2)))
         bottom += self._happened(width, max(2, rows // 2))
-        bottom = bottom[: max(0, height - len(top) - _LEAST_PLOTS)]
+        bottom = bottom[: max(0, height - len(top) - kept)]
         for line in top:
             yield _fitted(line, width)
         plots = height - len(top) - len(bottom)
@@ -221,7 +220,8 @@ class RunView:
             blocked = counted(run.ranks.waiting, "training thread")
             yield f"{blocked} blocked for {run.ranks.blocked_s:.1f} s: {ranks_text(run.ranks)}"
         if run.nonfinite_losses:
-            yield f"{counted(run.nonfinite_losses, 'loss')} not finite"
+            last = f", the last at {max(self._chart.missing):,}" if self._chart.missing else ""
+            yield f"{counted(run.nonfinite_losses, 'loss')} not finite{last}"
 
     def _values(self) -> str:
         first, *others = self._run.values or [runs_pb2.GroupValues()]
@@ -231,15 +231,20 @@ class RunView:
         name = f" ({first.name})" if first.name else ""
         return f"{text}{name}" + (f" and {counted(len(others), 'more group')}" if others else "")
 
-    def _decisions(self, width: int, height: int, rows: int) -> Iterator[Text]:
+    def _decisions(self, width: int, rows: int) -> Iterator[Text]:
         decisions = self._chart.decisions
         yield Text("adjustments and advice, the newest first", style="dim")
         if not decisions:
             yield Text("none", style="dim")
-        lines: list[Text] = []
-        most = 2 if height >= _ROOMY else 1
-        for number, item in reversed(list(enumerate(decisions, 1))):
-            lines += _hanging(f"{item.sign(number):>4} ", item.text, width, most)
+        newest_first = list(enumerate(decisions, 1))[::-1]
+        for most in (2, 1):
+            lines = [
+                line
+                for number, item in newest_first
+                for line in _hanging(f"{item.sign(number):>4} ", item.text, width, most)
+            ]
+            if len(lines) < rows:
+                break
         yield from lines[: rows - 1]
 
     def _happened(self, width: int, rows: int) -> Iterator[Text]:

@@ -402,7 +402,7 @@ def _ticks(panel: _Panel, rows: int) -> list[float]:
 
 def _step(least: float) -> float:
     """Return the least of 1, 2 and 5 times a power of 10 that is no smaller."""
-    power = 10.0 ** math.floor(math.log10(least))
+    power = 10.0 ** math.floor(math.log10(max(least, 1e-300)))
     return next(times * power for times in (1, 2, 5, 10) if times * power >= least * (1 - 1e-9))
 
 
