@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 from selenium import webdriver
@@ -15,6 +14,7 @@ from selenium.webdriver.chrome.options import Options
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.select import Select
 
 from tests.e2e.harness import wait_until
 
@@ -101,16 +101,17 @@ class Browser:
         found: list[WebElement] = []
 
         def is_there() -> bool:
-            for item in self.all(css):
-                try:
-                    if item.is_displayed() and all(text in item.text for text in texts):
-                        found.append(item)
-                        return True
-                except StaleElementReferenceException:
-                    continue
-            return False
+            element = self.run_script(
+                "return [...document.querySelectorAll(arguments[0])].find((item) =>"
+                "item.checkVisibility()"
+                "&& arguments[1].every((text) => item.innerText.includes(text)))",
+                css,
+                texts,
+            )
+            found[:] = [element]
+            return element is not None
 
-        what = f"{css} with {texts}, but {self.texts(css)}" if texts else css
+        what = f"{css} with {texts}, but" if texts else css
         self.wait(is_there, lambda: f"{what}; {self.texts(css)}; console: {self.console()}")
         return found[0]
 
@@ -178,7 +179,7 @@ class Browser:
 
     def choose(self, css: str, value: str) -> None:
         """Choose an option of a select by its value."""
-        self.click(f"{css} option[value={json.dumps(value)}]")
+        Select(self.wait_for(css)).select_by_value(value)  # type: ignore[no-untyped-call]
 
     def press(self, *keys: str) -> None:
         """Press keys, where the focus is."""

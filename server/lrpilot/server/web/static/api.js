@@ -181,6 +181,9 @@ class Api {
    * `handlers` maps the name of an event to a function of its data. It may have `opened(again)`:
    * called when the stream is open; `again`: it was open before, so that something may have been
    * missed.
+   *
+   * While nobody sees the page it is closed: a browser has six connections to a server for all of its
+   * tabs, and for pages that it keeps to go back to.
    */
   #stream(path, { opened = () => {}, ...handlers }) {
     let source = null;
@@ -189,6 +192,8 @@ class Api {
     let wasOpen = false;
 
     const connect = () => {
+      clearTimeout(timer);
+      source?.close();
       source = new EventSource(path);
       source.addEventListener("open", () => {
         failures = 0;
@@ -210,11 +215,26 @@ class Api {
       }
     };
 
-    connect();
-    return () => {
+    const leave = () => {
       clearTimeout(timer);
-      source.close();
+      source?.close();
+      source = null;
       this.#streamIsOpen = null;
+    };
+    const heed = () => {
+      if (document.hidden) leave();
+      else if (source === null) connect();
+    };
+
+    heed();
+    document.addEventListener("visibilitychange", heed);
+    addEventListener("pagehide", leave);
+    addEventListener("pageshow", heed);
+    return () => {
+      document.removeEventListener("visibilitychange", heed);
+      removeEventListener("pagehide", leave);
+      removeEventListener("pageshow", heed);
+      leave();
     };
   }
 }
