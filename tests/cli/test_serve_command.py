@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,10 @@ def app(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setitem(sys.modules, "lrpilot.server._app", fake)
     monkeypatch.setattr(lrpilot.server, "_app", fake, raising=False)
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, level, hook = root.handlers[:], root.level, threading.excepthook
     yield fake
-    root.handlers[:] = handlers
+    logging.captureWarnings(False)
+    root.handlers[:], threading.excepthook = handlers, hook
     root.setLevel(level)
 
 
@@ -74,7 +76,7 @@ def test_every_option_reaches_the_server(cli: Cli, app: Any) -> None:
     result = cli(
         "serve", "--data", "d", "--store", "sqlite:///x", "--listen", "0.0.0.0:0",
         "--http", "[::]:0", "--insecure", "--log-level", "debug",
-        "--keep-finished", "30.5",
+        "--keep-finished", "30.5", "--log-format", "json",
     )  # fmt: skip
     assert (result.exit_code, result.stdout) == (0, "")
     assert app.served == [
@@ -98,6 +100,7 @@ http: null
 insecure: true
 keep_finished: 90
 log_level: error
+log_format: json
 """
 
 
@@ -138,7 +141,7 @@ def test_a_file_may_say_part(cli: Cli, app: Any, spec_file: SpecFile) -> None:
 def test_everything_wrong_in_a_file_is_named(cli: Cli, app: Any, spec_file: SpecFile) -> None:
     path = spec_file(
         "listn: a\nlisten: here\nhttp: 1\ninsecure: 'yes'\nlog_level: loud\ndata: 3\n"
-        "keep_finished: 0"
+        "log_format: xml\nkeep_finished: 0"
     )
     result = cli("serve", "--config", path)
     assert (result.exit_code, result.stdout, app.served) == (2, "", [])
@@ -146,11 +149,11 @@ def test_everything_wrong_in_a_file_is_named(cli: Cli, app: Any, spec_file: Spec
     assert message == f"error: {path}: the configuration is invalid"
     assert {line.split(":")[0].strip() for line in lines} == {
         "listn", "listen", "http", "insecure", "log_level", "data",
-        "keep_finished",
+        "keep_finished", "log_format",
     }  # fmt: skip
     assert (
         "  listn: got 'a'; allowed: one of data, store, listen, http, insecure, keep_finished, "
-        "log_level" in lines
+        "log_level, log_format" in lines
     )
 
 

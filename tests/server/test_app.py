@@ -284,11 +284,11 @@ async def test_what_happens_is_logged(program: Program) -> None:
     await job.values(4, blocked=True, wait_ms=30_000)
     assert await asyncio.to_thread(program.end, signal.SIGTERM) == 0
     log = program.log()
-    assert "run small: attempt 1 opened at progress 0" in log
+    assert "run small (attempt 1, progress 0): attempt 1 opened at progress 0" in log
     assert (
-        "run small: policies.0 (plateau) (act) decided at progress 1, effective at 3: "
-        "LR x 0.5 (LR 0.001 -> 0.0005): loss 1: none below" in log
+        "run small (attempt 1, progress 1): policies.0 (plateau) (act) decided at progress 1, "
+        "effective at 3: LR x 0.5 (LR 0.001 -> 0.0005): loss 1: none below" in log
     )
-    assert "ranks waited 0.1 s for the values at progress 4 while no loss came" in log
+    assert "ranks waited 0.1 s for values from progress 4 on while no loss came" in log
     assert "the missing losses from 2 up to 3 are final as absent" in log
     assert log.rstrip().endswith("stopped")

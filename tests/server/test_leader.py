@@ -134,13 +134,12 @@ async def test_a_job_goes_on_alone_and_says_so(
     assert (last.begin, last.end, last.steps) == (4, 11, 7)
     texts = [record.getMessage() for record in caplog.records]
     assert [text for text in texts if "may go on alone" in text] == [
-        "run small: attempt 1 may go on alone below progress 42, and is offered more as it gets "
-        "there"
+        "attempt 1 may go on alone below progress 42, and is offered more as it gets there"
     ]
     assert [item.getMessage() for item in caplog.records if item.levelname == "WARNING"] == [
-        "run small: the job went on alone from progress 4 to 10, 7 steps: these values are facts; "
-        "losses that would have acted there are final as absent, 6 of them had come, and what "
-        "operators changed meanwhile takes effect from 11 on"
+        "the job went on alone from progress 4 to 10, 7 steps: these values are facts; losses that "
+        "would have acted there are final as absent, 6 of them had come, and what operators "
+        "changed meanwhile takes effect from 11 on"
     ]
     history = (await server.call("ListEvents", run="small")).events
     told = {item.kind: (item.progress, item.summary) for item in history}

@@ -278,11 +278,18 @@ class RunState:
     @property
     def has_losses(self) -> bool:
         """Whether an attempt needs to be told where to begin."""
-        return self._observations > 0 or self.moved or self.begin > 0
+        return self.observed > 0 or self.moved or self.begin > 0
 
     @property
-    def _observations(self) -> int:
+    def observed(self) -> int:
+        """Number of observations of this attempt and of what it kept of those before."""
         return self.dropped + len(self.loss_progress)
+
+    def observations_since(self, count: int) -> list[Observation]:
+        """Return the observations but for the first `count`, and those that were dropped."""
+        return [
+            self._observation(number) for number in range(max(count, self.dropped), self.observed)
+        ]
 
     def _observations_below(self, progress: int) -> int:
         return self.dropped + bisect_left(self.loss_progress, progress)
@@ -306,7 +313,7 @@ class RunState:
     @property
     def loss(self) -> float | None:
         """The newest loss, of an update that was not skipped; None before the first."""
-        return self._loss_before(self._observations)
+        return self._loss_before(self.observed)
 
     def _loss_before(self, count: int) -> float | None:
         """Return the newest loss among the first `count` observations, or None."""
@@ -344,7 +351,7 @@ class RunState:
     def observation(self, progress: int, tries: int = 0) -> Observation | None:
         """Return what is known of a progress after so many skipped updates, or None."""
         self.refuse_dropped(progress)
-        for number in range(self._observations_below(progress), self._observations):
+        for number in range(self._observations_below(progress), self.observed):
             found = self._observation(number)
             if found.progress != progress:
                 break
@@ -578,7 +585,7 @@ class RunState:
     def _unseen(self, progress: int) -> list[Observation]:
         """Forget the losses from `progress` on as if they had yet to come; return them."""
         first = self._observations_below(progress)
-        seen = [self._observation(number) for number in range(first, self._observations)]
+        seen = [self._observation(number) for number in range(first, self.observed)]
         late = self.late
         self._rewind(progress)
         self.late = late
@@ -615,13 +622,13 @@ class RunState:
         self, observation: Observation, known: Mapping[tuple[int, int], int] | None = None
     ) -> None:
         if not observation.is_plain:
-            self.extras[self._observations] = observation
+            self.extras[self.observed] = observation
         self.loss_progress.append(observation.progress)
         self.loss_values.append(observation.loss)
         self.observers, decided = self.observers.observe(self.plan, observation, self.seq, known)
         self.advice += [item for item in decided if item.mode != "act"]
-        if self._observations % MARK_EVERY == 0 and not observation.is_skipped:
-            self.marks.append((self._observations, self.observers))
+        if self.observed % MARK_EVERY == 0 and not observation.is_skipped:
+            self.marks.append((self.observed, self.observers))
 
     def _is_revision(self) -> None:
         """Note that the event in hand made the plan's last revision."""
@@ -848,7 +855,7 @@ class RunState:
         if progress < self.origin:
             return self.plan.forget(progress), Observers()
         kept = self._observations_below(progress)
-        if kept == self._observations:
+        if kept == self.observed:
             return self.plan, self.observers
         first, observers = 0, self.origin_observers
         for count, marked in self.marks:

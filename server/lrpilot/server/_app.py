@@ -20,6 +20,7 @@ from grpc_reflection.v1alpha import reflection
 
 from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._history import History
+from lrpilot.server._journal import about
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._metrics import Metrics
 from lrpilot.server._retention import Retention
@@ -193,7 +194,12 @@ class Server:
                 self.ledger.suspend()
                 if said != failure.reason:
                     trace = failure.__cause__ if failure.reason == "other" else None
-                    logger.error("not ready: %s", failure, exc_info=trace)
+                    logger.error(
+                        "not ready: %s",
+                        failure,
+                        exc_info=trace,
+                        extra=about(None, reason=failure.reason),
+                    )
             said = None if failure is None else failure.reason
             self._metrics.store_writable(failure is None)
             await self._say_ready(None if failure is None else str(failure))

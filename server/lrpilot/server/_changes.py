@@ -33,8 +33,6 @@ class Change:
     repeated: bool = False
     pending: bool = False
     """Whether it takes effect behind what a job in leader mode may use alone meanwhile."""
-    summary: str = ""
-    """One line for the log of the server."""
 
 
 def read_action(request: pb.AdjustRunRequest) -> core.Action:
@@ -85,25 +83,17 @@ def shown_change(run: LiveRun, state: core.RunState, events: Sequence[core.Event
     pending = _is_pending(state, at)
     plan = core.planned(state, events)
     event = events[-1]
-    adjustment, changes, summary = None, [], ""
+    adjustment, changes = None, []
     if isinstance(event, core.Adjusted):
         # The events are to be the next ones of the log, each on top of those before it.
         made = core.made_next(state, event, len(events) - 1)
         made = plan.find(made.id) or made
         adjustment = adjustment_message(made, "planned")
-        summary = (
-            f"{event.author} adjusts from progress {event.effective} on: {made.summary} "
-            f"(id {made.id}): {made.reason}"
-        )
     elif isinstance(event, core.Revised):
         changes = [
             pb.SpecChange(field=field, before=before, after=after)
             for field, before, after in core.spec_difference(state.spec, plan.spec)
         ]
-        summary = (
-            f"{event.author or 'somebody'} gives a new spec from progress {event.effective} on: "
-            f"{', '.join(item.field for item in changes)}: {event.reason or 'no reason given'}"
-        )
     return Change(
         run=run,
         effective=at,
@@ -111,7 +101,6 @@ def shown_change(run: LiveRun, state: core.RunState, events: Sequence[core.Event
         preview=preview(state, plan, at),
         changes=changes,
         pending=pending,
-        summary=summary + (" (later, if the job goes on alone beyond it)" if pending else ""),
     )
 
 

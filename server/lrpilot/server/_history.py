@@ -15,6 +15,7 @@ import zlib
 from typing import Any, Protocol
 
 from lrpilot import core
+from lrpilot.server._journal import about
 from lrpilot.server._live_run import LiveRun
 from lrpilot.server._store import Snapshot, Store, StoreError, StoreUnavailable
 
@@ -94,10 +95,10 @@ class History:
                     raise
                 before = snapshot.seq
                 logger.warning(
-                    "run %s: the snapshot at seq %d is of no use, more of the log is read: %s",
-                    name,
+                    "the snapshot at seq %d is of no use, more of the log is read: %s",
                     snapshot.seq,
                     error,
+                    extra=about(name, seq=snapshot.seq, error=type(error).__name__),
                 )
 
     def _folded(self, name: str, snapshot: Snapshot | None, floor: int | None) -> LiveRun | None:
@@ -154,11 +155,11 @@ class History:
                 self._observer.snapshot_failed()
             if not self._has_failed:
                 logger.warning(
-                    "run %s: its snapshot at seq %d could not be kept, so that the next start "
-                    "reads more of its log: %s",
-                    name,
+                    "its snapshot at seq %d could not be kept, so that the next start reads more "
+                    "of its log: %s",
                     snapshot.seq,
                     error,
+                    extra=about(name, seq=snapshot.seq, error=type(error).__name__),
                 )
             self._has_failed = True
             return False

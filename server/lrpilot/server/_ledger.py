@@ -19,6 +19,7 @@ from typing import TypeVar
 from lrpilot import core
 from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._history import History
+from lrpilot.server._journal import about, note, tell
 from lrpilot.server._live_run import LiveRun
 from lrpilot.server._packing import PackedLog
 from lrpilot.server._store import LogRow, News, SeqTaken, Store, StoreUnavailable
@@ -155,7 +156,7 @@ class Ledger:
                 if rows and core.decode(rows[0].payload).kind != core.Finished.kind:
                     await self.find(name)
             except Exception:
-                logger.exception("run %s cannot be read", name)
+                logger.exception("cannot be read", extra=about(name))
 
     async def follow(self) -> None:
         """Keep up with what other replicas write, until cancelled.
@@ -223,7 +224,7 @@ class Ledger:
         except StoreUnavailable:
             return
         except Exception:
-            logger.exception("run %s cannot be read", run.state.name)
+            logger.exception("cannot be read", extra=about(run.state.name))
 
     async def names(self, after: str = "", limit: int = 10_000) -> list[str]:
         """Return the names of runs in the store, in order."""
@@ -341,7 +342,9 @@ class Ledger:
                     run.excuse()
                     raise
                 self._runs.setdefault(name, run)
+                noted = note(run.state)
                 await self._advance(run, rows)
+                tell(noted, run.state, events)
                 return answer(run.state, outcome)
 
     def trim(self, run: LiveRun, floor: int | None) -> None:
@@ -446,7 +449,11 @@ class Ledger:
     async def _recall(self, run: LiveRun, progress: int) -> None:
         """Fold the log again so that what lies at `progress` is known. Holds the lock."""
         name = run.state.name
-        logger.info("run %s: what lies at %d is asked for; read the log again", name, progress)
+        logger.info(
+            "what lies at %d is asked for; the log is read again",
+            progress,
+            extra=about(run.state, floor=run.state.floor),
+        )
         found = await asyncio.to_thread(self._history.load, name, progress)
         if found is None:
             run.reset()
@@ -477,7 +484,7 @@ class Ledger:
             if is_kept:
                 run.snapshot_ns = updated_ns
         except Exception:
-            logger.exception("run %s: no snapshot can be made", name)
+            logger.exception("no snapshot can be made", extra=about(name))
         finally:
             self._tended.discard(name)
 

@@ -16,6 +16,7 @@ from datetime import datetime, timezone
 from typing import Protocol
 
 from lrpilot import core
+from lrpilot.server._journal import about
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._store import LogRow, Store, StoreUnavailable
 
@@ -98,7 +99,7 @@ class Retention:
                 except StoreUnavailable:
                     raise
                 except Exception:
-                    logger.exception("run %s is due and cannot be deleted", name)
+                    logger.exception("is due and cannot be deleted", extra=about(name))
 
     def _find_due(self) -> list[tuple[str, LogRow]]:
         """Return the finished runs that are old enough, with their last rows."""
@@ -121,7 +122,9 @@ class Retention:
                 except Exception:
                     # An event of a newer release, or a damaged one: the other runs go all the same.
                     if name not in self._unreadable:
-                        logger.exception("run %s is kept: its last event cannot be read", name)
+                        logger.exception(
+                            "is kept: its last event cannot be read", extra=about(name)
+                        )
                     unreadable.add(name)
                     continue
                 if row is not None and row.recorded_at_ns < before_ns:
@@ -161,13 +164,13 @@ class Retention:
             return
         recorded = datetime.fromtimestamp(end.recorded_at_ns // 10**9, timezone.utc)
         logger.warning(
-            "run %s deleted for its age: finished, its last event (seq %d, digest %s) was recorded "
+            "deleted for its age: finished, its last event (seq %d, digest %s) was recorded "
             "at %s, and finished runs are kept for %g days",
-            name,
             end.seq,
             end.digest,
             f"{recorded:%Y-%m-%d %H:%M:%S}Z",
             self._keep_ns / 1e9 / 86400,
+            extra=about(name, seq=end.seq),
         )
         self._observer.run_expired()
 

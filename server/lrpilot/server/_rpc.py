@@ -15,7 +15,9 @@ from google.protobuf.message import Message
 
 from lrpilot import core
 from lrpilot.server._errors import DETAILS_KEY, REFUSALS, details, unavailable
+from lrpilot.server._journal import about
 from lrpilot.server._store import StoreUnavailable
+from lrpilot.v1.trainer_pb2 import Attempt
 
 T = TypeVar("T")
 
@@ -104,12 +106,12 @@ def _served(method: MethodDescriptor, behaviour: Any, observer: CallObserver) ->
     name = method.name
 
     async def serve(request: Any, context: Context) -> Message | bytes:
-        async with _answered(name, context, observer):
+        async with _answered(name, request, context, observer):
             answer: Message | bytes = await behaviour(request)
         return answer
 
     async def serve_client_stream(parts: Any, context: Context) -> Message | bytes:
-        async with _answered(name, context, observer):
+        async with _answered(name, None, context, observer):
             answer: Message | bytes = await _bounded(behaviour(_received(parts)), STREAM_S)
         return answer
 
@@ -118,7 +120,7 @@ def _served(method: MethodDescriptor, behaviour: Any, observer: CallObserver) ->
             async for part in behaviour(request):
                 await context.write(part)
 
-        async with _answered(name, context, observer):
+        async with _answered(name, request, context, observer):
             await _bounded(send(), STREAM_S)
 
     client_streams, server_streams = _streams(method)
@@ -150,8 +152,10 @@ async def _received(parts: AsyncIterator[Message]) -> AsyncIterator[Message]:
 
 
 @asynccontextmanager
-async def _answered(name: str, context: Context, observer: CallObserver) -> AsyncIterator[None]:
-    """Time the block, and translate what it raises."""
+async def _answered(
+    name: str, request: Message | None, context: Context, observer: CallObserver
+) -> AsyncIterator[None]:
+    """Time the block, and translate what it raises; `request` is None where it has parts."""
     started = time.perf_counter()
     code = grpc.StatusCode.OK
     text = ""
@@ -172,13 +176,34 @@ async def _answered(name: str, context: Context, observer: CallObserver) -> Asyn
         code = grpc.StatusCode.CANCELLED
         raise
     except Exception:
-        logger.exception("%s failed", name)
+        subject = {} if request is None else subject_of(request)
+        extra = about(subject.pop("run", None), method=name, peer=context.peer(), **subject)
+        logger.exception("%s failed", name, extra=extra)
         code, text = grpc.StatusCode.INTERNAL, "internal error; the server's log has more"
     else:
         return
     finally:
         observer.call_finished(name, code.name, time.perf_counter() - started)
     await context.abort(code, text, metadata)
+
+
+def subject_of(request: Any) -> dict[str, Any]:
+    """Return what a request is about: `run`, `attempt`, `rank` and `progress`, where it says so."""
+    names = request.DESCRIPTOR.fields_by_name
+    said: dict[str, Any] = {}
+    if "run" in names and request.run:
+        said["run"] = request.run
+    if isinstance(attempt := getattr(request, "attempt", None), Attempt):
+        said["attempt"] = attempt.number
+    if "rank" in names:
+        said["rank"] = request.rank
+    for name in ("progress", "begin"):
+        # One that is optional stands alone in a oneof.
+        if name in names and (names[name].containing_oneof is None or request.HasField(name)):
+            said.setdefault("progress", getattr(request, name))
+    if reports := getattr(request, "reports", ()):
+        said["progress"] = reports[0].progress
+    return said
 
 
 def _serialize(answer: Message | bytes) -> bytes:

@@ -11,6 +11,7 @@ from lrpilot import core
 from lrpilot.server._changes import Change, read_action, repeated_change, shown_change
 from lrpilot.server._curves import Rates, draw_losses, losses_of, read_wanted
 from lrpilot.server._documents import read_spec
+from lrpilot.server._journal import about
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._live_run import LiveRun
 from lrpilot.server._messages import adjustment_messages, event_message, run_message, run_summary
@@ -125,7 +126,7 @@ class RunService:
         except StoreUnavailable:
             raise
         except Exception:
-            logger.exception("run %s cannot be read", name)
+            logger.exception("cannot be read", extra=about(name))
             return pb.Run(name=name, state=pb.RUN_STATE_UNREADABLE)
 
     async def revise_run(self, request: pb.ReviseRunRequest) -> pb.ReviseRunResponse:
@@ -232,10 +233,7 @@ class RunService:
                 return events, repeated_change(run, state, request_id, done[1])
             return events, shown_change(run, state, events)
 
-        change = await self._ledger.transact(run, carry_out)
-        if not change.unchanged and not change.repeated:
-            logger.info("run %s: %s", name, change.summary)
-        return change
+        return await self._ledger.transact(run, carry_out)
 
     async def get_curves(self, request: pb.GetCurvesRequest) -> pb.GetCurvesResponse:
         """See the proto file."""
@@ -337,7 +335,14 @@ class RunService:
             if not request.force:
                 _refuse_live(run, "delete")
 
+        seq, digest = run.state.seq, run.state.digest
         await self._ledger.delete(run, check)
+        logger.warning(
+            "deleted for good, as somebody asked; its log ended at seq %d with digest %s",
+            seq,
+            digest,
+            extra=about(request.run, seq=seq),
+        )
         return pb.DeleteRunResponse()
 
     async def export_run(self, request: pb.ExportRunRequest) -> AsyncIterator[pb.ExportRunResponse]:
@@ -403,7 +408,20 @@ class RunService:
             run = await self._ledger.find(name)
             unchanged = await self._ledger.take_over(run, read.run, read.log, evaluate)
         if not unchanged:
-            logger.info("run %s: imported from %s, %d events", name, read.origin, events)
+            logger.info(
+                "imported from %s, %d events, by %s: %s",
+                read.origin,
+                events,
+                author or "somebody",
+                reason or "no reason given",
+                extra=about(
+                    run.state,
+                    seq=events,
+                    origin=read.origin,
+                    author=author or None,
+                    reason=reason or None,
+                ),
+            )
         return pb.ImportRunResponse(run=run_message(run), events=events, unchanged=unchanged)
 
 

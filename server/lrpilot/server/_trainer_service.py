@@ -1,7 +1,6 @@
 """The service for ranks: decode, evaluate on the core, append, encode."""
 
 import asyncio
-import logging
 import secrets
 import time
 from collections.abc import Mapping
@@ -22,8 +21,6 @@ from lrpilot.server._trainer_messages import (
     read_held,
 )
 from lrpilot.v1 import trainer_pb2 as pb
-
-logger = logging.getLogger("lrpilot.server")
 
 MAX_WAIT_S = 30.0
 """Longest that one call waits; a client asks again."""
@@ -159,38 +156,13 @@ class TrainerService:
 
         def evaluate(
             state: core.RunState,
-        ) -> tuple[list[core.Event], tuple[core.Opened | None, int, str]]:
+        ) -> tuple[list[core.Event], core.Opened | None]:
             events = core.open_attempt(state, wanted)
-            opened = next((event for event in events if isinstance(event, core.Opened)), None)
-            return events, (opened, state.seq, state.digest)
+            return events, next((item for item in events if isinstance(item, core.Opened)), None)
 
-        def answer(
-            state: core.RunState, done: tuple[core.Opened | None, int, str]
-        ) -> pb.OpenAttemptResponse:
-            opened, seq, ended = done
+        def answer(state: core.RunState, opened: core.Opened | None) -> pb.OpenAttemptResponse:
             restored = opened is not None and opened.lost_seq > 0
-            if opened is not None and opened.adopted:
-                logger.warning(
-                    "run %s: the log has forgotten a part of itself: it ends at seq %d with "
-                    "digest %s, and the state of the checkpoint was saved in it at seq %d with "
-                    "digest %s. What was lost is taken over from that state; what operators "
-                    "changed after it was saved is gone, unless they did so here",
-                    state.name,
-                    seq,
-                    ended,
-                    opened.lost_seq,
-                    opened.lost_digest,
-                )
             repeated = state.answers.get(request.request_id) == ("opened", state.attempt)
-            if opened:
-                logger.info(
-                    "run %s: attempt %d opened at progress %d%s%s",
-                    state.name,
-                    state.attempt,
-                    state.begin,
-                    " in leader mode" if state.holder else "",
-                    " (restored from a saved state)" if restored else "",
-                )
             return pb.OpenAttemptResponse(
                 attempt=pb.Attempt(number=state.attempt, token=bytes.fromhex(state.token)),
                 begin=state.begin,
@@ -263,29 +235,13 @@ class TrainerService:
         await self._compare(run, request.attempt, read_held(request.held))
         reports = [_report(item) for item in request.reports]
 
-        def evaluate(
-            state: core.RunState,
-        ) -> tuple[list[core.Event], tuple[int, int, list[core.Outcome]]]:
+        def evaluate(state: core.RunState) -> tuple[list[core.Event], list[core.Outcome]]:
             _check(state, request.attempt)
-            events, outcomes = core.report_losses(
+            return core.report_losses(
                 state, reports, rank=request.rank, incarnation=request.incarnation
             )
-            return events, (state.seq, state.observers.nonfinite, outcomes)
 
-        def answer(
-            state: core.RunState, done: tuple[int, int, list[core.Outcome]]
-        ) -> pb.ReportLossesResponse:
-            seq, nonfinite, outcomes = done
-            if state.observers.nonfinite > nonfinite:
-                logger.warning(
-                    "run %s: %d losses up to progress %d are not finite, %d in all",
-                    state.name,
-                    state.observers.nonfinite - nonfinite,
-                    state.frontier - 1,
-                    state.observers.nonfinite,
-                )
-            for adjustment in state.decided_since(seq):
-                log_adjustment(state.name, adjustment)
+        def answer(state: core.RunState, outcomes: list[core.Outcome]) -> pb.ReportLossesResponse:
             return pb.ReportLossesResponse(
                 outcomes=[_OUTCOMES[outcome] for outcome in outcomes],
                 frontier=state.frontier,
@@ -344,7 +300,7 @@ class TrainerService:
                 [core.Violation("outcome", str(request.outcome), "done, failed or unhandled")],
             )
 
-        def evaluate(state: core.RunState) -> tuple[list[core.Event], bool]:
+        def evaluate(state: core.RunState) -> tuple[list[core.Event], None]:
             _check(state, request.attempt)
             events = core.acknowledge_directive(
                 state,
@@ -354,19 +310,9 @@ class TrainerService:
                 progress=request.progress,
                 detail=request.detail,
             )
-            return events, bool(events)
+            return events, None
 
-        if await self._ledger.transact(run, evaluate):
-            level = logging.INFO if outcome == "done" else logging.WARNING
-            logger.log(
-                level,
-                "run %s: directive %s was met at progress %d: %s%s",
-                request.run,
-                request.directive,
-                request.progress,
-                outcome,
-                f" ({request.detail})" if request.detail else "",
-            )
+        await self._ledger.transact(run, evaluate)
         _seen(run)
         return pb.AcknowledgeDirectiveResponse()
 
@@ -377,22 +323,11 @@ class TrainerService:
         asker = _Asker(request.attempt, request.holder.hex())
         wanted = core.OfferRequest(begin=request.begin, stride=request.stride, count=request.count)
 
-        def permit(state: core.RunState) -> tuple[list[core.Event], bool]:
+        def permit(state: core.RunState) -> tuple[list[core.Event], None]:
             _check(state, asker.attempt)
-            events = core.offer_values(state, wanted, holder=asker.holder)
-            return events, bool(events) and not state.permits
+            return core.offer_values(state, wanted, holder=asker.holder), None
 
-        def say(state: core.RunState, is_first: bool) -> None:
-            if is_first:
-                logger.info(
-                    "run %s: attempt %d may go on alone below progress %d, and is offered more as "
-                    "it gets there",
-                    state.name,
-                    state.attempt,
-                    state.permitted,
-                )
-
-        await self._ledger.respond(run, permit, say)
+        await self._ledger.transact(run, permit)
 
         def offered(state: core.RunState) -> core.Offer:
             asker.check(state)
@@ -414,9 +349,7 @@ class TrainerService:
         run = await self._ledger.run(request.run)
         await self._compare(run, request.attempt, read_held(request.held, request.offer))
 
-        def evaluate(
-            state: core.RunState,
-        ) -> tuple[list[core.Event], tuple[core.Declared, int, int] | None]:
+        def evaluate(state: core.RunState) -> tuple[list[core.Event], None]:
             _check(state, request.attempt)
             events = core.declare_values(
                 state,
@@ -424,27 +357,9 @@ class TrainerService:
                 holder=request.holder.hex(),
                 offer=request.offer,
             )
-            declared = next((item for item in events if isinstance(item, core.Declared)), None)
-            return events, (declared, state.seq, state.late_losses) if declared else None
+            return events, None
 
-        def answer(
-            state: core.RunState, done: tuple[core.Declared, int, int] | None
-        ) -> pb.DeclareValuesResponse:
-            if done is not None:
-                event, seq, late = done
-                logger.warning(
-                    "run %s: the job went on alone from progress %d to %d, %d steps: these values "
-                    "are facts; losses that would have acted there are final as absent, %d of "
-                    "them had come, and what operators changed meanwhile takes effect from %d on",
-                    state.name,
-                    event.blocks[0].begin,
-                    event.blocks[-1].last,
-                    sum(block.steps for block in event.blocks),
-                    state.late_losses - late,
-                    event.blocks[-1].last + 1,
-                )
-                for adjustment in state.decided_since(seq):
-                    log_adjustment(state.name, adjustment)
+        def answer(state: core.RunState, _: None) -> pb.DeclareValuesResponse:
             return pb.DeclareValuesResponse(horizon=state.horizon, frontier=state.frontier)
 
         declared = await self._ledger.respond(run, evaluate, answer)
@@ -465,12 +380,11 @@ class TrainerService:
         if await self._ledger.look(run, compare) is None:
             return
 
-        def say(state: core.RunState) -> tuple[list[core.Event], core.Forgot | None]:
+        def say(state: core.RunState) -> tuple[list[core.Event], None]:
             forgot = core.missing(state, number, token, held)
-            return [forgot] if forgot else [], forgot
+            return [forgot] if forgot else [], None
 
-        if await self._ledger.transact(run, say) and run.state.alarm is not None:
-            logger.error("%s", core.log_forgotten(run.state, run.state.alarm))
+        await self._ledger.transact(run, say)
 
     async def _block(
         self, run: LiveRun, asker: "_Asker", wanted: core.ValuesRequest
@@ -524,26 +438,13 @@ class TrainerService:
         # A replica that lags may only believe that nobody reports.
         await self._ledger.refresh(run)
 
-        def evaluate(state: core.RunState) -> tuple[list[core.Event], int | None]:
+        def evaluate(state: core.RunState) -> tuple[list[core.Event], None]:
             _check(state, attempt)
             if run.blocked_s() < state.spec.feedback.timeout_s:
                 return [], None
-            events = core.waive(state, wanted.begin)
-            return events, state.frontier if events else None
+            return core.waive(state, wanted.begin), None
 
-        def say(state: core.RunState, frontier: int | None) -> None:
-            if frontier is not None:
-                logger.warning(
-                    "run %s: ranks waited %g s for the values at progress %d while no loss came: "
-                    "the missing losses from %d up to %d are final as absent (waiver)",
-                    state.name,
-                    state.spec.feedback.timeout_s,
-                    wanted.begin,
-                    frontier,
-                    state.frontier - 1,
-                )
-
-        await self._ledger.respond(run, evaluate, say)
+        await self._ledger.transact(run, evaluate)
 
 
 @dataclass(frozen=True, slots=True)
@@ -557,30 +458,6 @@ class _Asker:
         """Raise AttemptSuperseded or NotHolder."""
         _check(state, self.attempt)
         core.check_holder(state, self.holder)
-
-
-def log_adjustment(run: str, adjustment: core.Adjustment) -> None:
-    """Write one line for people about what was decided."""
-    # What asks for someone to look stands out.
-    is_alert = isinstance(adjustment.change, (core.Direct, core.Note)) or adjustment.mode != "act"
-    values = ""
-    if adjustment.before != adjustment.after:
-        before = ", ".join(f"{lr:.6g}" for lr in adjustment.before)
-        after = ", ".join(f"{lr:.6g}" for lr in adjustment.after)
-        values = f" (LR {before} -> {after})"
-    logger.log(
-        logging.WARNING if is_alert else logging.INFO,
-        "run %s: %s (%s) decided at progress %d, effective at %d: %s%s: %s (id %s)",
-        run,
-        adjustment.source,
-        adjustment.mode,
-        adjustment.decided_at,
-        adjustment.effective,
-        adjustment.summary,
-        values,
-        adjustment.reason,
-        adjustment.id,
-    )
 
 
 def _reporters(request: pb.OpenAttemptRequest) -> tuple[int, ...]:

@@ -13,8 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from lrpilot.core._errors import InvalidSpec, Violation
 from lrpilot.server._documents import load_document
 from lrpilot.server.cli._failures import INVALID, REFUSED, CommandError, command, invalid_fields
+from lrpilot.server.cli._logs import LogFormat, write_logs
 from lrpilot.server.cli._options import SERVER, address, read_address
 from lrpilot.server.cli._specs import read_text
+
+logger = logging.getLogger("lrpilot.server")
 
 HTTP = "127.0.0.1:50052"
 """Where metrics are served unless told otherwise."""
@@ -48,6 +51,8 @@ class Settings(BaseModel):
     """Days that finished runs are kept after their last event; None: for ever."""
     log_level: LogLevel = LogLevel.INFO
     """From which severity on lines are logged, to stderr."""
+    log_format: LogFormat = LogFormat.HUMAN
+    """How lines are logged."""
 
     @field_validator("listen", "http")
     @classmethod
@@ -122,6 +127,10 @@ def serve(
         LogLevel | None,
         typer.Option("--log-level", help="From which severity on lines are logged. [info]"),
     ] = None,
+    log_format: Annotated[
+        LogFormat | None,
+        typer.Option("--log-format", help="Lines for people, or a JSON object each. [human]"),
+    ] = None,
 ) -> None:
     """Run the server until SIGTERM or Ctrl-C.
 
@@ -136,16 +145,13 @@ def serve(
         "http": http,
         "keep_finished": keep_finished,
         "log_level": log_level,
+        "log_format": log_format,
     }
     settings = settings.model_copy(
         update={name: value for name, value in given.items() if value is not None}
         | ({"insecure": True} if insecure else {})
     )
-    logging.basicConfig(
-        level=settings.log_level.value.upper(),
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        force=True,
-    )
+    write_logs(settings.log_level.value.upper(), settings.log_format)
     # The server and its database layer take a second to import, which other commands need not.
     from lrpilot.server import _app  # noqa: PLC0415
 
@@ -160,8 +166,16 @@ def serve(
     try:
         asyncio.run(_app.serve(server_config))
     except _app.StartupError as error:
+        if settings.log_format is LogFormat.JSON:
+            logger.critical("cannot start: %s", error)
+            raise typer.Exit(REFUSED) from None
         message, *lines = str(error).splitlines() or ["the server cannot start"]
         raise CommandError(message, REFUSED, lines=lines) from None
+    except Exception as error:
+        if settings.log_format is LogFormat.HUMAN or isinstance(error, BrokenPipeError):
+            raise
+        logger.critical("the server ends, which nobody foresaw", exc_info=True)
+        raise typer.Exit(REFUSED) from None
 
 
 def read_settings(source: str) -> Settings:
