@@ -43,6 +43,7 @@ ADAPTERS = {
 
 TOOLS = (
     "hypothesis>=6.100",
+    "matplotlib>=3.8",
     "numpy",
     "pytest>=9",
     "pytest-asyncio>=1.0",

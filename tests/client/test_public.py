@@ -20,7 +20,7 @@ InvalidFields InvalidRequest InvalidSpec InvalidState JoinRefused LogForgotten L
 LossUnreadable LossesPending LrpilotError NotHolder NotReporter Pilot PilotClosed PlanChanged
 ResumePointRequired RevisionRefused RollbackHandler RunExists RunFinished RunLive RunNotFound
 Scheduler ServerError ServerUnavailable SnapshotCost SpecChanged StateMismatch ValuesConflict
-ValuesDiffer ValuesPending Violation connect
+ValuesDiffer ValuesPending Violation connect plot
 """
 
 
@@ -49,6 +49,9 @@ def test_signatures() -> None:
         "val_losses: collections.abc.Mapping[str, typing.Any] | None = None, grad_norm: Any = "
         "None, batch: int | None = None, skipped: bool = False) -> None"
     )
+    drawn = ["begin", "end", "groups", "log", "timeout_s"]
+    assert list(inspect.signature(lrpilot.plot).parameters) == ["address", "run", *drawn]
+    assert list(inspect.signature(lrpilot.Pilot.plot).parameters) == ["self", *drawn]
     assert list(inspect.signature(lrpilot.Pilot.scheduler).parameters)[1:] == [
         "optimizer",
         "state",
@@ -80,7 +83,7 @@ with lrpilot.connect({trainer.address!r}, run="small", spec={{"name": "small"}})
         scheduler.step(loss=1.0)
     scheduler.state_dict()
 print(sorted({{name.split(".")[0] for name in sys.modules}} & {{
-    "torch", "numpy", "yaml", "pydantic", "sqlalchemy"}}))
+    "torch", "numpy", "yaml", "pydantic", "sqlalchemy", "matplotlib"}}))
 print([name for name in sys.modules if name.startswith(("lrpilot.core", "lrpilot.server"))])
 """
     done = subprocess.run(

@@ -51,6 +51,7 @@ from lrpilot.client._errors import (
     Violation,
 )
 from lrpilot.client._pilot import Pilot, connect
+from lrpilot.client._plot import plot
 from lrpilot.client._rollback import RollbackHandler, SnapshotCost
 from lrpilot.client._scheduler import Scheduler
 
@@ -107,4 +108,5 @@ __all__ = [
     "ValuesPending",
     "Violation",
     "connect",
+    "plot",
 ]

@@ -136,7 +136,10 @@ class Link:
         except grpc.RpcError as error:
             if self.closing.is_set():
                 raise self.closed() from None
-            raise self._translate(error) from None
+            met = translated(error, run=self.run, address=self.address)
+            if not isinstance(met, Unanswered):
+                self.contact_s = time.monotonic()
+            raise met from None
         except ValueError:
             # gRPC says so of a channel that was closed between the check and the call.
             if self.closing.is_set():
@@ -267,16 +270,17 @@ class Link:
             return error.again()
         return error.again(f" ({undelivered} reports were not delivered)", undelivered=undelivered)
 
-    def _translate(self, error: Any) -> Exception:
-        code, text = error.code(), error.details() or ""
-        # A message over the size limit fails like shed load, and would at every repeat.
-        if code in RETRIED and "larger than max" not in text:
-            return Unanswered(f"{code.name}: {text}" if text else code.name)
-        self.contact_s = time.monotonic()
-        return _named(code, text, error.trailing_metadata() or ()) or ServerError(
-            f"the server at {self.address} answered {code.name}: {text}",
-            facts={"run": self.run, "address": self.address, "code": code.name},
-        )
+
+def translated(error: Any, *, run: str, address: str) -> Unanswered | LrpilotError:
+    """Return what a `grpc.RpcError` means."""
+    code, text = error.code(), error.details() or ""
+    # A message over the size limit fails like shed load, and would at every repeat.
+    if code in RETRIED and "larger than max" not in text:
+        return Unanswered(f"{code.name}: {text}" if text else code.name)
+    return _named(code, text, error.trailing_metadata() or ()) or ServerError(
+        f"the server at {address} answered {code.name}: {text}",
+        facts={"run": run, "address": address, "code": code.name},
+    )
 
 
 def _named(code: Any, text: str, metadata: Any) -> LrpilotError | None:

@@ -6,9 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, NoReturn, TypeVar, overload
-
-import grpc
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
 from lrpilot.client import _timing
 from lrpilot.client._address import read_target
@@ -16,16 +14,21 @@ from lrpilot.client._arguments import Spec, integer, positive, spec_reader, text
 from lrpilot.client._call import Link
 from lrpilot.client._capture import InGraph
 from lrpilot.client._changes import ChangeHandler
+from lrpilot.client._channel import open_channel
 from lrpilot.client._directives import Directive, Handler, Kind
 from lrpilot.client._errors import ConnectRefused, LrpilotError, invalid_argument
 from lrpilot.client._launch import find_place
 from lrpilot.client._loss import Loss
 from lrpilot.client._metrics import Said, metric_name
+from lrpilot.client._plot import plot
 from lrpilot.client._scheduler import Scheduler
 from lrpilot.client._session import Session, agree
 from lrpilot.client._sigterm import unwatch, watch
 from lrpilot.client._values import Values
 from lrpilot.v1 import trainer_pb2 as pb
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger("lrpilot.client")
 
@@ -36,32 +39,8 @@ _ON_CHANGE = {"refuse": pb.ON_CHANGE_REFUSE, "revise": pb.ON_CHANGE_REVISE}
 
 _MODES = ("independent", "leader")
 
-_OPTIONS = (
-    ("grpc.max_send_message_length", _timing.MESSAGE_BYTES),
-    ("grpc.max_receive_message_length", _timing.MESSAGE_BYTES),
-    # Servers stand beside the trainers, never behind the proxy that leads out of the cluster.
-    ("grpc.enable_http_proxy", 0),
-    # Calls are repeated by Link, which knows what may be repeated and for how long.
-    ("grpc.enable_retries", 0),
-    # gRPC's own pauses between connection attempts grow to two minutes by default.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", int(_timing.RECONNECT_CAP_S * 1000)),
-    # Finds a host that vanished; the server permits a ping each 20 s. None without calls.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 0),
-    # The connection is the pilot's own and ends with it.
-    ("grpc.use_local_subchannel_pool", 1),
-)
-
-
 _LOOK_S = 0.02
 """Time between two looks at what is left to deliver, after SIGTERM."""
-
-_BACKUP_POLL = ("GRPC_CLIENT_CHANNEL_BACKUP_POLL_INTERVAL_MS", "200")
-"""Old releases of gRPC, such as 1.54, drive connections that no call waits for each 5 s alone: a
-server would be back for 10 s before it is found. They read this when the first channel is made;
-there is no option for it. Newer ones do not need it."""
 
 
 def connect(
@@ -146,9 +125,8 @@ def connect(
         ConnectRefused,
         "connect every rank alike",
     )
-    os.environ.setdefault(*_BACKUP_POLL)
     link = Link(
-        lambda: grpc.insecure_channel(target.name, options=_OPTIONS + target.options),
+        lambda: open_channel(target),
         address=address,
         run=run,
         rank=place.rank,
@@ -188,6 +166,7 @@ class Pilot:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._process = os.getpid()
         _open.append(self)
         watch(_deliver_all)
 
@@ -350,6 +329,37 @@ class Pilot:
         AttemptSuperseded, ServerUnavailable, …; with a process group on every rank.
         """
         self._session.roll_back(directive, progress)
+
+    def plot(
+        self,
+        *,
+        begin: int | None = None,
+        end: int | None = None,
+        groups: Sequence[str] | None = None,
+        log: bool = False,
+        timeout_s: float = _timing.CALL_S,
+    ) -> "Figure":
+        """Return a picture of the run as a matplotlib figure; see `lrpilot.client.plot`.
+
+        It asks over a connection of its own, and touches nothing that training uses: any rank may
+        call it, on any thread, while it trains and after the pilot was closed. Not in a forked
+        child, where gRPC promises nothing.
+
+        Raises ImportError without matplotlib, InvalidArgument, InvalidRequest, RunNotFound,
+        ServerUnavailable, …; in a forked child PilotClosed.
+        """
+        link = self._session.link
+        if self._process != os.getpid():
+            raise link.closed()
+        return plot(
+            link.address,
+            link.run,
+            begin=begin,
+            end=end,
+            groups=groups,
+            log=log,
+            timeout_s=timeout_s,
+        )
 
     def close(self) -> None:
         """Deliver the queued reports, for at most half a minute, and end the connection.
