@@ -39,6 +39,8 @@ ABANDONED_S = 6 * 3600.0
 WARM_NS = 24 * 3600 * 10**9
 """A run with an event within this time is read when the server starts."""
 
+MISSED_NS = 600 * 10**9
+"""Where word of other replicas was lost, they may have written to runs for so long."""
 
 POLL_S = 1.0
 """Time between two looks at what other replicas wrote, for word of it that was lost."""
@@ -187,10 +189,20 @@ class Ledger:
     def _heard(self, news: News) -> None:
         if news.run is None:
             self._begin(self._look_around(list(self._runs.values())))
+            if self.touched.is_followed:
+                self._begin(self._touch_missed())
         elif (run := self._runs.get(news.run)) is not None:
             self._catch_up(run, math.inf if news.seq is None else news.seq)
         else:
             self.touched.touch(news.run)
+
+    async def _touch_missed(self) -> None:
+        """Tell those who follow all runs of what nobody asked for here, and word of it was lost."""
+        with contextlib.suppress(StoreUnavailable):
+            names = await asyncio.to_thread(self._store.recent, time.time_ns() - MISSED_NS)
+            for name in names:
+                if name not in self._runs:
+                    self.touched.touch(name)
 
     async def _look_around(self, runs: list[LiveRun]) -> None:
         """Read those runs whose logs do not end as they do here."""

@@ -20,9 +20,14 @@ class Touched:
         self._followers = 0
         self._changed = asyncio.Event()
 
+    @property
+    def is_followed(self) -> bool:
+        """Whether anybody follows what changes."""
+        return self._followers > 0
+
     def touch(self, name: str) -> None:
         """Tell that a run changed, or came to be, or is gone."""
-        if not self._followers:
+        if not self.is_followed:
             return
         self._count += 1
         self._last[name] = self._count
