@@ -350,6 +350,30 @@ async def test_what_was_trimmed_from_the_fold_is_found_again(
     assert used.rates[1, 11] != used.rates[2, 11]
 
 
+async def test_what_a_holder_declares_behind_its_reports_is_what_was_used(
+    replica: Replica, history: History, tmp_path: Path
+) -> None:
+    """Values that were recorded for it and never arrived are not."""
+    await replica.attach(**replica.feedback(delay=4))
+    job = await replica.open(leader=True)
+    held = job.identity | {"holder": job.opened.holder}
+    await job.values(0, holder=job.opened.holder)
+    offered = await replica.call("OfferValues", **held, begin=2, stride=1, count=40)
+    await job.report(*((at, 1.0) for at in range(8)))
+    lost = (await job.values(4, holder=job.opened.holder)).block
+    assert lost.learning_rates[1] == 5e-4
+    used = trainer_pb2.Block(begin=4, stride=1, learning_rates=[1e-3] * 7, weight_decays=[0.1] * 7)
+    await replica.call("DeclareValues", **held, blocks=[used], offer=offered.offer)
+    await job.report((8, 1.0), (9, 1.0), (10, 1.0), (11, 1.0))
+    await job.values(11, holder=job.opened.holder)
+    await job.report((11, 1.0))
+    await history("small", "-o", "run.parquet")
+    _, rows = parquet_rows(tmp_path / "run.parquet")
+    rates = [(row["progress"], row["learning_rate"]) for row in rows if row["kind"] == "loss"]
+    assert [rate for at, rate in rates if at < 11] == [1e-3] * 11
+    assert len(rates) == 12
+
+
 async def test_many_rows_go_through_few_at_a_time(
     replica: Replica, history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

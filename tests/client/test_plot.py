@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
 import grpc
@@ -112,14 +113,16 @@ def points(line: Line2D) -> list[tuple[float, float]]:
     return [(at, value) for at, value in data.tolist()]
 
 
+def pieces(line: Line2D) -> list[list[tuple[float, float]]]:
+    """Return what a line goes through between its gaps."""
+    gaps = groupby(points(line), lambda point: math.isnan(point[1]))
+    return [list(part) for is_gap, part in gaps if not is_gap]
+
+
 def offsets(marks: Collection) -> list[float]:
     """Return at which progress marks stand."""
     data: Any = marks.get_offsets()
     return [at for at, _ in data.tolist()]
-
-
-def ends(line: Line2D) -> list[float]:
-    return [value for _, value in points(line)]
 
 
 @dataclass
@@ -138,9 +141,7 @@ class Picture:
 
     def lines(self, name: str, style: str = "-") -> list[Line2D]:
         """Return the curves of a panel with a style of line."""
-        # Those that mark a progress run from the foot of the panel to its head.
-        lines = [line for line in self.panel(name).lines if ends(line) != [0, 1]]
-        return [line for line in lines if line.get_linestyle() == style]
+        return [line for line in self.panel(name).lines if line.get_linestyle() == style]
 
     def line(self, name: str, label: str) -> Line2D:
         (found,) = (line for line in self.panel(name).lines if line.get_label() == label)
@@ -154,16 +155,15 @@ class Picture:
         patches = [item for item in self.panel(name).patches if isinstance(item, Rectangle)]
         return [(item.get_x(), item.get_x() + item.get_width()) for item in patches]
 
-    def marks(self) -> dict[str, tuple[float, bool]]:
-        """Return where each adjustment is marked, by id, and whether the mark is filled."""
-        found = {}
+    def marks(self) -> list[tuple[float, bool]]:
+        """Return where adjustments are marked, and whether the mark is filled."""
+        found = []
         for item in self.panel("learning rate").collections:
-            kind, _, name = (item.get_gid() or "").partition(" ")
-            if kind == "adjustment":
-                (x,) = offsets(item)
+            if item.get_gid() == "marks":
                 faces: Any = item.get_facecolor()
-                found[name] = (x, tuple(faces[0][:3]) != (1.0, 1.0, 1.0))
-        return found
+                is_filled = tuple(faces[0][:3]) != (1.0, 1.0, 1.0)
+                found += [(at, is_filled) for at in offsets(item)]
+        return sorted(found)
 
 
 def pairs(at: Sequence[int], values: Sequence[float]) -> list[tuple[int, float]]:
@@ -204,15 +204,13 @@ def test_losses_of_each_attempt_with_what_was_forgotten(runs: FakeRuns) -> None:
     runs.curves.validation_losses["$val_loss"].CopyFrom(curve(5.5, begin=2))
     picture = shown(runs)
     assert picture.panels == ["loss", "learning rate", "weight decay"]
-    one, two = (line for line in picture.lines("loss") if line.get_label() == "loss")
-    assert points(one)[:2] == [(0, 5.0), (1, 4.0)]
-    assert math.isnan(points(one)[2][1])
-    assert [points(two)[0], points(two)[2]] == [(3, 2.5), (5, 2.25)]
-    assert points(picture.line("loss", "forgotten"))[1:] == [(3, 3.0), (4, 9.0)]
+    # NaN, infinity, and between two attempts: a gap.
+    assert pieces(picture.line("loss", "loss")) == [[(0, 5.0), (1, 4.0)], [(3, 2.5)], [(5, 2.25)]]
+    assert pieces(picture.line("loss", "forgotten")) == [[(3, 3.0), (4, 9.0)]]
     assert points(picture.line("loss", "smoothed")) == [(0, 5.0), (1, 4.5), (2, 4.25)]
     assert points(picture.line("loss", "$val_loss")) == [(2, 5.5)]
-    (broken,) = (item for item in picture.panel("loss").collections if item.get_label())
-    assert sorted(offsets(broken)) == [2, 4]
+    marks = {str(item.get_label()): item for item in picture.panel("loss").collections}
+    assert sorted(offsets(marks["not finite"])) == [2, 4]
     legend = picture.panel("loss").get_legend()
     assert legend is not None
     assert [text.get_text() for text in legend.get_texts()] == [
@@ -235,7 +233,7 @@ def test_adjustments_and_advice_are_numbered_and_listed(runs: FakeRuns) -> None:
     )  # fmt: skip
     runs.run.adjustments.add(id="beyond", effective=101, mode="act")
     picture = shown(runs)
-    assert picture.marks() == {"c": (30, True), "a": (41, True), "b": (50, False)}
+    assert picture.marks() == [(30, True), (41, True), (50, False)]
     assert picture.texts() == [
         "1",
         "2",

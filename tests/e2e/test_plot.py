@@ -30,9 +30,7 @@ class Optimizer:
 def drawn(figure: Any, panel: str, style: str = "-") -> dict[int, float]:
     """Return what the lines of a panel go through, by progress."""
     (axes,) = (axes for axes in figure.axes if axes.get_ylabel() == panel)
-    # Those that mark a progress run from the foot of the panel to its head.
-    lines = [line for line in axes.lines if list(line.get_ydata()) != [0, 1]]
-    lines = [line for line in lines if line.get_linestyle() == style]
+    lines = [line for line in axes.lines if line.get_linestyle() == style]
     return {at: value for line in lines for at, value in line.get_xydata().tolist()}
 
 

@@ -8,6 +8,7 @@ import math
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -76,7 +77,7 @@ def draw(run: pb.Run, curves: pb.GetCurvesResponse, *, log: bool) -> Figure:
     if "loss" in axes:
         _draw_losses(axes["loss"], curves)
     _draw_rates(axes["rate"], curves)
-    _draw_numbers(axes["rate"], curves, changes)
+    _draw_marks(axes["rate"], curves, changes)
     if "decay" in axes:
         _draw_decays(axes["decay"], curves)
     for index, panel in enumerate(axes.values()):
@@ -113,18 +114,22 @@ def _title(run: pb.Run) -> str:
 
 def _draw_losses(axes: Axes, curves: pb.GetCurvesResponse) -> None:
     broken: list[int] = []
+    counted, forgotten = _Parts([], []), _Parts([], [])
     for attempt in curves.losses:
         at, values = attempt.loss.progress, attempt.loss.value
         split = len(at)
         if attempt.HasField("forgotten_from"):
             split = bisect_left(at, attempt.forgotten_from)
-        if split:
-            _line(axes, at[:split], values[:split], LOSS, "loss", linewidth=0.9)
+        counted.add(at[:split], values[:split])
         if split < len(at):
             # From the point before, so that one sees where it left.
             begin = max(split - 1, 0)
-            _line(axes, at[begin:], values[begin:], FORGOTTEN, "forgotten", linewidth=0.9)
+            forgotten.add(at[begin:], values[begin:])
         broken += _broken(attempt.loss)
+    if counted.progress:
+        _line(axes, *counted, LOSS, "loss", linewidth=0.9)
+    if forgotten.progress:
+        _line(axes, *forgotten, FORGOTTEN, "forgotten", linewidth=0.9)
     smoothed = curves.smoothed_loss
     if smoothed.progress:
         _line(axes, smoothed.progress, smoothed.value, SMOOTHED, "smoothed", linewidth=1.8)
@@ -146,6 +151,17 @@ def _draw_losses(axes: Axes, curves: pb.GetCurvesResponse) -> None:
             zorder=5,
         )
     _label(axes.set_ylabel("loss"))
+
+
+class _Parts(NamedTuple):
+    """A line of several parts, with a gap behind each."""
+
+    progress: list[int]
+    values: list[float]
+
+    def add(self, progress: Sequence[int], values: Sequence[float]) -> None:
+        self.progress.extend((*progress, *progress[-1:]))
+        self.values.extend((*values, *(math.nan for _ in progress[-1:])))
 
 
 def _broken(curve: pb.Curve) -> list[int]:
@@ -233,51 +249,64 @@ def _changes(run: pb.Run, curves: pb.GetCurvesResponse) -> list[Marked]:
 
 
 def _draw_changes(axes: Axes, changes: Sequence[Marked]) -> None:
-    for _, item in changes:
-        alpha = 0.12 if item.forgotten else 0.35
-        axes.axvline(item.effective, color=INK, linewidth=0.7, alpha=alpha, zorder=1)
+    for forgotten, alpha in ((False, 0.35), (True, 0.12)):
+        at = [item.effective for _, item in changes if item.forgotten is forgotten]
+        transform = axes.get_xaxis_transform()
+        axes.vlines(at, 0, 1, INK, linewidth=0.7, alpha=alpha, zorder=1, transform=transform)
 
 
-def _draw_numbers(axes: Axes, curves: pb.GetCurvesResponse, changes: Sequence[Marked]) -> None:
-    """Put a mark on each adjustment, a hollow one on what was not applied, with its number."""
+def _draw_marks(axes: Axes, curves: pb.GetCurvesResponse, changes: Sequence[Marked]) -> None:
+    """Mark each adjustment at the head of a panel: hollow what was not applied; with its number."""
+    transform = axes.get_xaxis_transform()
+    heights = _heights(curves, changes)
+    for forgotten, hollow in product((False, True), repeat=2):
+        places = [
+            (item.effective, height, 24 if number is None else 150)
+            for (number, item), height in zip(changes, heights, strict=True)
+            if (item.forgotten, item.mode != "act") == (forgotten, hollow)
+        ]
+        if places:
+            at, levels, sizes = zip(*places, strict=True)
+            axes.scatter(
+                at,
+                levels,
+                sizes,
+                transform=transform,
+                facecolor="white" if hollow else INK,
+                edgecolor=INK,
+                linewidths=1.2,
+                alpha=0.35 if forgotten else 1.0,
+                zorder=6,
+                clip_on=False,
+                gid="marks",
+            )
+    for (number, item), height in zip(changes, heights, strict=True):
+        if number is not None:
+            text = axes.text(item.effective, height, str(number), transform=transform, zorder=7)
+            text.set(
+                horizontalalignment="center",
+                verticalalignment="center_baseline",
+                fontsize=7.5,
+                color="white" if item.mode == "act" else INK,
+                alpha=0.35 if item.forgotten else 1.0,
+                in_layout=False,
+            )
+
+
+def _heights(curves: pb.GetCurvesResponse, changes: Sequence[Marked]) -> list[float]:
+    """Return at which height of the panel each mark stands, so that numbers stay legible."""
     span = max(curves.end - curves.begin, 1)
     ends = [-math.inf] * _LEVELS
+    found = []
     for number, item in changes:
-        alpha = 0.35 if item.forgotten else 1.0
-        place = (item.effective - curves.begin) / span
-        # Of many in one place some stand on each other all the same.
-        level = next((level for level, end in enumerate(ends) if place > end), 0)
-        ends[level] = place + 0.022
-        is_hollow = item.mode != "act"
-        height = 1 - 0.1 * level
-        axes.scatter(
-            [item.effective],
-            [height],
-            transform=axes.get_xaxis_transform(),
-            s=24 if number is None else 150,
-            facecolor="white" if is_hollow else INK,
-            edgecolor=INK,
-            linewidths=1.2,
-            alpha=alpha,
-            zorder=6,
-            clip_on=False,
-            gid=f"adjustment {item.id}",
-        )
+        level = 0
         if number is not None:
-            text = axes.text(
-                item.effective,
-                height,
-                str(number),
-                transform=axes.get_xaxis_transform(),
-                ha="center",
-                va="center_baseline",
-                fontsize=7.5,
-                color=INK if is_hollow else "white",
-                alpha=alpha,
-                zorder=7,
-                gid=f"number {item.id}",
-            )
-            text.set_in_layout(False)
+            place = (item.effective - curves.begin) / span
+            # Of many in one place some stand on each other all the same.
+            level = next((level for level, end in enumerate(ends) if place > end), 0)
+            ends[level] = place + 0.022
+        found.append(1 - 0.1 * level)
+    return found
 
 
 def _draw_list(axes: Axes, listed: Sequence[Marked]) -> None:
@@ -329,7 +358,7 @@ def _draw_present(axes: Axes, curves: pb.GetCurvesResponse, *, is_named: bool) -
 
 
 def _dress(axes: Axes, curves: pb.GetCurvesResponse, *, log: bool) -> None:
-    if log and any(value > 0 for line in axes.lines for value in _heights(line)):
+    if log and any(value > 0 for line in axes.lines for value in _values(line)):
         axes.set_yscale("log")
     else:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: _decimal(value)))
@@ -386,7 +415,7 @@ def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
-def _heights(line: Line2D) -> list[float]:
+def _values(line: Line2D) -> list[float]:
     """Return the values that a line goes through; NaN is a gap."""
     data: Any = line.get_ydata()
     return [float(value) for value in data]

@@ -70,6 +70,11 @@ class HistoryTable:
         """Names of the parameter groups met, in their order."""
         self._opened: list[tuple[int, int]] = []
         """Sequence number of each attempt, and the progress from which on it forgot the losses."""
+        self._furthest = -1
+        """Last progress that the current attempt has reported; -1: none."""
+        self._declared: dict[tuple[int, int], tuple[int, Row]] = {}
+        """Sequence number and cells of values that were declared behind a report of their step, by
+        attempt and progress."""
         self.count = 0
         """Number of rows, without those of the decisions."""
 
@@ -86,6 +91,7 @@ class HistoryTable:
                 for report in event.reports:
                     is_late = (row.seq, report.progress) in run.late
                     rows.append(self._loss_cells(state, report, rank, is_late=is_late))
+                self._furthest = max(self._furthest, *(item.progress for item in event.reports))
             case core.Recorded():
                 # Its values stand in the rows of the losses.
                 pass
@@ -94,6 +100,9 @@ class HistoryTable:
         if isinstance(event, core.Opened):
             # What a saved state brings takes the place of all losses that the log has.
             self._opened.append((row.seq, event.begin if event.fold is None else 0))
+            self._furthest = -1
+        elif isinstance(event, core.Declared):
+            self._declare(row.seq, event, state.spec.group_names)
         self._groups.update(dict.fromkeys(state.spec.group_names))
         self._file.write(json.dumps([cells, rows]).encode("ascii") + b"\n")
         self.count += len(rows)
@@ -118,11 +127,17 @@ class HistoryTable:
             cells[f"validation.{name}"] = value
         used = state.records.at(report.progress)
         if used is not None:
-            rates, decays = used
-            for index, name in enumerate(state.spec.group_names):
-                cells[_of_group("learning_rate", name)] = rates[index]
-                cells[_of_group("weight_decay", name)] = None if decays is None else decays[index]
+            cells |= _used_cells(used, state.spec.group_names)
         return {name: value for name, value in cells.items() if value is not None}
+
+    def _declare(self, seq: int, event: core.Declared, names: tuple[str, ...]) -> None:
+        for block in event.blocks:
+            part = block.cut(block.begin, self._furthest + 1)
+            for step in range(part.steps if part is not None else 0):
+                progress = block.begin + step * block.stride
+                used = block.at(progress)
+                if used is not None:
+                    self._declared[event.attempt, progress] = (seq, _used_cells(used, names))
 
     @property
     def columns(self) -> tuple[Column, ...]:
@@ -150,6 +165,10 @@ class HistoryTable:
             for row in rows:
                 if row["kind"] == "loss":
                     row["forgotten"] = row["progress"] >= begin
+                    # What a holder used alone takes the place of what was recorded for it.
+                    seq, used = self._declared.get((cells["attempt"], row["progress"]), (0, {}))
+                    if seq > cells["seq"]:
+                        row.update(used)
                 yield cells | row
             while done < len(decided) and decided[done].seq <= cells["seq"]:
                 yield cells | _decision_cells(decided[done])
@@ -157,6 +176,19 @@ class HistoryTable:
         # From a state of a log that was lost.
         for item in decided[done:]:
             yield {"seq": item.seq, **_decision_cells(item)}
+
+
+def _used_cells(
+    used: tuple[tuple[float, ...], tuple[float, ...] | None], names: tuple[str, ...]
+) -> dict[str, Value]:
+    """Return the cells of the values at one progress."""
+    rates, decays = used
+    cells: dict[str, Value] = {}
+    for index, name in enumerate(names):
+        cells[_of_group("learning_rate", name)] = rates[index]
+        if decays is not None:
+            cells[_of_group("weight_decay", name)] = decays[index]
+    return cells
 
 
 def _event_cells(row: LogRow, event: core.Event) -> dict[str, Value]:
