@@ -14,6 +14,9 @@ from lrpilot.server.web import Web, listen
 DEADLINE_S = 60.0
 """Every request and every wait for an event ends by then."""
 
+LARGEST_BYTES = 16 * 1024 * 1024
+"""Largest event of a stream."""
+
 
 @dataclass
 class Answer:
@@ -71,7 +74,7 @@ class Http:
 
     async def get(self, path: str, **headers: str) -> Answer:
         """Get something."""
-        return await self.ask("GET", path, **headers)
+        return await self.ask("GET", path, None, **headers)
 
     async def read(self, path: str) -> Any:
         """Return the JSON that is there."""
@@ -88,7 +91,7 @@ class Http:
     async def stream(self, path: str) -> AsyncIterator["Stream"]:
         """Follow a stream, which must begin."""
         host, _, port = self.address.rpartition(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await asyncio.open_connection(host, int(port), limit=LARGEST_BYTES)
         try:
             # The older protocol sends what there is as it is.
             request = f"GET {path} HTTP/1.0\r\nHost: {self.address}\r\n\r\n"

@@ -441,7 +441,8 @@ class TestMetrics:
         answer = await http.get("/metrics", Accept=accept, Accept_Encoding="gzip")
         assert answer.headers["content-type"].startswith(accept)
         assert answer.headers["content-encoding"] == "gzip"
-        families = text_string_to_metric_families(gzip.decompress(answer.body).decode())
+        text_format: Any = text_string_to_metric_families
+        families = text_format(gzip.decompress(answer.body).decode())
         assert "lrpilot_run_loss" in {family.name for family in families}
         one = await http.get("/metrics?name[]=lrpilot_live_runs")
         assert [line for line in one.body.splitlines() if not line.startswith(b"#")] == [

@@ -192,7 +192,7 @@ class TestAllRuns:
         async with http.stream(ALL) as stream:
             for name in names:
                 await server.attach(name)
-            found = set()
+            found: set[str] = set()
             while found != names:
                 event = await stream.next()
                 assert event is not None

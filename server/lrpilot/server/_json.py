@@ -49,7 +49,7 @@ def fields_of(message: Message) -> dict[str, Any]:
     return {field.name: _value(message, field) for field in message.DESCRIPTOR.fields}
 
 
-def _value(message: Message, field: FieldDescriptor) -> Any:
+def _value(message: Message, field: Any) -> Any:
     value = getattr(message, field.name)
     if hasattr(value, "extend"):
         if field.message_type is None:
@@ -152,7 +152,7 @@ def _fill(
             setattr(message, name, value)
 
 
-def _allowed(field: FieldDescriptor, value: Any) -> str | None:
+def _allowed(field: Any, value: Any) -> str | None:
     """Return what is allowed in a field of a scalar type; None: the value is."""
     kind = field.cpp_type
     if kind == FieldDescriptor.CPPTYPE_STRING:
