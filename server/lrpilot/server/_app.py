@@ -415,9 +415,10 @@ async def _refuse_beyond_loopback(option: str, address: str) -> None:
             f"with --{option}"
         ) from error
     if not all(ipaddress.ip_address(str(item[4][0])).is_loopback for item in found):
+        what = "can change runs" if option == "listen" else "sees every run"
         raise StartupError(
             f"--{option} {address} reaches beyond this machine, and nothing is encrypted: whoever "
-            "reaches the port can change runs; give --insecure if that is meant"
+            f"reaches the port {what}; give --insecure if that is meant"
         )
 
 

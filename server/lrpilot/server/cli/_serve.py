@@ -20,7 +20,7 @@ from lrpilot.server.cli._specs import read_text
 logger = logging.getLogger("lrpilot.server")
 
 HTTP = "127.0.0.1:50052"
-"""Where metrics are served unless told otherwise."""
+"""Where the page, metrics and probes are served unless told otherwise."""
 
 
 class LogLevel(str, enum.Enum):
@@ -44,7 +44,7 @@ class Settings(BaseModel):
     listen: str = SERVER
     """HOST:PORT for gRPC; port 0: the kernel picks."""
     http: str | None = HTTP
-    """HOST:PORT for metrics; None: not served."""
+    """HOST:PORT for the page, metrics and probes; None: not served."""
     insecure: bool = Field(default=False, strict=True)
     """Whether to listen beyond loopback although nothing is encrypted."""
     keep_finished: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
@@ -107,7 +107,7 @@ def serve(
             "--http",
             metavar="HOST:PORT",
             callback=read_address,
-            help=f"Where metrics are served. [{HTTP}]",
+            help=f"Where the page, metrics and probes are served. [{HTTP}]",
         ),
     ] = None,
     insecure: Annotated[
