@@ -21,7 +21,11 @@ if TYPE_CHECKING:
 # What `pytest --hypothesis-profile=long` asks of the properties that leave their number open.
 settings.register_profile("long", max_examples=2000)
 
-_PACKAGES = {"postgres": "postgresql", "promtool": "prometheus"}
+_PACKAGES = {
+    "chromedriver": "chromium-driver",
+    "postgres": "postgresql",
+    "promtool": "prometheus",
+}
 """Debian's package of a program, where it is named otherwise."""
 
 _NAMESPACES = "the right to make namespaces, which root has"

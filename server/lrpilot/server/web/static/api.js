@@ -77,7 +77,7 @@ class Api {
   #say() {
     if (this.#streamIsOpen === false) this.connection.set("reconnecting", "updates were cut off");
     else if (this.server?.ready) this.connection.set("not ready", this.server.ready);
-    else if (this.server && this.#streamIsOpen) this.connection.set("live");
+    else if (this.server) this.connection.set("live");
   }
 
   /** A page of the list of runs. */

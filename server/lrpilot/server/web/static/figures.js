@@ -204,7 +204,8 @@ class Figures {
   }
 
   #points() {
-    const width = this.place.clientWidth || 1000;
+    // Nothing is laid out yet when the first curves are asked for.
+    const width = this.place.clientWidth || innerWidth;
     return Math.min(2000, Math.max(200, Math.ceil(width / 100) * 100));
   }
 

@@ -23,6 +23,7 @@ export function mountRun(root, api, name) {
   const view = element("div", { class: "stack", hidden: true });
   root.append(message, view);
   const ends = [];
+  let isOver = false;
   const mount = (part) => {
     const place = element("div");
     view.append(place);
@@ -37,24 +38,29 @@ export function mountRun(root, api, name) {
     message.replaceChildren();
     view.hidden = false;
     context.setRun(run);
-    if (isFirst) PANELS.forEach(mount);
+    if (!isFirst) return;
+    PANELS.forEach(mount);
+    ends.push(
+      api.streamRun(name, {
+        // What was missed while it was away may be more than the stream sends: the spec, say.
+        opened: (again) => again && load(),
+        run: show,
+        gone: () => showError(message, { message: `The run ${name} was deleted. What is below is its last state.` }),
+      }),
+    );
   };
   const load = async () => {
     try {
-      show(await api.run(name));
+      const run = await api.run(name);
+      if (!isOver) show(run);
     } catch (error) {
       // What is seen stays: the bar says that the server is away.
       if (context.run === null) showError(message, error, load);
     }
   };
   load();
-  ends.push(
-    api.streamRun(name, {
-      // What was missed while it was away may be more than the stream sends: the spec, say.
-      opened: (again) => again && load(),
-      run: (run) => context.run && show(run),
-      gone: () => showError(message, { message: `The run ${name} was deleted. What is below is its last state.` }),
-    }),
-  );
-  return () => ends.forEach((end) => end());
+  return () => {
+    isOver = true;
+    ends.forEach((end) => end());
+  };
 }

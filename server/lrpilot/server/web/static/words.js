@@ -73,9 +73,16 @@ export function troublesOf(run, nonfiniteAt = null, now = Date.now()) {
     const tone = item.status === "asked" ? "warn" : "bad";
     add(tone, `Directive due at ${count(item.effective)} ${said}: ${item.summary}`, item.reason, item.id);
   }
-  for (const item of pendingAdvice(run)) {
-    const until = item.expires ? ` until ${count(item.expires)}` : "";
-    add("warn", `Advice waits for an answer${until}: ${item.summary}, by ${madeBy(item)}`, item.reason, item.id);
+  const advice = pendingAdvice(run);
+  const newest = advice.at(-1);
+  if (newest) {
+    const what = `${newest.summary}, by ${madeBy(newest)}`;
+    const until = newest.expires ? ` until ${count(newest.expires)}` : "";
+    const text =
+      advice.length === 1
+        ? `Advice waits for an answer${until}: ${what}`
+        : `${advice.length} pieces of advice wait for an answer, the newest${until}: ${what}`;
+    add("warn", text, newest.reason, newest.id);
   }
   if (run.held) add("info", "LR and WD are held: they stay as they are until a release.");
   if (run.imported_from) add("info", `Imported from ${run.imported_from}: its job goes on here from its checkpoint.`);
