@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from selenium import webdriver
@@ -16,7 +17,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.select import Select
 
-from tests.e2e.harness import wait_until
+from tests.e2e.harness import DEADLINE_S
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -134,11 +135,12 @@ class Browser:
 
     def wait(self, condition: Callable[[], object], what: str | Callable[[], str]) -> None:
         """Wait, bounded, until a condition holds."""
-        try:
-            wait_until(condition, "")
-        except AssertionError:
-            said = what if isinstance(what, str) else what()
-            raise AssertionError(f"never: {said}") from None
+        end_s = time.monotonic() + DEADLINE_S
+        while not condition():
+            if time.monotonic() > end_s:
+                raise AssertionError(f"never: {what if isinstance(what, str) else what()}")
+            # Each look keeps Chromium busy.
+            time.sleep(0.03)
 
     def console(self) -> list[dict[str, Any]]:
         """Return what was written to the console since the last call, as far as it is trouble."""

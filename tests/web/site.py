@@ -108,6 +108,13 @@ class Site:
         """Finish a run."""
         self.call("FinishRun", run=name, force=True, request_id=_fresh())
 
+    def attach(self, name: str, **fields: Any) -> None:
+        """Give a run another spec as its trainer does before it opens an attempt."""
+        pilot = lrpilot.connect(
+            self.grpc, run=name, spec=spec_of(name, **fields), on_change="revise"
+        )
+        self._pilots.append(pilot)
+
     def train(
         self,
         name: str,

@@ -76,6 +76,8 @@ export function mountActions(root, context) {
     context.onRun(show),
     context.onSaid((text) => {
       said.textContent = text;
+      // What opened the dialog may be gone, and the focus with it.
+      if (document.activeElement === document.body) buttons.querySelector("button")?.focus();
     }),
     context.api.connection.onChange(look),
   ];

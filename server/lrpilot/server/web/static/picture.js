@@ -124,8 +124,8 @@ function drawFixed(chart, effective, colour) {
 }
 
 function legend(groups) {
-  const key = (mark, text) => element("li", {}, element("span", { class: `key ${mark}` }), text);
+  const key = (mark, text) => element("li", {}, element("span", { class: `swatch ${mark}` }), text);
   const lines =
     groups.length > 1 ? groups.map(({ name }, number) => key(`after series-${number}`, name)) : [key("after series-0", "after")];
-  return element("ul", { class: "legend" }, lines, key("before", "before"), key("fixed", "fixed already"));
+  return element("ul", { class: "swatches" }, lines, key("before", "before"), key("fixed", "fixed already"));
 }

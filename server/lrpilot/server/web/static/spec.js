@@ -98,10 +98,10 @@ class SpecPanel {
         differenceOf(text, pending.spec_document),
       );
     }
-    const open = new Set(
-      [...this.history.querySelectorAll("details")].filter((item) => item.open).map((item) => item.dataset.seq),
+    // What somebody unfolded or folded stays so; the newest one is unfolded when it comes.
+    const known = new Map(
+      [...this.history.querySelectorAll("details")].map((item) => [Number(item.dataset.seq), item.open]),
     );
-    const isFirst = this.history.childElementCount === 0;
     const lines = specs.map((spec, index) =>
       index === 0
         ? element("p", {
@@ -111,7 +111,7 @@ class SpecPanel {
         : revisionOf(
             spec,
             specs[index - 1].spec_document,
-            open.has(String(spec.seq)) || (isFirst && index === specs.length - 1),
+            known.get(spec.seq) ?? index === specs.length - 1,
           ),
     );
     this.history.replaceChildren(
@@ -147,18 +147,18 @@ function revisionOf(spec, before, isOpen) {
       element("strong", { text: `from ${count(spec.effective)} on` }),
       ` · ${spec.changes.map((item) => item.field).join(", ") || "no field differs"}`,
       element("span", { class: "faint", text: ` · ${signature(spec)}` }),
+      spec.reason && [": ", element("q", { text: spec.reason })],
     ),
-    spec.reason && element("p", { class: "why", text: spec.reason }),
     changeList(spec.changes),
     differenceOf(before, spec.spec_document),
   );
 }
 
 function signature(spec) {
-  const who = spec.author || (spec.by_trainer ? "a trainer" : "somebody");
+  const who = spec.author || (spec.by_trainer ? "a trainer" : "");
   // What the log has packed away has no time here.
-  const when = spec.recorded_at ? `, ${utc(spec.recorded_at)}` : "";
-  return `by ${who}${when}, event ${count(spec.seq)}`;
+  const parts = [who && `by ${who}`, spec.recorded_at && utc(spec.recorded_at), `event ${count(spec.seq)}`];
+  return parts.filter(Boolean).join(", ");
 }
 
 function differenceOf(before, after) {
@@ -180,6 +180,6 @@ function differenceOf(before, after) {
 function coloured(text) {
   return text.split(/(?<=\n)/).map((line) => {
     const [, indent, key, rest] = line.match(/^([\s-]*)([\w.-]+:)?(.*)$/s);
-    return element("span", {}, indent, key ? element("span", { class: "key", text: key }) : null, rest);
+    return element("span", {}, indent, key ? element("span", { class: "yaml-key", text: key }) : null, rest);
   });
 }
