@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import sys
 import urllib.request
@@ -87,6 +88,9 @@ def test_the_wheel_holds_the_rooms_and_nothing_else(wheel: Path) -> None:
     packages = {name.split("/")[1] for name in names if name.startswith("lrpilot/")}
     assert packages == {"v1", "core", "client", "server"}
     assert all(f"lrpilot/{package}/py.typed" in names for package in packages)
+    # The page, which no import would miss.
+    page = "lrpilot/server/web/static"
+    assert {f"{page}/index.html", f"{page}/vendor/uplot/LICENSE"} <= set(names)
     tops = {name.split("/")[0] for name in names}
     assert tops == {"lrpilot", f"lrpilot-{importlib.metadata.version('lrpilot')}.dist-info"}
 
@@ -157,5 +161,9 @@ def test_the_server_runs_on_the_floors_that_it_declares(
         assert len(_train(floors, address, tmp_path)) == 20
         with urllib.request.urlopen(f"http://{http}/metrics", timeout=30) as answer:
             assert 'run="wheel"' in answer.read().decode()
+        with urllib.request.urlopen(f"http://{http}/api/runs", timeout=30) as answer:
+            assert [run["name"] for run in json.load(answer)["runs"]] == ["wheel"]
+        with urllib.request.urlopen(f"http://{http}/api/stream", timeout=30) as answer:
+            assert answer.readline() == b"retry: 2000\n"
         shown = floors.run("lrpilot", "run", "show", "wheel", "--server", address)
         assert shown.returncode == 0, shown.stderr

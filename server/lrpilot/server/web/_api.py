@@ -106,6 +106,7 @@ class Api:
 
     def _route(self, path: str, handler: Handler, method: str = "GET") -> Route:
         async def answer(request: Request) -> Response:
+            asked: str = request.scope["path"]
             try:
                 self._refuse_strangers(request)
                 found = await asyncio.wait_for(handler(request), ANSWER_S)
@@ -119,9 +120,9 @@ class Api:
                 text = f"there was no answer within {ANSWER_S:g} s"
                 if method == "POST":
                     text += "; it may be done all the same: repeat it with the same request_id"
-                return error_answer(path, Refused(504, "DeadlineExceeded", text))
+                return error_answer(asked, Refused(504, "DeadlineExceeded", text))
             except Exception as error:
-                return error_answer(path, error)
+                return error_answer(asked, error)
 
         return Route(path, answer, methods=[method])
 

@@ -82,6 +82,7 @@ class Web:
             async with serving(self._app, self._listener):
                 yield
         finally:
+            self.drain()
             self._threads.shutdown(wait=False, cancel_futures=True)
 
     def drain(self) -> None:
