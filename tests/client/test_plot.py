@@ -272,6 +272,9 @@ def test_the_title_says_where_the_run_is(runs: FakeRuns) -> None:
     runs.run.MergeFrom(pb.Run(name="$small", total=10**12, unit="tokens"))
     runs.run.state = pb.RUN_STATE_CREATED
     assert shown(runs).figure.get_suptitle() == "$small: 0 of 1,000,000,000,000 tokens, created"
+    # Of a newer server, on the wire: field 2, varint 77.
+    runs.run.MergeFromString(b"\x10\x4d")
+    assert shown(runs).figure.get_suptitle().endswith(" tokens, 77")
 
 
 def test_groups_with_equal_curves_share_a_line(runs: FakeRuns) -> None:

@@ -40,7 +40,7 @@ def test_a_job_draws_itself_while_it_trains(shared: Program) -> None:
     def draw(pilot: lrpilot.Pilot) -> None:
         try:
             while not stopping.is_set():
-                figures.append(pilot.plot())
+                figures.append(pilot.plot(timeout_s=60))
         except Exception as error:
             failures.append(error)
 
@@ -55,7 +55,7 @@ def test_a_job_draws_itself_while_it_trains(shared: Program) -> None:
             scheduler.step(loss=3.0 / (1 + min(step, 60)))
             if step % 50 == 0:
                 # On the training thread, between two steps.
-                figures.append(pilot.plot())
+                figures.append(pilot.plot(timeout_s=60))
         stopping.set()
         drawing.join(60)
         assert not drawing.is_alive()

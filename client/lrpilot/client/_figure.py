@@ -1,6 +1,6 @@
 """The picture of a run, drawn with matplotlib. Needs the extra `plot`.
 
-No pyplot: nothing global is read by name or changed, no display is opened, and any thread may draw.
+No pyplot: no display is opened, no setting is changed, and any thread may draw.
 """
 
 import io
@@ -97,7 +97,9 @@ def draw(run: pb.Run, curves: pb.GetCurvesResponse, *, log: bool) -> Figure:
 
 
 def _title(run: pb.Run) -> str:
-    state = pb.RunState.Name(run.state).removeprefix("RUN_STATE_").lower()
+    known = pb.RunState.DESCRIPTOR.values_by_number.get(run.state)
+    # A newer server may know others.
+    state = str(run.state) if known is None else known.name.removeprefix("RUN_STATE_").lower()
     parts = [f"{run.name}: {run.progress:,} of {run.total:,} {run.unit}"]
     if run.attempt:
         parts.append(f"attempt {run.attempt}")

@@ -66,6 +66,8 @@ def history(
     """
     if as_json and form is not None:
         raise typer.BadParameter("--format and --json exclude each other")
+    if as_json and _format_of(output) in {HistoryFormat.CSV, HistoryFormat.PARQUET}:
+        raise typer.BadParameter(f"--json writes events, and {output} is called like a table")
     form = form or (HistoryFormat.TEXT if as_json else _format_of(output))
     target = output or "-"
     if form is HistoryFormat.TEXT:
