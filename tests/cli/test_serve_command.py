@@ -28,6 +28,7 @@ class Config:
     http: str | None
     insecure: bool
     keep_finished_days: float | None
+    traces: str | None
 
 
 class StartupFailedError(Exception):
@@ -68,6 +69,7 @@ def test_the_defaults_are_loopback_and_a_folder_here(cli: Cli, app: Any) -> None
             http="127.0.0.1:50052",
             insecure=False,
             keep_finished_days=None,
+            traces=None,
         )
     ]
 
@@ -77,6 +79,7 @@ def test_every_option_reaches_the_server(cli: Cli, app: Any) -> None:
         "serve", "--data", "d", "--store", "sqlite:///x", "--listen", "0.0.0.0:0",
         "--http", "[::]:0", "--insecure", "--log-level", "debug",
         "--keep-finished", "30.5", "--log-format", "json",
+        "--traces", "http://127.0.0.1:4318",
     )  # fmt: skip
     assert (result.exit_code, result.stdout) == (0, "")
     assert app.served == [
@@ -87,6 +90,7 @@ def test_every_option_reaches_the_server(cli: Cli, app: Any) -> None:
             http="[::]:0",
             insecure=True,
             keep_finished_days=30.5,
+            traces="http://127.0.0.1:4318/v1/traces",
         )
     ]
     assert logging.getLogger().level == logging.DEBUG
@@ -101,6 +105,7 @@ insecure: true
 keep_finished: 90
 log_level: error
 log_format: json
+traces: https://o11y.example/otlp/v1/traces
 """
 
 
@@ -114,6 +119,7 @@ def test_a_file_says_the_same(cli: Cli, app: Any, spec_file: SpecFile) -> None:
             http=None,
             insecure=True,
             keep_finished_days=90.0,
+            traces="https://o11y.example/otlp/v1/traces",
         )
     ]
     assert logging.getLogger().level == logging.ERROR
@@ -141,7 +147,7 @@ def test_a_file_may_say_part(cli: Cli, app: Any, spec_file: SpecFile) -> None:
 def test_everything_wrong_in_a_file_is_named(cli: Cli, app: Any, spec_file: SpecFile) -> None:
     path = spec_file(
         "listn: a\nlisten: here\nhttp: 1\ninsecure: 'yes'\nlog_level: loud\ndata: 3\n"
-        "log_format: xml\nkeep_finished: 0"
+        "log_format: xml\ntraces: here\nkeep_finished: 0"
     )
     result = cli("serve", "--config", path)
     assert (result.exit_code, result.stdout, app.served) == (2, "", [])
@@ -149,11 +155,11 @@ def test_everything_wrong_in_a_file_is_named(cli: Cli, app: Any, spec_file: Spec
     assert message == f"error: {path}: the configuration is invalid"
     assert {line.split(":")[0].strip() for line in lines} == {
         "listn", "listen", "http", "insecure", "log_level", "data",
-        "keep_finished", "log_format",
+        "keep_finished", "log_format", "traces",
     }  # fmt: skip
     assert (
         "  listn: got 'a'; allowed: one of data, store, listen, http, insecure, keep_finished, "
-        "log_level, log_format" in lines
+        "log_level, log_format, traces" in lines
     )
 
 
@@ -162,6 +168,15 @@ def test_finished_runs_are_kept_for_some_time(cli: Cli, app: Any, days: str) -> 
     result = cli("serve", "--keep-finished", days)
     assert (result.exit_code, app.served) == (2, [])
     assert "is no number of days above 0" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:4318", "grpc://127.0.0.1:4317", "http://", "http://a:port", "http://[::1"]
+)
+def test_a_collector_is_a_url(cli: Cli, app: Any, url: str) -> None:
+    result = cli("serve", "--traces", url)
+    assert (result.exit_code, app.served) == (2, [])
+    assert "is not a URL such as" in " ".join(result.stderr.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("text", ["", "- a", "a: [", "data: a\ndata: b"])

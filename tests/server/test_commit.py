@@ -147,7 +147,8 @@ async def test_a_conflict_fails_its_own_append_alone() -> None:
     store.gate.set()
     results = await asyncio.gather(first, winner, loser, missing, other, return_exceptions=True)
     assert store.sizes() == [1, 1, 4]
-    assert [results[0], results[1], results[4]] == [None, None, None]
+    # Each is told how many appends its commit had.
+    assert [results[0], results[1], results[4]] == [1, 4, 4]
     assert isinstance(results[2], SeqTaken)
     assert (results[2].run, results[2].seq, results[2].last_seq) == ("a", 2, 2)
     assert isinstance(results[3], SeqTaken)

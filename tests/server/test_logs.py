@@ -244,7 +244,7 @@ class TestLines:
         with warnings.catch_warnings():
             warnings.simplefilter("always")
             warnings.warn("old", DeprecationWarning, stacklevel=1)
-        thread = threading.Thread(target=lambda: {}["key"], name="worker")
+        thread = threading.Thread(target={}.__getitem__, args=("key",), name="worker")
         thread.start()
         thread.join(DEADLINE_S)
         lines = [json.loads(text) for text in capsys.readouterr().err.splitlines()]

@@ -28,6 +28,7 @@ from lrpilot.server._rpc import Service, handlers
 from lrpilot.server._run_service import RunService
 from lrpilot.server._sql_store import open_store
 from lrpilot.server._store import Store, StoreError, StoreUnavailable
+from lrpilot.server._tracing import NO_TRACING, Tracing
 from lrpilot.server._trainer_service import TrainerService
 from lrpilot.server.web import Web, listen
 from lrpilot.v1 import runs_pb2, trainer_pb2
@@ -83,6 +84,8 @@ class ServerConfig:
     """Whether to listen beyond loopback although nothing is encrypted."""
     keep_finished_days: float | None = None
     """How long finished runs are kept after their last event; None: for ever."""
+    traces: str | None = None
+    """URL of the collector that gets traces, with or without the path; None: none does."""
 
 
 class StartupError(Exception):
@@ -101,27 +104,38 @@ async def serve(config: ServerConfig) -> None:
                 await _refuse_beyond_loopback(option, address)
     _raise_file_limit()
     stop = asyncio.Event()
-    with _opened_store(config) as store, _signals(stop):
-        metrics = Metrics()
-        committer = GroupCommitter(store, metrics)
-        try:
-            await _serve(config, store, committer, metrics, stop)
-        finally:
-            await committer.close()
+    tracing = _tracing(config.traces)
+    try:
+        with _opened_store(config) as store, _signals(stop):
+            metrics = Metrics()
+            committer = GroupCommitter(store, metrics)
+            try:
+                server = Server(store, committer, metrics, tracing)
+                await _serve(config, store, server, metrics, stop)
+            finally:
+                await committer.close()
+    finally:
+        await asyncio.to_thread(tracing.close)
     logger.info("stopped")
 
 
 class Server:
     """The services of one replica on one gRPC server."""
 
-    def __init__(self, store: Store, committer: GroupCommitter, metrics: Metrics) -> None:
-        self.ledger = Ledger(store, committer, History(store, metrics))
+    def __init__(
+        self,
+        store: Store,
+        committer: GroupCommitter,
+        metrics: Metrics,
+        tracing: Tracing = NO_TRACING,
+    ) -> None:
+        self.ledger = Ledger(store, committer, History(store, metrics), tracing)
         self.grpc = grpc.aio.server(options=SERVER_OPTIONS)
         self._store = store
         self._committer = committer
         self._metrics = metrics
         self._tasks: list[asyncio.Task[None]] = []
-        self._trainer_service = TrainerService(self.ledger)
+        self._trainer_service = TrainerService(self.ledger, tracing)
         self.runs = RunService(self.ledger)
         services: dict[ServiceDescriptor, Service] = {
             trainer_pb2.DESCRIPTOR.services_by_name["TrainerService"]: self._trainer_service,
@@ -134,7 +148,8 @@ class Server:
         and writes."""
         self.grpc.add_generic_rpc_handlers(
             tuple(
-                handlers(descriptor, service, metrics) for descriptor, service in services.items()
+                handlers(descriptor, service, metrics, tracing)
+                for descriptor, service in services.items()
             )
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
@@ -306,11 +321,10 @@ class _Health(health.aio.HealthServicer):  # type: ignore[misc]
 async def _serve(
     config: ServerConfig,
     store: Store,
-    committer: GroupCommitter,
+    server: Server,
     metrics: Metrics,
     stop: asyncio.Event,
 ) -> None:
-    server = Server(store, committer, metrics)
     grpc_address = server.bind(config.listen)
     web = None
     if config.http is not None:
@@ -343,6 +357,26 @@ async def _serve(
         await server.drain()
     # A change that was asked for over HTTP may have begun meanwhile.
     await server.ledger.settle()
+
+
+def _tracing(url: str | None) -> Tracing:
+    """Return what traces for the collector at `url`. Raises StartupError."""
+    if url is None:
+        return NO_TRACING
+    try:
+        from lrpilot.server._telemetry import Telemetry  # noqa: PLC0415
+    except ImportError as error:
+        raise StartupError(
+            f"--traces needs OpenTelemetry: {error}; pip install 'lrpilot[telemetry]'"
+        ) from error
+    try:
+        return Telemetry(url)
+    except Exception as error:
+        # What the variables of the environment say may be of any kind.
+        raise StartupError(
+            f"traces cannot be sent: {type(error).__name__}: {error}; look at --traces and the "
+            "variables OTEL_…"
+        ) from error
 
 
 @contextmanager

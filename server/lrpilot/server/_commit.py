@@ -50,13 +50,13 @@ _Work = Append | _Delete | _Probe
 @dataclass(frozen=True, slots=True)
 class _Task:
     work: _Work
-    done: asyncio.Future[bool]
+    done: asyncio.Future[int]
 
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    done: asyncio.Future[bool]
-    result: bool | Exception
+    done: asyncio.Future[int]
+    result: int | Exception
 
 
 class GroupCommitter:
@@ -85,21 +85,22 @@ class GroupCommitter:
 
     async def append(
         self, run: str, rows: Sequence[LogRow], create: bool = False, after: str | None = None
-    ) -> None:
-        """Append rows to a run's log; return once they are durable.
+    ) -> int:
+        """Append rows to a run's log; return once they are durable: how many appends the commit
+        had.
 
         Raises SeqTaken where they do not continue the log, StoreUnavailable where the store
         fails or the committer is closed, and ValueError for rows that no log can take. See
         Store.append.
         """
-        await self._submit(Append(run, tuple(rows), create, after))
+        return await self._submit(Append(run, tuple(rows), create, after))
 
     async def delete(self, run: str, after: str | None = None) -> bool:
         """Remove a run with its whole log; return whether there was one. See Store.delete.
 
         Raises StoreUnavailable where the store fails or the committer is closed.
         """
-        return await self._submit(_Delete(run, after))
+        return bool(await self._submit(_Delete(run, after)))
 
     async def probe(self) -> None:
         """Return once a write has shown that writes succeed. Raises as `delete` does."""
@@ -117,10 +118,10 @@ class GroupCommitter:
             self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    def _submit(self, work: _Work) -> asyncio.Future[bool]:
+    def _submit(self, work: _Work) -> asyncio.Future[int]:
         if self._closed:
             raise StoreUnavailable("the server is shutting down")
-        done: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._queue.put(_Task(work, done))
         return done
 
@@ -158,7 +159,7 @@ class GroupCommitter:
         seconds = time.perf_counter() - started
         self._resolve(
             [
-                _Outcome(task.done, True if conflict is None else conflict)
+                _Outcome(task.done, len(batch) if conflict is None else conflict)
                 for task, conflict in zip(tasks, results, strict=True)
             ]
             if failure is None
@@ -200,12 +201,12 @@ class GroupCommitter:
             else:
                 outcome.done.set_result(outcome.result)
 
-    def _learn(self, results: list[bool | Exception]) -> None:
+    def _learn(self, results: list[int | Exception]) -> None:
         failures = [result for result in results if isinstance(result, StoreUnavailable)]
         if failures:
             self.failure = failures[0]
             self._failed.set()
-        elif True in results:
+        elif any(result for result in results if not isinstance(result, Exception)):
             # One that met nothing but conflicts wrote nothing, and shows nothing.
             self.failure = None
             self._failed.clear()

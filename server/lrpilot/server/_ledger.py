@@ -24,6 +24,7 @@ from lrpilot.server._live_run import LiveRun
 from lrpilot.server._packing import PackedLog
 from lrpilot.server._store import LogRow, News, SeqTaken, Store, StoreUnavailable
 from lrpilot.server._touched import Touched
+from lrpilot.server._tracing import NO_TRACING, Tracing
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -54,11 +55,16 @@ class Ledger:
     """The runs of one server. Use it from one event loop."""
 
     def __init__(
-        self, store: Store, committer: GroupCommitter, history: History | None = None
+        self,
+        store: Store,
+        committer: GroupCommitter,
+        history: History | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         self._store = store
         self._committer = committer
         self._history = history or History(store)
+        self._tracing = tracing
         self.touched = Touched()
         """The runs that changed, for those who follow them all."""
         self._runs: dict[str, LiveRun] = {}
@@ -346,7 +352,11 @@ class Ledger:
                 name = run.state.name
                 after = run.state.digest if run.state.exists else None
                 try:
-                    await self._committer.append(name, rows, create=after is None, after=after)
+                    with self._tracing.span("store.append", run=name, rows=len(rows)) as span:
+                        batch = await self._committer.append(
+                            name, rows, create=after is None, after=after
+                        )
+                        span.set("batch", batch)
                 except SeqTaken:
                     await self._read(run)
                     continue
@@ -442,7 +452,8 @@ class Ledger:
 
     async def _load(self, run: LiveRun) -> bool:
         """Find the fold of a run's log on a thread: a long one must keep no other run waiting."""
-        found = await asyncio.to_thread(self._history.load, run.state.name)
+        with self._tracing.span("run.load", run=run.state.name):
+            found = await asyncio.to_thread(self._history.load, run.state.name)
         if found is not None:
             run.adopt(found)
             self._tend(run)
@@ -466,7 +477,8 @@ class Ledger:
             progress,
             extra=about(run.state, floor=run.state.floor),
         )
-        found = await asyncio.to_thread(self._history.load, name, progress)
+        with self._tracing.span("run.recall", run=name, progress=progress):
+            found = await asyncio.to_thread(self._history.load, name, progress)
         if found is None:
             run.reset()
             run.wake()
@@ -487,12 +499,15 @@ class Ledger:
             async with run.lock:
                 if not run.state.exists:
                     return
-                self._history.trim(run)
-                snapshot = await asyncio.to_thread(self._history.snapshot, run)
+                with self._tracing.span("run.snapshot", run=name) as span:
+                    self._history.trim(run)
+                    snapshot = await asyncio.to_thread(self._history.snapshot, run)
+                    span.set("seq", snapshot.seq)
                 run.snapshot_seq, run.unsaved, updated_ns = snapshot.seq, 0, run.updated_ns
             # The run goes on meanwhile: a snapshot is of the log as it was.
             async with self._one_packing:
-                is_kept = await asyncio.to_thread(self._history.keep, name, snapshot)
+                with self._tracing.span("run.pack", run=name, seq=snapshot.seq):
+                    is_kept = await asyncio.to_thread(self._history.keep, name, snapshot)
             if is_kept:
                 run.snapshot_ns = updated_ns
         except Exception:

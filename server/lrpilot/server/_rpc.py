@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import grpc
@@ -17,6 +17,7 @@ from lrpilot import core
 from lrpilot.server._errors import DETAILS_KEY, REFUSALS, details, unavailable
 from lrpilot.server._journal import about
 from lrpilot.server._store import StoreUnavailable
+from lrpilot.server._tracing import NO_TRACING, Tracing
 from lrpilot.v1.trainer_pb2 import Attempt
 
 T = TypeVar("T")
@@ -56,7 +57,10 @@ class CallObserver(Protocol):
 
 
 def handlers(
-    descriptor: ServiceDescriptor, service: Service, observer: CallObserver
+    descriptor: ServiceDescriptor,
+    service: Service,
+    observer: CallObserver,
+    tracing: Tracing = NO_TRACING,
 ) -> grpc.GenericRpcHandler:
     """Return the handlers of a service: one behaviour and request class per method.
 
@@ -67,7 +71,7 @@ def handlers(
         descriptor.full_name,
         {
             method.name: _kind(method)(
-                _served(method, service.behaviours[method.name], observer),
+                _served(method, service.behaviours[method.name], observer, tracing),
                 request_deserializer=service.requests[method.input_type.name].FromString,
                 response_serializer=_serialize,
             )
@@ -102,16 +106,19 @@ def _kind(method: MethodDescriptor) -> Any:
     return grpc.unary_unary_rpc_method_handler
 
 
-def _served(method: MethodDescriptor, behaviour: Any, observer: CallObserver) -> Callable[..., Any]:
-    name = method.name
+def _served(
+    method: MethodDescriptor, behaviour: Any, observer: CallObserver, tracing: Tracing
+) -> Callable[..., Any]:
+    def answered(request: Message | None, context: Context) -> AbstractAsyncContextManager[None]:
+        return _answered(method, request, context, observer, tracing)
 
     async def serve(request: Any, context: Context) -> Message | bytes:
-        async with _answered(name, request, context, observer):
+        async with answered(request, context):
             answer: Message | bytes = await behaviour(request)
         return answer
 
     async def serve_client_stream(parts: Any, context: Context) -> Message | bytes:
-        async with _answered(name, None, context, observer):
+        async with answered(None, context):
             answer: Message | bytes = await _bounded(behaviour(_received(parts)), STREAM_S)
         return answer
 
@@ -120,7 +127,7 @@ def _served(method: MethodDescriptor, behaviour: Any, observer: CallObserver) ->
             async for part in behaviour(request):
                 await context.write(part)
 
-        async with _answered(name, request, context, observer):
+        async with answered(request, context):
             await _bounded(send(), STREAM_S)
 
     client_streams, server_streams = _streams(method)
@@ -153,37 +160,47 @@ async def _received(parts: AsyncIterator[Message]) -> AsyncIterator[Message]:
 
 @asynccontextmanager
 async def _answered(
-    name: str, request: Message | None, context: Context, observer: CallObserver
+    method: MethodDescriptor,
+    request: Message | None,
+    context: Context,
+    observer: CallObserver,
+    tracing: Tracing,
 ) -> AsyncIterator[None]:
     """Time the block, and translate what it raises; `request` is None where it has parts."""
+    name = method.name
     started = time.perf_counter()
     code = grpc.StatusCode.OK
-    text = ""
+    text = reason = ""
     metadata: tuple[tuple[str, bytes], ...] = ()
-    try:
-        yield
-    except REFUSALS as error:
-        code, text, packed = details(error)
-        metadata = ((DETAILS_KEY, packed),)
-    except StoreUnavailable as error:
-        # Readiness says it in the log, once for all the calls that meet it.
-        logger.debug("%s: %s", name, error)
-        code, text, packed = unavailable(error)
-        metadata = ((DETAILS_KEY, packed),)
-    except _TooSlow as error:
-        code, text = grpc.StatusCode.DEADLINE_EXCEEDED, str(error)
-    except asyncio.CancelledError:
-        code = grpc.StatusCode.CANCELLED
-        raise
-    except Exception:
-        subject = {} if request is None else subject_of(request)
-        extra = about(subject.pop("run", None), method=name, peer=context.peer(), **subject)
-        logger.exception("%s failed", name, extra=extra)
-        code, text = grpc.StatusCode.INTERNAL, "internal error; the server's log has more"
-    else:
-        return
-    finally:
-        observer.call_finished(name, code.name, time.perf_counter() - started)
+    with tracing.call(method, request, context) as span:
+        try:
+            yield
+        except REFUSALS as error:
+            code, text, packed = details(error)
+            reason = type(error).__name__
+            metadata = ((DETAILS_KEY, packed),)
+        except StoreUnavailable as error:
+            # Readiness says it in the log, once for all the calls that meet it.
+            logger.debug("%s: %s", name, error)
+            code, text, packed = unavailable(error)
+            reason = type(error).__name__
+            metadata = ((DETAILS_KEY, packed),)
+        except _TooSlow as error:
+            code, text = grpc.StatusCode.DEADLINE_EXCEEDED, str(error)
+        except asyncio.CancelledError:
+            code = grpc.StatusCode.CANCELLED
+            raise
+        except Exception as error:
+            subject = {} if request is None else subject_of(request)
+            extra = about(subject.pop("run", None), method=name, peer=context.peer(), **subject)
+            logger.exception("%s failed", name, extra=extra)
+            code, text = grpc.StatusCode.INTERNAL, "internal error; the server's log has more"
+            reason = type(error).__name__
+        else:
+            return
+        finally:
+            observer.call_finished(name, code.name, time.perf_counter() - started)
+            span.ended(code.name, reason)
     await context.abort(code, text, metadata)
 
 
@@ -197,6 +214,8 @@ def subject_of(request: Any) -> dict[str, Any]:
         said["attempt"] = attempt.number
     if "rank" in names:
         said["rank"] = request.rank
+    elif "held" in names and request.HasField("held"):
+        said["rank"] = request.held.rank
     for name in ("progress", "begin"):
         # One that is optional stands alone in a oneof.
         if name in names and (names[name].containing_oneof is None or request.HasField(name)):

@@ -4,6 +4,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 from google.protobuf.message import Message
@@ -14,6 +15,7 @@ from lrpilot.server._ledger import Ledger
 from lrpilot.server._live_run import LiveRun
 from lrpilot.server._recent import Asked
 from lrpilot.server._rpc import Behaviour, require
+from lrpilot.server._tracing import NO_TRACING, Tracing
 from lrpilot.server._trainer_messages import (
     block_message,
     change_messages,
@@ -60,8 +62,9 @@ _DIRECTIVE_OUTCOMES: Mapping[int, str] = {
 class TrainerService:
     """Behaviour of `lrpilot.v1.TrainerService`."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, tracing: Tracing = NO_TRACING) -> None:
         self._ledger = ledger
+        self._tracing = tracing
         self._draining = asyncio.Event()
 
     @property
@@ -204,11 +207,10 @@ class TrainerService:
         run.lag.add(lag, now_s)
         if request.HasField("held"):
             run.ranks.add(Asked(request.held.rank, request.in_use, lag, now_s))
-        if block is None and request.blocked:
-            async with run.blocked():
-                block = await self._wait(run, asker, wanted, end_s, blocked=True)
-        elif block is None:
-            block = await self._wait(run, asker, wanted, end_s, blocked=False)
+        if block is None:
+            async with run.blocked() if request.blocked else nullcontext():
+                with self._tracing.waiting():
+                    block = await self._wait(run, asker, wanted, end_s, blocked=request.blocked)
         _seen(run)
         state = run.state
         rest = pb.GetValuesResponse(
@@ -280,7 +282,8 @@ class TrainerService:
                 if left_s <= 0 or self._draining.is_set():
                     raise
                 _seen(run)
-                await run.wait_for_change(left_s)
+                with self._tracing.waiting():
+                    await run.wait_for_change(left_s)
                 run = await self._ledger.run(request.run)
             else:
                 _seen(run)

@@ -15,7 +15,7 @@ from rich.color import ColorSystem
 from rich.console import Console
 from rich.style import Style
 
-from lrpilot.server.cli._output import json_line
+from lrpilot.server._json import json_line
 
 
 class LogFormat(str, enum.Enum):

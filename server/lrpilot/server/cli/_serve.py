@@ -6,6 +6,7 @@ import logging
 import math
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit, urlunsplit
 
 import typer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -53,11 +54,44 @@ class Settings(BaseModel):
     """From which severity on lines are logged, to stderr."""
     log_format: LogFormat = LogFormat.HUMAN
     """How lines are logged."""
+    traces: str | None = None
+    """URL of the collector that gets traces; None: none does."""
 
     @field_validator("listen", "http")
     @classmethod
     def _address(cls, value: str | None) -> str | None:
         return None if value is None else address(value)
+
+    @field_validator("traces")
+    @classmethod
+    def _collector(cls, value: str | None) -> str | None:
+        return None if value is None else collector(value)
+
+
+def collector(text: str) -> str:
+    """Return the whole URL of a collector; where it has no path, the one for traces is added.
+
+    Raises ValueError.
+
+    >>> collector("http://127.0.0.1:4318"), collector("https://o11y.example/otlp/v1/traces")
+    ('http://127.0.0.1:4318/v1/traces', 'https://o11y.example/otlp/v1/traces')
+    """
+    wanted = "a URL such as http://127.0.0.1:4318"
+    try:
+        url = urlsplit(text)
+        is_url = url.scheme in {"http", "https"} and bool(url.hostname) and url.port != 0
+    except ValueError:
+        raise ValueError(wanted) from None
+    if not is_url:
+        raise ValueError(wanted)
+    return text if url.path.strip("/") else urlunsplit(url._replace(path="/v1/traces"))
+
+
+def _read_collector(value: str | None) -> str | None:
+    try:
+        return None if value is None else collector(value)
+    except ValueError as error:
+        raise typer.BadParameter(f"{value!r} is not {error}") from None
 
 
 def _read_days(value: float | None) -> float | None:
@@ -131,6 +165,16 @@ def serve(
         LogFormat | None,
         typer.Option("--log-format", help="Lines for people, or a JSON object each. [human]"),
     ] = None,
+    traces: Annotated[
+        str | None,
+        typer.Option(
+            "--traces",
+            metavar="URL",
+            callback=_read_collector,
+            help="OpenTelemetry collector that gets traces over OTLP/HTTP, such as "
+            "http://127.0.0.1:4318. [none]",
+        ),
+    ] = None,
 ) -> None:
     """Run the server until SIGTERM or Ctrl-C.
 
@@ -146,6 +190,7 @@ def serve(
         "keep_finished": keep_finished,
         "log_level": log_level,
         "log_format": log_format,
+        "traces": traces,
     }
     settings = settings.model_copy(
         update={name: value for name, value in given.items() if value is not None}
@@ -162,6 +207,7 @@ def serve(
         http=settings.http,
         insecure=settings.insecure,
         keep_finished_days=settings.keep_finished,
+        traces=settings.traces,
     )
     try:
         asyncio.run(_app.serve(server_config))
