@@ -359,7 +359,8 @@ class TestReadOnly:
         (advice,) = site.adjustments("locked")
         browser.open(site.url("/runs/locked"))
         browser.wait_for("main", "Read-only: the server listens beyond this machine")
-        browser.wait_for("main", "lrpilot run hold locked --reason …")
+        browser.click(".actions summary")
+        browser.wait_for(".actions code", "lrpilot run hold locked --reason …")
         browser.wait_for(".adjustments", f"lrpilot run approve locked {advice.id} --reason …")
         roles = browser.run_script(
             "return [...document.querySelectorAll('[data-role]')].map((item) => item.dataset.role)"

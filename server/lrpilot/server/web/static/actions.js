@@ -9,7 +9,7 @@ export function mayChange(server, run) {
   return server !== null && !server.read_only && ["created", "running"].includes(run.state);
 }
 
-/** Return the command line that makes a change; `more`: what follows the name of the run, or its option. */
+/** Return the command line that makes a change; `more`: what follows the option, or the name of the run. */
 export function commandLine(kind, name, ...more) {
   const [command, ...options] = CHANGES[kind].words;
   return ["lrpilot", "run", command, name, ...options, ...more, "--reason", "…"].join(" ");
@@ -33,7 +33,9 @@ export function mountActions(root, context) {
   const buttons = element("div", { class: "acts" });
   const why = element("div", { class: "faint" });
   const said = element("p", { class: "said", role: "status" });
-  root.append(panel("Change this run", buttons, why, said));
+  const place = panel("Change this run", buttons, why, said);
+  place.classList.add("actions");
+  root.append(place);
   let server = null;
   let shown = "";
 
@@ -97,11 +99,14 @@ function offered(run) {
 function whyNot(server, run, kinds) {
   if (run.state === "finished") return ["The run is finished: its plan no longer changes."];
   if (run.state === "unreadable") return ["The log of the run cannot be read."];
+  const lines = [...kinds.map((kind) => commandLine(kind, run.name)), commandLine("scale_lr", run.name, "0.5", "--dry-run")];
   return [
     element("p", { text: `Read-only: ${server.why_read_only}` }),
-    element("p", { text: "On the command line:" }),
-    element("pre", {}, element("code", {
-      text: [...kinds.map((kind) => commandLine(kind, run.name)), commandLine("scale_lr", run.name, "0.5", "--dry-run")].join("\n"),
-    })),
+    element(
+      "details",
+      {},
+      element("summary", { text: "The same on the command line" }),
+      element("pre", {}, element("code", { text: lines.join("\n") })),
+    ),
   ];
 }

@@ -7,7 +7,7 @@ import { arrow, changeText, count, plural, rate } from "./format.js";
 import { madeBy, pendingAdvice } from "./words.js";
 
 /** Items shown at first, and more with each press of the button. */
-const STEP = 25;
+const STEP = 10;
 
 /** Least time between two looks at what an advice would do, in milliseconds: the horizon moves. */
 const LOOK_EVERY_MS = 10_000;
@@ -165,14 +165,11 @@ class Adjustments {
         this.#acts(item, run),
       ),
       item.reason && element("p", { class: "why", text: item.reason }),
-      element(
-        "p",
-        { class: "faint" },
+      foldedGroups(item, names, [
         `${madeBy(item)} at ${count(item.decided_at)} · `,
         element("code", { text: item.id }),
         isPending(item) && [" · ", left],
-      ),
-      groupTable(item, names),
+      ]),
     ].filter(Boolean);
   }
 
@@ -281,15 +278,18 @@ function leftText(item, run) {
     : "can no longer be approved";
 }
 
-/** Return the values of all groups, folded; null where the first one says all. */
-function groupTable(item, names) {
+/** Return a line with the values of all groups folded under it; the line alone where the first says all. */
+function foldedGroups(item, names, line) {
   const groups = Math.max(item.before.length, item.after.length);
-  if (groups < 2) return null;
+  const isChanged =
+    String(item.before) !== String(item.after) ||
+    String(item.weight_decay_before) !== String(item.weight_decay_after);
+  if (groups < 2 || !isChanged) return element("p", { class: "faint" }, line);
   const decayed = item.weight_decay_after.length > 0;
   return element(
     "details",
     {},
-    element("summary", { text: plural(groups, "group") }),
+    element("summary", { class: "faint" }, line, ` · ${plural(groups, "group")}`),
     element(
       "table",
       { class: "data values" },

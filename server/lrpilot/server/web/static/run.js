@@ -14,7 +14,7 @@ import { mountSummary } from "./summary.js";
  * What stands below the curves, in order: functions of (root, context), each of a module of its own,
  * which return how to end them, or nothing. They are called once the run is known.
  */
-const PANELS = [mountActions, mountAdjustments, mountRanks, mountEvents, mountSpec];
+const PANELS = [mountAdjustments, mountRanks, mountEvents, mountSpec];
 
 /** Show one run in `root`; return how to end it. */
 export function mountRun(root, api, name) {
@@ -31,6 +31,7 @@ export function mountRun(root, api, name) {
   };
   // The curves are asked for at the same time as the run.
   mount(mountSummary);
+  mount(mountActions);
   mount(mountFigures);
 
   const show = (run) => {
