@@ -7,7 +7,7 @@ next event only once the one before was taken: a slow reader gets fewer, newer o
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -27,6 +27,9 @@ EVENT_S = 0.5
 
 BUSY = 0.1
 """Largest share of the event loop that preparing the events of one stream may take."""
+
+END_S = 1.0
+"""Longest that the end of a stream waits for its reader to take what came before."""
 
 QUIET_S = 15.0
 """A stream on which nothing happens says so after this time, lest something cuts it off."""
@@ -83,7 +86,10 @@ class EventStream(StreamingResponse):
             await send(begin)
             if scope["method"] != "HEAD":
                 await self._until_over(receive, send)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            end = {"type": "http.response.body", "body": b"", "more_body": False}
+            # Somebody who reads nothing is left alone.
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(send(end), END_S)
         finally:
             self._streams.open -= 1
 
