@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from tests.web.browser import Browser
     from tests.web.site import Trainer
 
-CONFIRM = "dialog .primary"
+CONFIRM = "dialog .primary:enabled"
 SAID = ".said"
 
 LOSE = """

@@ -116,8 +116,8 @@ class TestEventLog:
         browser.click("#events-all")
         browser.wait_for(EVENTS, "reported")
         assert seqs(browser) == list(range(site.run("log").seq, 0, -1))
-        assert browser.driver.current_url.endswith("?log=all")
-        browser.open("about:blank").open(site.url("/runs/log?log=all"))
+        assert browser.driver.current_url.endswith("?events=all")
+        browser.open("about:blank").open(site.url("/runs/log?events=all"))
         browser.wait_for(EVENTS, "reported")
         assert browser.all("#events-all")[0].is_selected()
 
@@ -157,7 +157,7 @@ class TestEventLog:
         self, browser: Browser, site: Site
     ) -> None:
         job = site.train("busy", falling(3))
-        browser.open(site.url("/runs/busy?log=all"))
+        browser.open(site.url("/runs/busy?events=all"))
         browser.wait_for(EVENTS, "reported")
         for _ in range(5):
             job.report(falling(4))

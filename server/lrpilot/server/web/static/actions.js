@@ -9,7 +9,7 @@ export function mayChange(server, run) {
   return server !== null && !server.read_only && ["created", "running"].includes(run.state);
 }
 
-/** Return the command line that makes a change; `more`: what follows the option, or the name of the run. */
+/** Return the command line that makes a change; `more`: what follows the name of the run. */
 export function commandLine(kind, name, ...more) {
   const [command, ...options] = CHANGES[kind].words;
   return ["lrpilot", "run", command, name, ...options, ...more, "--reason", "…"].join(" ");
@@ -99,13 +99,13 @@ function offered(run) {
 function whyNot(server, run, kinds) {
   if (run.state === "finished") return ["The run is finished: its plan no longer changes."];
   if (run.state === "unreadable") return ["The log of the run cannot be read."];
-  const lines = [...kinds.map((kind) => commandLine(kind, run.name)), commandLine("scale_lr", run.name, "0.5", "--dry-run")];
+  const lines = [...kinds, ...ADJUSTMENTS].map((kind) => commandLine(kind, run.name));
   return [
     element("p", { text: `Read-only: ${server.why_read_only}` }),
     element(
       "details",
       {},
-      element("summary", { text: "The same on the command line" }),
+      element("summary", { text: "On the command line (from another machine with --server HOST:PORT)" }),
       element("pre", {}, element("code", { text: lines.join("\n") })),
     ),
   ];

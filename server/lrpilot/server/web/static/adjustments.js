@@ -65,7 +65,7 @@ class Adjustments {
     context.api.serverInfo().then(
       (server) => {
         this.#server = server;
-        this.#forget();
+        this.#redraw();
       },
       () => {}, // The bar above says it; what can be done shows once the server answers.
     );
@@ -77,14 +77,12 @@ class Adjustments {
     for (const stop of this.#stops) stop();
   };
 
-  /** Draw every item anew. */
-  #forget() {
-    for (const entry of this.#items.values()) entry.text = "";
+  #redraw() {
     if (this.#context.run) this.#show(this.#context.run);
   }
 
   #show(run) {
-    const newest = run.adjustments.toReversed();
+    const newest = [...run.adjustments].reverse();
     const selected = this.#context.selected;
     const place = newest.findIndex((item) => item.id === selected);
     if (place >= this.#most) this.#most = place + 1;
@@ -117,7 +115,7 @@ class Adjustments {
   #showMore() {
     const first = this.#most;
     this.#most += STEP;
-    this.#show(this.#context.run);
+    this.#redraw();
     this.list.children[first]?.querySelector("button")?.focus();
   }
 
@@ -126,7 +124,7 @@ class Adjustments {
     // Of an advice the time that is left changes with the horizon.
     const left = isPending(item) ? item.expires - run.horizon : 0;
     const drawn = this.#wondered === item.id;
-    const text = JSON.stringify([item, left > 0, drawn, mayChange(this.#server, run)]);
+    const text = JSON.stringify([item, left > 0, drawn, mayChange(this.#server, run), this.#server]);
     const known = this.#items.get(item.id);
     if (known?.text === text) {
       if (left > 0) setText(known.left, leftText(item, run));
@@ -216,14 +214,14 @@ class Adjustments {
     else address.searchParams.delete("adjustment");
     if (address.href !== location.href) history.replaceState(history.state, "", address);
     if (!id || !this.#context.run) return;
-    if (!this.#items.has(id)) this.#show(this.#context.run);
+    if (!this.#items.has(id)) this.#redraw();
     this.#items.get(id)?.line.scrollIntoView({ block: "nearest" });
   }
 
   #choose(id) {
     this.#isChosen = true;
     this.#drawWhatIf(id);
-    this.#forget();
+    this.#redraw();
   }
 
   #drawWhatIf(id) {

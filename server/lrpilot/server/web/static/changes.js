@@ -47,21 +47,21 @@ export const CHANGES = {
     title: "Take an adjustment back",
     button: "Take back…",
     about: "LR and WD go on as if it ended at the horizon.",
-    words: ["adjust", "--undo"],
+    words: ["adjust", "--undo", "ID"],
     fields: [{ name: "id", label: "Adjustment", choices: (run) => run.adjustments.filter(mayBeUndone).reverse() }],
     body: ({ id }) => ({ undo: id }),
   },
   scale_lr: {
     title: "Scale LR",
     about: "Multiplies the LR of every group, within the run's bounds.",
-    words: ["adjust", "--scale-lr"],
+    words: ["adjust", "--scale-lr", "F"],
     fields: [{ name: "factor", label: "Factor", type: "number", value: "0.5" }],
     body: ({ factor }) => ({ scale_lr: Number(factor) }),
   },
   set_lr: {
     title: "Set LR",
     about: "Sets the LR of the first group, and scales the others alike.",
-    words: ["adjust", "--set-lr"],
+    words: ["adjust", "--set-lr", "X"],
     fields: [
       {
         name: "lr",
@@ -75,14 +75,14 @@ export const CHANGES = {
   scale_weight_decay: {
     title: "Scale WD",
     about: "Multiplies the WD of every group.",
-    words: ["adjust", "--scale-wd"],
+    words: ["adjust", "--scale-wd", "F"],
     fields: [{ name: "factor", label: "Factor", type: "number", value: "0.5" }],
     body: ({ factor }) => ({ scale_weight_decay: Number(factor) }),
   },
   begin_decay: {
     title: "Begin the decay",
     about: "Anneals the LR to its least value from the horizon on.",
-    words: ["adjust", "--begin-decay"],
+    words: ["adjust", "--begin-decay", "LENGTH"],
     fields: [
       {
         name: "length",
@@ -103,7 +103,7 @@ export const CHANGES = {
   total: {
     title: "Change the planned length",
     about: "Decays, ramps and stages that ended with the run end with it still.",
-    words: ["adjust", "--total"],
+    words: ["adjust", "--total", "N"],
     fields: [{ name: "total", label: "Total", type: "number", value: (run) => run.total, hint: (run) => run.unit }],
     body: ({ total }) => ({ total: Number(total) }),
   },

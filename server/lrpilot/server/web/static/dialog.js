@@ -9,6 +9,9 @@ import { drawEffect } from "./picture.js";
 
 const AUTHOR_KEY = "lrpilot.author";
 
+/** How long a plan that changed meanwhile is seen before it can be confirmed, in milliseconds. */
+const LOOK_MS = 1_000;
+
 /** Waits between tries of a call that may or may not have been carried out, in milliseconds. */
 const RETRY_MS = [500, 2_000];
 
@@ -234,7 +237,7 @@ export class ChangeDialog {
       }),
     );
     this.#endPicture = drawEffect(picture, answer);
-    this.confirm.textContent = `Confirm: ${CHANGES[this.#kind].title.toLowerCase().replace(/\b(lr|wd)\b/g, (word) => word.toUpperCase())}`;
+    this.confirm.textContent = `Confirm: ${what}`;
     this.confirm.hidden = false;
   }
 
@@ -297,14 +300,23 @@ export class ChangeDialog {
     this.#lock(false);
     const notice = { tone: "bad", text: error.message, fields: error.fields };
     if (error.reason === "PlanChanged") {
-      this.#tryOut({
-        tone: "warn",
-        text: "Nothing was done: the plan has changed since the dry run. Below is what it would do now.",
-      });
+      this.#showAnew();
       return;
     }
     this.#unsee();
     this.#say(notice);
+  }
+
+  async #showAnew() {
+    await this.#tryOut({
+      tone: "warn",
+      text: "Nothing was done: the plan has changed since the dry run. Below is what it would do now.",
+    });
+    // The second click of a double click confirms nothing that was not seen.
+    this.confirm.disabled = true;
+    setTimeout(() => {
+      this.confirm.disabled = this.#isBusy;
+    }, LOOK_MS);
   }
 
   #lock(isLocked) {

@@ -8,6 +8,12 @@ const PAGE = 50;
 /** Most events of a page of the server. */
 const MOST_NEW = 1_000;
 
+/** Events that may come while those before them are under way. */
+const MARGIN = 100;
+
+/** Most events in the list; beyond it the list begins anew, with its newest page. */
+const MOST_SHOWN = 5_000;
+
 /** Least time between two looks for new events, in milliseconds. */
 const LOOK_EVERY_MS = 1_000;
 
@@ -42,7 +48,7 @@ class EventLog {
   constructor(root, context) {
     this.#context = context;
     this.all = element("input", { type: "checkbox", id: "events-all", onchange: () => this.#turn() });
-    this.all.checked = new URLSearchParams(location.search).get("log") === "all";
+    this.all.checked = new URLSearchParams(location.search).get("events") === "all";
     this.list = element("ol", { class: "events" });
     this.failure = element("div", {});
     this.more = element("button", {
@@ -82,8 +88,8 @@ class EventLog {
 
   #turn() {
     const address = new URL(location.href);
-    if (this.all.checked) address.searchParams.set("log", "all");
-    else address.searchParams.delete("log");
+    if (this.all.checked) address.searchParams.set("events", "all");
+    else address.searchParams.delete("events");
     history.replaceState(history.state, "", address);
     this.#load();
   }
@@ -155,20 +161,20 @@ class EventLog {
     const missing = seq - this.#seq;
     this.#lookedMs = Date.now();
     if (this.#isBusy || missing <= 0) return;
-    if (missing > MOST_NEW) {
+    if (missing + MARGIN > MOST_NEW || this.list.childElementCount + missing > MOST_SHOWN) {
       this.#load();
       return;
     }
     this.#isBusy = true;
     try {
       const { events } = await this.#context.api.events(this.#context.name, {
-        pageSize: missing,
+        pageSize: missing + MARGIN,
         newestFirst: true,
       });
       if (mine !== this.#loads) return;
       const isWhole = events.length > 0 && events.at(-1).seq <= this.#seq + 1;
       if (!isWhole) {
-        // A page may end early, and the log may have grown meanwhile.
+        // A page may end early, and the log may have grown by more meanwhile.
         this.#load();
         return;
       }
