@@ -167,7 +167,7 @@ export class Chart {
       {
         width,
         height,
-        padding: [this.top, 14, 0, 0],
+        padding: [this.top, 24, 0, 0],
         legend: { show: false },
         scales: {
           x: { time: false, auto: false, range: (_, min, max) => [min, max] },
@@ -385,15 +385,20 @@ export class Chart {
   }
 }
 
-/** Return the value of a series at a progress as text: that of its nearest point, or straight between. */
+/**
+ * Return the value of a series at a progress as text: straight between its points, or that of the
+ * nearest one. Outside of its points there is none; `isExact`: nor between them.
+ */
 function valueText(item, at, isExact = false) {
   const { x, y } = item.reads ?? item;
+  const place = Math.round(at);
   if (item.isStraight) {
-    const value = valueAt(x, y, isExact ? at : Math.round(at));
+    const value = valueAt(x, y, place);
     return value === null ? "–" : rate(value);
   }
-  const index = nearest(x, at);
-  return index < 0 || (isExact && x[index] !== at) ? "–" : rate(y[index]);
+  const index = nearest(x, place);
+  const isThere = index >= 0 && (isExact ? x[index] === place : place >= x[0] && place <= x.at(-1));
+  return isThere ? rate(y[index]) : "–";
 }
 
 /** Steps between ticks of progress, which is whole. */

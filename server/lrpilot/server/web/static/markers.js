@@ -6,7 +6,10 @@ import { madeBy } from "./words.js";
 
 /** Pixels within which markers become one. */
 const NEAR = 13;
+/** Adjustments told of a marker that stands for several. */
 const LISTED = 4;
+/** Kinds, those first that somebody looks for: where several are one marker it has the first one's look. */
+const RANKS = ["advice", "change", "directive", "note", "passed"];
 
 /** Return what kind of marker an adjustment gets. */
 export function kindOf(item) {
@@ -95,7 +98,7 @@ export class Markers {
   }
 
   #button({ items }, index) {
-    const first = items.find((item) => kindOf(item) === "advice") ?? items.at(-1);
+    const first = items.toSorted((a, b) => RANKS.indexOf(kindOf(a)) - RANKS.indexOf(kindOf(b)))[0];
     const text = items.length > 1 ? plural(items.length, "adjustment") : titleOf(first);
     const button = element("button", {
       class: "marker",

@@ -1,11 +1,15 @@
 // The top of a run's view: whether it is well, what was done last and why, what comes next.
 
-import { nonfiniteLosses } from "./curves.js";
+import { nonfiniteLosses, valueAt } from "./curves.js";
 import { badge, element } from "./dom.js";
-import { count, percent, plural, progressText, rate } from "./format.js";
+import { count, duration, percent, plural, progressText, rate } from "./format.js";
 import { changeSentence, lastChange, lossText, nextOf, sinceText, stateOf, troublesOf } from "./words.js";
 
 const CLOCK_MS = 1000;
+/** Groups whose LR is told. */
+const GROUPS = 3;
+/** Over which time the pace is taken, at least and at most. */
+const PACE = { least_ms: 20_000, longest_ms: 300_000 };
 
 /** Show it in `root`; return how to end it. */
 export function mountSummary(root, context) {
@@ -27,6 +31,7 @@ export function mountSummary(root, context) {
     ),
   );
 
+  const pace = new Pace();
   let said = "";
   const show = () => {
     const { run, curves } = context;
@@ -37,7 +42,7 @@ export function mountSummary(root, context) {
     const found = troublesOf(run, nonfinite ?? null);
     bar.max = Math.max(1, run.total);
     bar.value = Math.min(run.progress, run.total);
-    const rows = factsOf(run, curves);
+    const rows = factsOf(run, curves, pace.left(run));
     // Only what changed is touched: a screen reader, and a selection of text, keep their place.
     const now = JSON.stringify([word, found, rows]);
     if (now === said) return;
@@ -75,17 +80,49 @@ function trouble({ tone, text, detail, id }, context) {
   return element("li", { class: "notice", dataset: { tone } }, said, Boolean(detail) && element("p", { class: "detail", text: detail }));
 }
 
-function factsOf(run, curves) {
+function factsOf(run, curves, left) {
   if (run.state === "unreadable") return [];
   const last = lastChange(run);
   const next = nextOf(run, curves);
-  const rates = (run.values ?? []).map((value) => (value.name ? `${value.name} ` : "") + rate(value.learning_rate));
+  const share = percent(run.total ? run.progress / run.total : 0);
   return [
-    ["Progress", `${progressText(run)} (${percent(run.total ? run.progress / run.total : 0)})`],
+    ["Progress", `${progressText(run)} (${share})${left}`],
     ["Loss", lossText(run)],
-    ["LR now", rates.slice(0, 3).join(", ") + (rates.length > 3 ? ` and ${plural(rates.length - 3, "group")} more` : "")],
+    ["LR now", rateText(run, curves)],
     ["Last change", last ? changeSentence(last) : "none: LR and WD follow the base schedule", last?.reason],
     ["Next", next.join("; ") || "nothing planned"],
     ["Attempt", run.attempt ? `${count(run.attempt)}, opened at ${count(run.begin)}` : "none yet"],
   ];
+}
+
+/** Return the LR of the first groups, and what share of the base schedule that is where it is one for all. */
+function rateText(run, curves) {
+  const values = run.values ?? [];
+  const rates = values.slice(0, GROUPS).map((value) => `${value.name} ${rate(value.learning_rate)}`.trim());
+  const more = values.length > GROUPS ? ` and ${plural(values.length - GROUPS, "group")} more` : "";
+  const shares = (curves?.groups ?? []).map(({ x, lr, base }) => {
+    const planned = valueAt(x, base, curves.progress);
+    return planned ? percent(valueAt(x, lr, curves.progress) / planned) : null;
+  });
+  const isOne = shares.length > 0 && shares.every((share) => share !== null && share === shares[0]);
+  return rates.join(", ") + more + (isOne && shares[0] !== "100 %" ? ` (${shares[0]} of the base schedule)` : "");
+}
+
+/** How long a run needs to its planned end, by the progress seen in the last minutes. */
+class Pace {
+  #seen = [];
+
+  /** Return it in words, empty where it is not known. */
+  left(run, now = Date.now()) {
+    if (this.#seen.at(-1)?.attempt !== run.attempt) this.#seen = [];
+    if (this.#seen.at(-1)?.progress !== run.progress) this.#seen.push({ attempt: run.attempt, progress: run.progress, now });
+    this.#seen = this.#seen.filter((item) => now - item.now < PACE.longest_ms);
+    const first = this.#seen[0];
+    const last = this.#seen.at(-1);
+    if (run.state !== "running" || !first || last.now - first.now < PACE.least_ms) return "";
+    const pace = (1000 * (last.progress - first.progress)) / (now - first.now);
+    return pace > 0 && run.total > run.progress
+      ? `, ${duration((run.total - run.progress) / pace)} left at ${rate(pace, 2)} a second`
+      : "";
+  }
 }
