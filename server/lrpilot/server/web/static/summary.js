@@ -32,7 +32,9 @@ export function mountSummary(root, context) {
   );
 
   const pace = new Pace();
-  let said = "";
+  const showState = filler(state, ([word, tone]) => badge(tone, word));
+  const showTroubles = filler(troubles, (found) => found.map((item) => trouble(item, context)));
+  const showFacts = [];
   const show = () => {
     const { run, curves } = context;
     if (!run) return;
@@ -42,20 +44,17 @@ export function mountSummary(root, context) {
     const found = troublesOf(run, nonfinite ?? null);
     bar.max = Math.max(1, run.total);
     bar.value = Math.min(run.progress, run.total);
-    const rows = factsOf(run, curves, pace.left(run));
-    // Only what changed is touched: a screen reader, and a selection of text, keep their place.
-    const now = JSON.stringify([word, found, rows]);
-    if (now === said) return;
-    said = now;
-    state.replaceChildren(badge(tone, word));
-    troubles.replaceChildren(...found.map((item) => trouble(item, context)));
+    showState([word, tone]);
+    showTroubles(found);
     troubles.hidden = found.length === 0;
-    facts.replaceChildren(
-      ...rows.flatMap(([name, text, detail]) => [
-        element("dt", { text: name }),
-        element("dd", {}, text, Boolean(detail) && element("p", { class: "detail", text: detail })),
-      ]),
-    );
+    for (const [index, row] of factsOf(run, curves, pace.left(run)).entries()) {
+      if (!showFacts[index]) {
+        const place = element("div");
+        facts.append(place);
+        showFacts[index] = filler(place, fact);
+      }
+      showFacts[index](row);
+    }
   };
   let known = null;
   const tellNews = (run) => {
@@ -71,6 +70,24 @@ export function mountSummary(root, context) {
     for (const end of ends) end();
     clearInterval(timer);
   };
+}
+
+/** Return how to fill `place` with what `make` makes of a value; one that did not change leaves it alone. */
+function filler(place, make) {
+  let shown = null;
+  return (value) => {
+    const text = JSON.stringify(value);
+    if (text === shown) return;
+    shown = text;
+    place.replaceChildren(...[make(value)].flat());
+  };
+}
+
+function fact([name, text, detail]) {
+  return [
+    element("dt", { text: name }),
+    element("dd", {}, text, Boolean(detail) && element("p", { class: "detail", text: detail })),
+  ];
 }
 
 function trouble({ tone, text, detail, id }, context) {
