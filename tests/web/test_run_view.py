@@ -460,12 +460,12 @@ class TestMarks:
 class TestLive:
     def test_it_follows_a_run_that_trains(self, browser: Browser, site: Site) -> None:
         trainer = site.train(
-            "live",
+            "followed",
             [3.0],
             total=2000,
             policies=[{"kind": "plateau", "patience": 0, "cooldown": 10**6}],
         )
-        opened(browser, site, "/runs/live")
+        opened(browser, site, "/runs/followed")
         browser.wait_for("#connection", "live")
         browser.wait_for(".facts", "none: LR and WD follow the base schedule")
         over_ = threading.Event()
@@ -491,7 +491,7 @@ class TestLive:
 
         trainer.report([9.0])
         fired = browser.wait_for(".facts", "LR x 0.5 at").text
-        (change,) = site.adjustments("live")
+        (change,) = site.adjustments("followed")
         assert change.reason in fired
         browser.wait_for(".adjustments li", change.reason)
         assert change.reason in str(key_marker(browser, "change").get_attribute("aria-label"))
