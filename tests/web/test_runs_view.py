@@ -12,6 +12,7 @@ from tests.web.site import ADVISING, Site, falling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.web.browser import Browser
 
@@ -38,25 +39,8 @@ new MutationObserver(note).observe(document.querySelector(".runs tbody"), {
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A server with runs in every state that a test can bring about."""
-    program = serve(tmp_path_factory.mktemp("runs") / "data")
-    with Site(program.grpc, program.http) as site:
-        add_runs(site)
-        yield site
-    program.dispose()
-
-
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """A server without runs."""
-    program = serve(tmp_path_factory.mktemp("empty") / "data")
-    with Site(program.grpc, program.http) as site:
-        yield site
-    program.dispose()
-
-
-def add_runs(site: Site) -> None:
+def site(site: Site) -> Site:
+    """Runs in every state that a test can bring about."""
     site.train("b-trains", falling(20))
     site.train("a-trains", falling(40), total=2000)
     site.train("d-advised", [2.0, 2.0], **ADVISING)
@@ -66,6 +50,7 @@ def add_runs(site: Site) -> None:
     site.train("e-finished", [1.0, float("nan")])
     site.finish("e-finished")
     site.create("f-created")
+    return site
 
 
 def line(browser: Browser, name: str) -> str:
@@ -185,6 +170,14 @@ class TestFilterAndOrder:
 
 
 class TestLive:
+    @pytest.fixture
+    def empty(self, tmp_path: Path) -> Iterator[Site]:
+        """A server without runs."""
+        program = serve(tmp_path / "data")
+        with Site(program.grpc, program.http) as site:
+            yield site
+        program.dispose()
+
     def test_an_empty_list_says_how_to_begin_and_fills_by_itself(
         self, empty: Site, browser: Browser
     ) -> None:
