@@ -65,10 +65,6 @@ class Terminal:
     ) -> None:
         """Start `lrpilot` with arguments, on a terminal of (columns, lines)."""
         self._master, slave = pty.openpty()
-        # Ctrl-C would throw away what is on its way, in the middle of a letter.
-        modes = termios.tcgetattr(slave)
-        modes[3] |= termios.NOFLSH
-        termios.tcsetattr(slave, termios.TCSANOW, modes)
         self._pages = {name: _Page(*size) for name in ("normal", "alternate")}
         self._now = "normal"
         self._picture = ""
@@ -106,9 +102,14 @@ class Terminal:
             self._picture = ""
             self._set_size(columns, lines)
 
-    def press_ctrl_c(self) -> None:
-        """Press Ctrl-C."""
-        os.write(self._master, b"\x03")
+    def press(self, keys: str) -> None:
+        """Type something; "\\x03" is Ctrl-C."""
+        os.write(self._master, keys.encode())
+
+    @property
+    def echoes(self) -> bool:
+        """Whether what is typed shows on the screen."""
+        return bool(termios.tcgetattr(self._master)[3] & termios.ECHO)
 
     @property
     def screen(self) -> str:
@@ -149,7 +150,8 @@ class Terminal:
         fcntl.ioctl(self._master, termios.TIOCSWINSZ, size)
 
     def _read(self) -> None:
-        decoder = codecs.getincrementaldecoder(self._encoding)("strict")
+        # Ctrl-C throws away what is on its way, also in the middle of a letter or a sequence.
+        decoder = codecs.getincrementaldecoder(self._encoding)("replace")
         rest = ""
         while True:
             try:
@@ -157,7 +159,7 @@ class Terminal:
             except OSError:
                 # Nobody has the other end any more.
                 data = b""
-            text = rest + decoder.decode(data, final=not data)
+            text = rest + decoder.decode(data)
             cut = _UNFINISHED.search(text)
             rest = text[cut.start() :] if cut and data else ""
             with self._changed:
@@ -184,6 +186,8 @@ class Terminal:
                 self._now = "alternate" if final == "h" else "normal"
             elif (arguments, final) in (("?25", "h"), ("?25", "l")):
                 self.is_cursor_shown = final == "h"
+            elif whole == "\x1b":
+                continue
             elif final is None:
                 assert whole.isprintable(), f"{whole!r} in {text!r}"
                 page.write(whole)

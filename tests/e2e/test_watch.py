@@ -104,11 +104,27 @@ def test_a_cut_shows_while_a_client_trains(
     assert dots
     assert min(dots) > right
     assert terminal.moved == 0
-    terminal.press_ctrl_c()
+    terminal.press("\x03")
     assert terminal.ended() == 130
     assert not terminal.is_full_screen
     assert terminal.is_cursor_shown
-    assert terminal.screen.strip() in ("", "^C")
+    assert terminal.screen.strip() == ""
+
+
+def test_keys_leave_no_trace(servers: Servers, terminals: Terminals, connect: Connect) -> None:
+    server = servers()
+    job = Job(connect, server.grpc, spec())
+    job.train(5)
+    terminal = terminals("run", "watch", "watched", "--server", server.grpc, *QUICK)
+    terminal.wait_for("5 of 200")
+    assert not terminal.echoes
+    terminal.press("hello\nq")
+    job.train(15)
+    assert "hello" not in terminal.wait_for("20 of 200")
+    terminal.press("\x03")
+    assert terminal.ended() == 130
+    assert terminal.echoes
+    assert terminal.screen.strip() == ""
 
 
 def test_it_outlives_its_server(servers: Servers, terminals: Terminals, connect: Connect) -> None:
@@ -167,7 +183,7 @@ def test_show_draws_below_its_panel_on_a_terminal(
     server = servers()
     Job(connect, server.grpc, spec()).train(100)
     shown = terminals("run", "show", "watched", "--server", server.grpc, size=(120, 70))
-    assert shown.ended() == 0
+    assert shown.ended() == 0, shown.screen
     panel, _, picture = shown.screen.partition("╯")
     assert "LR x 0.5" in panel
     for name in ("loss", "learning rate", "weight decay"):
@@ -215,7 +231,7 @@ def test_without_a_name_all_runs_are_listed(
     assert header.split()[:4] == ["run", "state", "attempt", "progress"]
     assert first.split()[:4] == ["first", "running", "1", "30"]
     assert second.split()[:4] == ["second", "running", "1", "0"]
-    terminal.press_ctrl_c()
+    terminal.press("\x03")
     assert terminal.ended() == 130
 
 
