@@ -56,7 +56,7 @@ def drawn(
     console = Console(file=file, width=width, height=height, _environ={})
     console.print(Plain(ChartView(shown, height=height, **options)))
     file.flush()
-    return file.buffer.getvalue().decode(encoding).splitlines()  # type: ignore[attr-defined]
+    return file.buffer.getvalue().decode(encoding).splitlines()
 
 
 class Panel:
@@ -66,7 +66,7 @@ class Panel:
         start = next(index for index, line in enumerate(lines) if line.startswith(title))
         self.title = lines[start]
         body = lines[start + 1 :]
-        rows = []
+        rows: list[tuple[str, str]] = []
         for line in body:
             found = re.match(r"( *(?:[-+.0-9e]+)?)\|", line)
             if found is None and rows:
