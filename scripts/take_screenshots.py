@@ -80,8 +80,7 @@ def save(image: Image.Image, path: Path) -> None:
 def bottom(browser: Browser, css: str) -> int:
     """Return where an element ends, in pixels from the top of the page."""
     script = "return document.querySelector(arguments[0]).getBoundingClientRect().bottom + scrollY"
-    found: float = browser.run_script(script, css)
-    return math.ceil(found)
+    return math.ceil(browser.run_script(script, css))
 
 
 def take(browser: Browser, address: str, folder: Path) -> None:
@@ -98,6 +97,8 @@ def take(browser: Browser, address: str, folder: Path) -> None:
         open_run(DESKTOP, theme)
         whole = picture(browser, bottom(browser, ".figures") + 16)
         save(whole, folder / f"page-run-{theme}.png")
+    open_run(DESKTOP, "light")
+    save(dry_run(browser), folder / "page-dry-run.png")
     open_run(PHONE, "light")
     save(picture(browser, bottom(browser, ".figures") + 12, 1.5), folder / "page-run-phone.png")
     browser.resize(DESKTOP)
@@ -106,6 +107,23 @@ def take(browser: Browser, address: str, folder: Path) -> None:
     browser.wait_for(".runs tbody tr", RUN)
     browser.wait_for("#connection", "live")
     save(picture(browser, bottom(browser, ".runs") + 48), folder / "page-runs.png")
+
+
+def dry_run(browser: Browser) -> Image.Image:
+    """Return the dialog of an anneal that is shown before it is confirmed."""
+    browser.click("[data-role=adjust]")
+    browser.choose("dialog select", "begin_decay")
+    browser.fill("dialog [name=length]", "8000")
+    browser.fill("dialog textarea", "the loss has stopped falling")
+    browser.fill("dialog [id$=-author]", "ada")
+    browser.click("dialog [type=submit]")
+    browser.wait_for("dialog .values", "→")
+    shown = picture(browser, 1400)
+    edges = browser.run_script(
+        "const box = document.querySelector('dialog').getBoundingClientRect();"
+        "return [box.left - 24, box.top - 24, box.right + 24, box.bottom + 24]"
+    )
+    return shown.crop(tuple(map(round, edges)))
 
 
 def main() -> None:

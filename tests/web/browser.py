@@ -80,7 +80,7 @@ class Browser:
 
     def run_script(self, script: str, *arguments: Any) -> Any:
         """Run JavaScript in the page."""
-        return self.driver.execute_script(script, *arguments)  # type: ignore[no-untyped-call]
+        return self.driver.execute_script(script, *arguments)
 
     def before_scripts(self, script: str) -> None:
         """Run JavaScript in each page that is loaded from now on, before its own."""
@@ -187,7 +187,7 @@ class Browser:
 
     def choose(self, css: str, value: str) -> None:
         """Choose an option of a select by its value."""
-        Select(self.wait_for(css)).select_by_value(value)  # type: ignore[no-untyped-call]
+        Select(self.wait_for(css)).select_by_value(value)
 
     def press(self, *keys: str) -> None:
         """Press keys, where the focus is."""

@@ -49,7 +49,7 @@ def browser(chromium: webdriver.Chrome) -> Iterator[Browser]:
         browser.console()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A server for tests that take care of their own runs."""
     program = serve(tmp_path_factory.mktemp("web") / "data")

@@ -37,10 +37,10 @@ def spec_of(name: str, **fields: Any) -> dict[str, Any]:
     } | fields
 
 
-ADVISING = {"policies": [{"kind": "plateau", "patience": 0, "mode": "advise"}]}
+ADVISING: dict[str, Any] = {"policies": [{"kind": "plateau", "patience": 0, "mode": "advise"}]}
 """Fields of a spec whose policy advises to cut the LR at each loss that is no improvement."""
 
-ACTING = {"policies": [{"kind": "plateau", "patience": 0, "cooldown": 1000}]}
+ACTING: dict[str, Any] = {"policies": [{"kind": "plateau", "patience": 0, "cooldown": 1000}]}
 """Fields of a spec whose policy cuts the LR at the first loss that is no improvement."""
 
 

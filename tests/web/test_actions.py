@@ -47,7 +47,7 @@ def job(site: Site) -> Trainer:
     return site.train(f"job-{next(_NUMBERS)}", falling(3), **WARMING)
 
 
-WARMING = {
+WARMING: dict[str, Any] = {
     "learning_rate": {"peak": 1e-3, "min": 1e-5, "warmup": 100, "decay": {"style": "cosine"}}
 }
 """Every value differs from the one before, so that a hold shows."""

@@ -134,13 +134,13 @@ class TestEventLog:
     def test_older_events_come_on_demand_and_newer_ones_by_themselves(
         self, browser: Browser, site: Site
     ) -> None:
-        job = site.train("long", falling(2))
+        job = site.train("much", falling(2))
         for number in range(70):
-            site.adjust("long", scale_lr=1.0 + 0.001 * (number + 1), reason=f"number {number}")
-        browser.open(site.url("/runs/long"))
+            site.adjust("much", scale_lr=1.0 + 0.001 * (number + 1), reason=f"number {number}")
+        browser.open(site.url("/runs/much"))
         browser.wait_for(EVENTS, "number 69")
         assert len(browser.texts(EVENTS)) == 50
-        site.adjust("long", hold=True, reason="the newest")
+        site.adjust("much", hold=True, reason="the newest")
         job.report(falling(2))
         browser.wait_for(EVENTS, "the newest")
         assert "the newest" in browser.texts(EVENTS)[0]
@@ -156,12 +156,12 @@ class TestEventLog:
     def test_with_all_events_on_a_training_run_none_is_missing(
         self, browser: Browser, site: Site
     ) -> None:
-        job = site.train("busy", falling(3))
-        browser.open(site.url("/runs/busy?events=all"))
+        job = site.train("fast", falling(3))
+        browser.open(site.url("/runs/fast?events=all"))
         browser.wait_for(EVENTS, "reported")
         for _ in range(5):
             job.report(falling(4))
-        newest = site.run("busy").seq
+        newest = site.run("fast").seq
         browser.wait(lambda: seqs(browser)[0] == newest, "the newest event is there")
         assert seqs(browser) == list(range(newest, 0, -1))
 

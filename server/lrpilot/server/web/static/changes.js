@@ -88,7 +88,7 @@ export const CHANGES = {
         name: "length",
         label: "Length",
         value: "10%",
-        hint: (run) => `a count of ${run.unit}, or a share of the progress so far, as 10%`,
+        hint: (run) => `${run.unit}, or a share of the progress so far: 10%`,
       },
       { name: "style", label: "Style", choices: () => ["minus_sqrt", "exponential", "linear", "cosine"] },
     ],

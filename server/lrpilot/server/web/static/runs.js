@@ -396,10 +396,14 @@ function matches({ run, state }, wish) {
   return words.every((word) => text.includes(word));
 }
 
-/** Advice waits for somebody as well: before what only trains, behind what has trouble. */
+/** A loss that is not finite and advice need somebody as well: before what only trains or is held. */
 function urgency({ run, state }) {
   const place = STATES.indexOf(state.word);
-  return run.pending_advice > 0 ? Math.min(place, STATES.indexOf("is held") - 0.5) : place;
+  if (run.state !== "running") return place;
+  const loss = toNumber(run.loss);
+  const held = STATES.indexOf("is held");
+  if (loss !== null && !Number.isFinite(loss)) return Math.min(place, held - 0.75);
+  return run.pending_advice > 0 ? Math.min(place, held - 0.5) : place;
 }
 
 function sortRows(rows, sort) {
