@@ -80,7 +80,8 @@ def save(image: Image.Image, path: Path) -> None:
 def bottom(browser: Browser, css: str) -> int:
     """Return where an element ends, in pixels from the top of the page."""
     script = "return document.querySelector(arguments[0]).getBoundingClientRect().bottom + scrollY"
-    return math.ceil(browser.run_script(script, css))
+    found: float = browser.run_script(script, css)
+    return math.ceil(found)
 
 
 def take(browser: Browser, address: str, folder: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import math
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -353,6 +354,102 @@ def test_show_of_a_run_without_groups_losses_or_attempt(run: Cli, server: Any, s
     assert "created" in text
     for part in ("smoothed", "attempt", "group", "why", "validation", "stage", "held", "directive"):
         assert part not in text
+
+
+def curves(**fields: Any) -> runs_pb2.GetCurvesResponse:
+    losses = [(0, 3.0), (50, math.nan), (132, 2.5), (140, 2.25)]
+    known: dict[str, Any] = {
+        "end": 1000,
+        "progress": 140,
+        "horizon": 173,
+        "losses": [
+            runs_pb2.LossCurve(
+                attempt=1,
+                forgotten_from=100,
+                loss=runs_pb2.Curve(progress=[100, 120], value=[4.0, 5.0]),
+            ),
+            runs_pb2.LossCurve(
+                attempt=2,
+                begin=100,
+                loss=runs_pb2.Curve(
+                    progress=[at for at, _ in losses], value=[value for _, value in losses]
+                ),
+            ),
+        ],
+        "smoothed_loss": runs_pb2.Curve(progress=[0, 140], value=[3.0, 2.625]),
+        "groups": [
+            runs_pb2.GroupCurve(
+                progress=[0, 163, 164, 1000],
+                learning_rate=[2e-4, 2e-4, 1e-4, 1e-4],
+                base_learning_rate=[2e-4] * 4,
+                weight_decay=[0.1] * 4,
+            )
+        ],
+    }
+    return runs_pb2.GetCurvesResponse(**(known | fields))
+
+
+@pytest.mark.parametrize("form", ["png", "svg"])
+def test_show_draws_into_a_file(
+    run: Cli, server: Any, specs: Any, tmp_path: Path, form: str
+) -> None:
+    server.answers["GetRun"] = lambda _: runs_pb2.GetRunResponse(run=run_message(specs.plain))
+    server.answers["GetCurves"] = lambda _: curves()
+    target = tmp_path / f"a.{form}"
+    result = run("show", "small", "-o", str(target))
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "7-132-0" in result.stdout
+    picture = target.read_bytes()
+    if form == "png":
+        assert picture.startswith(b"\x89PNG")
+        return
+    texts = [part.split("-->")[0].strip() for part in picture.decode().split("<!--")[1:]]
+    for text in ("small", "not finite: 1 loss", "forgotten", "used", "base schedule", "planned",
+                 "weight decay", "progress (iterations)", "1"):  # fmt: skip
+        assert text in texts
+    assert any(text.startswith("at 164 (policies.0 (plateau)): LR x 0.5") for text in texts)
+    again = tmp_path / "again.svg"
+    run("show", "small", "--json", "-o", str(again), "--log")
+    assert again.read_bytes() != picture
+    run("show", "small", "-o", str(again))
+    assert again.read_bytes() == picture
+
+
+def test_show_draws_only_what_it_can(run: Cli, server: Any, specs: Any, tmp_path: Path) -> None:
+    server.answers["GetRun"] = lambda _: runs_pb2.GetRunResponse(run=run_message(specs.plain))
+    # In a pipe the curves are not even asked for.
+    assert run("show", "small").exit_code == 0
+    assert [type(request).__name__ for request in server.requests] == ["GetRunRequest"]
+    wrong = run("show", "small", "-o", "a.pdf")
+    assert wrong.exit_code == 2
+    assert "give a file that ends in .png or .svg" in wrong.stderr
+    assert "--log is for pictures alone" in run("show", "small", "--log").stderr
+    nowhere = run("show", "small", "-o", str(tmp_path / "nowhere" / "a.png"))
+    assert (nowhere.exit_code, nowhere.stdout) == (2, "")
+    assert len(server.requests) == 1
+    loss = runs_pb2.LossCurve(attempt=1, loss=runs_pb2.Curve(progress=[0, 1], value=[1.0, -1.0]))
+    server.answers["GetCurves"] = lambda _: curves(losses=[loss])
+    target = tmp_path / "a.png"
+    negative = run("show", "small", "--log", "-o", str(target))
+    assert negative.exit_code == 2
+    assert "a loss is 0 or negative" in negative.stderr
+    assert not target.exists()
+    empty = curves(losses=[], smoothed_loss=None, progress=0, horizon=32)
+    server.answers["GetCurves"] = lambda _: empty
+    assert run("show", "small", "-o", str(target)).exit_code == 0
+    assert target.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("arguments", [(), ("small",)], ids=["all", "one"])
+def test_watch_needs_a_terminal(run: Cli, server: Any, arguments: tuple[str, ...]) -> None:
+    result = run("watch", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    said, hint = result.stderr.splitlines()
+    assert said == "error: watch draws on a terminal, and this is none"
+    for name in arguments:
+        assert hint == f"hint: see `lrpilot run show {name}` and `lrpilot run history {name}`"
+    assert server.requests == []
+    assert "say which" in run("watch", "--log").stderr
 
 
 def test_list_reads_every_page(run: Cli, server: Any, specs: Any) -> None:

@@ -28,6 +28,7 @@ from lrpilot.server._store import (
     AppendResult,
     Heard,
     LogRow,
+    Segment,
     Snapshot,
     Store,
     StoreUnavailable,
@@ -135,6 +136,15 @@ class FaultyStore:
 
     def compact(self, run: str, through_seq: int) -> int:
         return self._store.compact(run, through_seq)
+
+    def segments(self, run: str, after_seq: int = 0) -> list[Segment]:
+        return self._store.segments(run, after_seq)
+
+    def segment(self, run: str, segment: Segment) -> bytes | None:
+        return self._store.segment(run, segment)
+
+    def save_overview(self, run: str, segment: Segment) -> bool:
+        return self._store.save_overview(run, segment)
 
     def size(self) -> int:
         return self._store.size()

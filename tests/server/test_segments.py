@@ -3,8 +3,10 @@
 import math
 import os
 import random
+from collections.abc import Callable, Collection
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from lrpilot import core
 from lrpilot.server import _segments
-from lrpilot.server._segments import Corrupt, checksum, pack, unpack
+from lrpilot.server._segments import Corrupt, checksum, pack, read_losses, unpack
 from lrpilot.server._store import MAX_SEQ, LogRow
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "segment_1.bin"
@@ -122,10 +124,10 @@ class TestRoundTrip:
     @example([2**63 - 1, -(2**63)] * 2)
     @example([k**3 // 7 for k in range(500)])
     def test_any_numbers(self, numbers: list[int]) -> None:
-        out = _segments._Writer()
+        out = _segments.ColumnWriter()
         out.column(numbers, range(1, 9))
         out.integer(2**62)
-        data = _segments._Reader(bytes(out.data))
+        data = _segments.ColumnReader(bytes(out.data))
         assert data.column(len(numbers)) == numbers
         assert data.integer() == 2**62
 
@@ -136,6 +138,85 @@ class TestRoundTrip:
             [b"", *(f'{{"values":{some!r}}}'.replace(" ", "").encode() for some in lists)]
         )
         assert unpack(pack(rows)) == rows
+
+
+REPORTS = st.builds(
+    core.Report,
+    progress=st.integers(0, 50),
+    loss=st.none() | st.sampled_from([1.0, 2.5, math.nan, math.inf]),
+    weight=st.sampled_from([1.0, 3.0]),
+    moves_to=st.integers(51, 60),
+    skipped=st.sampled_from([False] * 9 + [True]),
+    tries=st.sampled_from([0, 0, 1]),
+    validation=st.sampled_from([{}, {}, {}, {"val": 1.5}]),
+    gradient_norm=st.none() | st.sampled_from([0.5, 0.5, math.nan]),
+    batch=st.none() | st.sampled_from([1, 32]),
+)
+PLAIN = st.builds(
+    core.Report, st.integers(0, 50), st.sampled_from([1.0, 2.5]), st.just(1.0), st.integers(0, 60)
+)
+
+
+@st.composite
+def losses_of_a_job(draw: st.DrawFn) -> list[core.Event]:
+    """Draw events of which some hold losses."""
+    events: list[core.Event] = []
+    for attempt in range(1, draw(st.integers(1, 3)) + 1):
+        several = draw(st.booleans())
+        ranks: dict[str, Any] = {"reporters": (0, 1)} if several else {}
+        events.append(
+            core.Opened(attempt, "0" * 32, draw(st.integers(0, 5)), "", "", 0, "", **ranks)
+        )
+        for _ in range(draw(st.integers(0, 12))):
+            said = draw(st.lists(draw(st.sampled_from([PLAIN, REPORTS])), min_size=1, max_size=3))
+            rank = draw(st.integers(0, 1)) if several else None
+            events += [
+                core.Recorded(attempt, 0, 1, (0.5, 0.25), (0.0, 1.0), 0),
+                core.Reported(attempt, draw(st.sampled_from(["@1", "nan"])), tuple(said), rank),
+            ]
+            if draw(st.integers(0, 5)) == 0:
+                events.append(core.Waived(attempt, draw(st.integers(0, 60))))
+    return events
+
+
+class TestReadLosses:
+    @given(losses_of_a_job())
+    def test_they_are_those_of_the_rows(self, events: list[core.Event]) -> None:
+        rows = chained([core.encode(event) for event in events], first=7)
+        expected, found = core.LossReader(), core.LossReader()
+        for row in rows:
+            expected.read(row.payload)
+        notable = read_losses(pack(rows), found)
+        assert repr(found.attempts) == repr(expected.attempts)
+        assert repr(found.state()) == repr(expected.state())
+        kinds = {"reported", "recorded"}
+        assert notable == [
+            row.seq for row, event in zip(rows, events, strict=True) if event.kind not in kinds
+        ]
+
+    def test_a_job_of_which_little_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Reports are read column by column, and values not at all: then it is fast."""
+        rows = chained(job(500))
+        expected, found = core.LossReader(), core.LossReader()
+        for row in rows:
+            expected.read(row.payload)
+        block = pack(rows)
+        monkeypatch.setattr(core.LossReader, "_report", lambda *_: pytest.fail("read as text"))
+        monkeypatch.setattr(_segments, "_floats", counted := Counted(_segments._floats))
+        read_losses(block, found)
+        assert found._current == expected._current
+        assert counted.numbers == len(found._current.losses.values) > 0
+
+
+class Counted:
+    """Counts the floats that were made."""
+
+    def __init__(self, make: Callable[[Collection[int]], tuple[float, ...]]) -> None:
+        self._make, self.numbers = make, 0
+
+    def __call__(self, numbers: Collection[int]) -> tuple[float, ...]:
+        self.numbers += len(numbers)
+        return self._make(numbers)
 
 
 class TestSize:

@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ import pytest
 from lrpilot.server import _memory_store, _packing
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._packing import PackedLog
+from lrpilot.server._segments import unpack
 from lrpilot.server._sql_store import open_store
 from lrpilot.server._store import (
     MAX_SEQ,
     Append,
     LogRow,
+    Segment,
     SeqTaken,
     Snapshot,
     Store,
@@ -563,6 +566,61 @@ class TestCompact:
         assert store.read("a") == list(rows(1, 12))
 
 
+class TestSegments:
+    """What is packed, with what somebody made of it."""
+
+    @pytest.fixture(autouse=True)
+    def short(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Make segments short."""
+        monkeypatch.setattr(_packing, "SEGMENT_ROWS", 5)
+
+    def packed(self, store: Store, run: str, last: int, mark: str = "") -> list[Segment]:
+        """Write a run down and pack it."""
+        assert store.append([Append(run, rows(1, last, mark), create=True)]) == [None]
+        compact_all(store, run, last)
+        return store.segments(run)
+
+    def test_they_are_what_was_packed(self, store: Store) -> None:
+        found = self.packed(store, "a", 13)
+        if isinstance(store, MemoryStore):
+            assert found == []
+            return
+        assert [(one.first_seq, one.last_seq, one.overview) for one in found] == [
+            (1, 5, None),
+            (6, 10, None),
+        ]
+        for one in found:
+            block = store.segment("a", one)
+            assert block is not None
+            assert unpack(block) == list(rows(one.first_seq, one.last_seq))
+        for after_seq, left in [(-1, 2), (4, 2), (5, 1), (9, 1), (10, 0), (MAX_SEQ + 1, 0)]:
+            assert store.segments("a", after_seq) == found[len(found) - left :]
+        assert store.segments("nobody") == []
+        assert store.segment("nobody", found[0]) is None
+
+    def test_an_overview_is_kept_with_its_segment(self, store: Store) -> None:
+        self.packed(store, "b", 13)
+        for one in self.packed(store, "a", 13):
+            for text in (b"first", b"", b"again"):
+                given = replace(one, overview=text)
+                assert store.save_overview("a", given)
+                assert given in store.segments("a")
+        assert all(one.overview is None for one in store.segments("b"))
+
+    def test_one_of_what_is_not_there_is_not_kept(self, store: Store) -> None:
+        gone = Segment(1, 5, "0" * 64, b"of none")
+        assert not store.save_overview("a", gone)
+        for one in self.packed(store, "a", 6):
+            gone = replace(one, overview=b"old")
+            assert store.save_overview("a", gone)
+        store.delete("a")
+        assert not store.save_overview("a", gone)
+        for one in self.packed(store, "a", 6, mark="other-"):
+            assert one.overview is None
+            assert store.segment("a", gone) is None
+        assert not store.save_overview("a", gone)
+
+
 class TestSize:
     def test_what_is_on_disk(self, store: Store) -> None:
         empty = store.size()
@@ -609,11 +667,15 @@ class TestClose:
             lambda store: store.save_snapshot("a", snap(1)),
             lambda store: store.snapshot("a"),
             lambda store: store.compact("a", 1),
+            lambda store: store.segments("a"),
+            lambda store: store.segment("a", Segment(1, 1, "", None)),
+            lambda store: store.save_overview("a", Segment(1, 1, "", b"")),
             lambda store: store.size(),
         ],
         ids=[
             *["append", "adopt", "read", "head", "heads", "runs", "delete", "check"],
-            *["recent", "save_snapshot", "snapshot", "compact", "size"],
+            *["recent", "save_snapshot", "snapshot", "compact", "segments", "segment"],
+            *["save_overview", "size"],
         ],
     )
     def test_nothing_works_afterwards(self, store: Store, use: Callable[[Store], Any]) -> None:

@@ -72,6 +72,8 @@ def check_golden(store: Store, revision: str) -> None:
             assert sorted(map(tuple, packed)) == [(1, 2), (41, 41)]
         assert store.snapshot("first") == Snapshot(3, f"{3:064x}", 2, b"fold 3")
         assert store.snapshot("first", floor=1) == Snapshot(1, f"{1:064x}", 0, b"fold 1")
+        overviews = [one.overview for run in store.runs() for one in store.segments(run)]
+        assert overviews == [b"overview 2" if revision >= "0003" else None, None]
     added = LogRow(4, b"4", "digest-4", 4)
     assert store.append([Append("first", (added,), after=f"{3:064x}")]) == [None]
     assert store.append([Append("third", (LogRow(1, b"", "", 0),), create=True)]) == [None]

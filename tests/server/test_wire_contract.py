@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from lrpilot import core
+from lrpilot.server import _packing
 from lrpilot.server._memory_store import MemoryStore
 from lrpilot.server._sql_store import open_store
-from lrpilot.server._store import Store
+from lrpilot.server._store import MAX_SEQ, Store
 from lrpilot.v1 import trainer_pb2
+from tests.packing import compact_all
 from tests.rules import world
 from tests.rules.cases import CASES
 
@@ -122,6 +124,25 @@ class TestLog:
         for row in served.store.read("small"):
             state.apply(core.decode(row.payload), row.payload)
             assert (state.seq, state.digest) == (row.seq, row.digest)
+
+
+class TestCurves:
+    async def test_they_show_every_loss_also_after_a_restart(
+        self, served: Replica, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_packing, "SEGMENT_ROWS", 8)
+        job = await served.start_job()
+        for n in range(30):
+            await job.report((n, float(n)))
+        job = await served.open(progress=20)
+        await job.report((20, 100.0))
+        for _ in range(3):
+            first, second = (await served.call("GetCurves", run="small", points=100)).losses
+            assert list(first.loss.value) == [float(n) for n in range(30)]
+            assert (first.forgotten_from, second.begin) == (20, 20)
+            assert list(second.loss.value) == [100.0]
+            compact_all(served.store, "small", MAX_SEQ)
+            await served.restart()
 
 
 @pytest.fixture(scope="module")

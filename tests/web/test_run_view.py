@@ -280,8 +280,7 @@ class TestCurves:
         page.wait(lambda: parameters(page).get("log") == ["lr"], "the address says it")
         opened(page, site, "/runs/eventful?log=loss,lr")
         for title in ("Loss", "Learning rate"):
-            button = page.wait_for(f"[aria-label='{title}: log axis']")
-            page.wait(lambda b=button: b.get_attribute("aria-pressed") == "true", title)
+            page.wait_for(f"[aria-label='{title}: log axis'][aria-pressed=true]")
         wait_for_pixels(page, "Learning rate", "series-0")
 
     def test_groups_are_chosen(self, page: Browser) -> None:
@@ -460,9 +459,13 @@ class TestMarks:
 
 class TestLive:
     def test_it_follows_a_run_that_trains(self, browser: Browser, site: Site) -> None:
-        spec = {"total": 2000, "policies": [{"kind": "plateau", "patience": 0, "cooldown": 10**6}]}
-        trainer = site.train("live", [3.0], **spec)
-        opened(browser, site, "/runs/live")
+        trainer = site.train(
+            "followed",
+            [3.0],
+            total=2000,
+            policies=[{"kind": "plateau", "patience": 0, "cooldown": 10**6}],
+        )
+        opened(browser, site, "/runs/followed")
         browser.wait_for("#connection", "live")
         browser.wait_for(".facts", "none: LR and WD follow the base schedule")
         over_ = threading.Event()
@@ -477,8 +480,7 @@ class TestLive:
         thread.start()
         try:
             for least in (30, 60):
-                browser.wait(lambda n=least: progress_of(browser) >= n, f"the page is at {least}")
-                browser.wait(lambda n=least: newest_drawn(browser) >= n, f"the curve is at {least}")
+                wait_for_progress(browser, least)
         finally:
             over_.set()
             thread.join(60)
@@ -489,7 +491,7 @@ class TestLive:
 
         trainer.report([9.0])
         fired = browser.wait_for(".facts", "LR x 0.5 at").text
-        (change,) = site.adjustments("live")
+        (change,) = site.adjustments("followed")
         assert change.reason in fired
         browser.wait_for(".adjustments li", change.reason)
         assert change.reason in str(key_marker(browser, "change").get_attribute("aria-label"))
@@ -540,6 +542,12 @@ def progress_of(browser: Browser) -> int:
     found = re.search(r"([\d,]+) of [\d,]+ iterations", browser.text(".facts"))
     assert found
     return int(found.group(1).replace(",", ""))
+
+
+def wait_for_progress(browser: Browser, least: int) -> None:
+    """Wait until words and curve are so far."""
+    browser.wait(lambda: progress_of(browser) >= least, f"the page is at {least}")
+    browser.wait(lambda: newest_drawn(browser) >= least, f"the curve is at {least}")
 
 
 def newest_drawn(browser: Browser) -> int:

@@ -1199,7 +1199,7 @@ class GetCurvesRequest(google.protobuf.message.Message):
     """About how many points a curve may have, 10 to 4,000; 0: 1,000."""
     @property
     def groups(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """Parameter groups wanted, by name; none: the first 8."""
+        """Parameter groups wanted, by name, at most 64; none: the first 8."""
 
     def __init__(
         self,
@@ -1270,11 +1270,13 @@ class GetCurvesResponse(google.protobuf.message.Message):
 
     @property
     def smoothed_loss(self) -> global___Curve:
-        """Exponential average of the losses that count, weight 0.02 for the newest."""
+        """Exponential average of the losses that count, weight 0.02 for the newest: finite ones,
+        in time, of updates that were not skipped, and not forgotten.
+        """
 
     @property
     def validation_losses(self) -> google.protobuf.internal.containers.MessageMap[builtins.str, global___Curve]:
-        """Validation losses by name, those that count."""
+        """Validation losses by name, those that count; the first 32 names."""
 
     @property
     def gradient_norm(self) -> global___Curve:
@@ -1337,7 +1339,7 @@ global___Curve = Curve
 
 @typing.final
 class LossCurve(google.protobuf.message.Message):
-    """The losses of one attempt."""
+    """The losses of one attempt. Of more than 2,000 attempts the newest are there."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1353,7 +1355,9 @@ class LossCurve(google.protobuf.message.Message):
     """From this progress on its losses were forgotten, as a later attempt opened there; absent: none."""
     @property
     def loss(self) -> global___Curve:
-        """The losses, those forgotten among them."""
+        """The losses, those forgotten among them; of skipped updates too, so that one progress may
+        come several times, and those that came late. With several reporters the mean of a step.
+        """
 
     def __init__(
         self,
@@ -1372,7 +1376,9 @@ global___LossCurve = LossCurve
 @typing.final
 class GroupCurve(google.protobuf.message.Message):
     """LR and WD of one group over progress. From a point to the next one they run straight; where
-    they jump, the last progress before and the first one after are both there.
+    they jump, the last progress before and the first one after are both there. Of a run with
+    hundreds of adjustments some jumps may be left out. Where a group was not there yet, its values
+    are NaN.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor

@@ -76,7 +76,17 @@ from lrpilot.core._events import (
     encode,
 )
 from lrpilot.core._forgotten import Held, log_forgotten, missing, recorded_digest, values_digest
-from lrpilot.core._losses import AttemptLosses, LossReader, Series, Smoothed, is_routine
+from lrpilot.core._losses import (
+    BUCKET_LOSSES,
+    AttemptLosses,
+    Averages,
+    LossReader,
+    Series,
+    Smoothed,
+    Steps,
+    has_no_loss,
+    is_routine,
+)
 from lrpilot.core._operators import (
     Action,
     Ask,
@@ -141,6 +151,7 @@ from lrpilot.core._spec import RunSpec, parse_spec, spec_difference
 from lrpilot.core._state import Declaration, RunState, fold, restore_snapshot, rows
 
 __all__ = [
+    "BUCKET_LOSSES",
     "ENDABLE",
     "MAX_BLOCK_STEPS",
     "MAX_OFFERED_STEPS",
@@ -158,6 +169,7 @@ __all__ = [
     "Attached",
     "AttemptLosses",
     "AttemptSuperseded",
+    "Averages",
     "BeforeAttempt",
     "BelowResumePoint",
     "BeyondHorizon",
@@ -227,6 +239,7 @@ __all__ = [
     "SpecChanged",
     "StageSchedule",
     "StateMismatch",
+    "Steps",
     "TakeBack",
     "ValuesConflict",
     "ValuesRequest",
@@ -250,6 +263,7 @@ __all__ = [
     "finish_run",
     "fold",
     "get_values",
+    "has_no_loss",
     "import_run",
     "is_routine",
     "learning_rate_schedule",

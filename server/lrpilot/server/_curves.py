@@ -5,10 +5,9 @@ stretch, at their own progress, so that no spike is lost.
 """
 
 import math
-from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain, pairwise
 
 from lrpilot import core
 from lrpilot.v1 import runs_pb2 as pb
@@ -27,9 +26,10 @@ MOST_NAMES = 32
 MOST_RATES = 40_000
 """Numbers that the curves of LR and WD have at most, so that the message stays small."""
 
-MOST_LINKS = 3_000_000
-"""About the most adjustments evaluated for curves of LR and WD, each once per value: a second of
-a thread at most. A run with thousands of adjustments is drawn with fewer points."""
+MOST_LINKS = 1_000_000
+"""About the most adjustments evaluated for curves of LR and WD, each once per value: some tenths of
+a second of a thread. A run with hundreds of them is drawn with fewer points, and with thousands not
+each jump is there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,148 +81,111 @@ def read_wanted(request: pb.GetCurvesRequest, state: core.RunState) -> Wanted:
 # Losses.
 
 
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """The losses of a run, attempt by attempt, in the order in which they opened."""
-
-    attempts: Sequence[core.AttemptLosses]
-
-    def forgotten_from(self) -> list[float]:
-        """Return for each attempt from which progress on later ones forgot its losses."""
-        least, found = math.inf, []
-        for attempt in reversed(self.attempts):
-            found.append(least)
-            least = min(least, attempt.begin if attempt.restored is None else 0)
-        return found[::-1]
-
-
-def losses_of(payloads: Iterable[bytes]) -> Losses:
-    """Return the losses of a whole log."""
-    reader = core.LossReader()
-    for payload in payloads:
-        reader.read(payload)
-    # Nothing is reported before the first attempt.
-    return Losses(reader.attempts[1:])
-
-
-def draw_losses(losses: Losses, wanted: Wanted, answer: pb.GetCurvesResponse) -> None:
-    """Put the curves of the losses into an answer."""
-    forgotten_from = losses.forgotten_from()
+def draw_losses(
+    attempts: Sequence[core.AttemptLosses], wanted: Wanted, answer: pb.GetCurvesResponse
+) -> None:
+    """Put the curves of the losses into an answer: those of all attempts, in order."""
+    kept = list(zip(attempts, _forgotten_from(attempts), strict=True))
     drawn = []
-    for attempt, forgotten in zip(losses.attempts, forgotten_from, strict=True):
-        curve = _between(_in_order(attempt.losses), wanted.begin, wanted.end)
-        if curve.progress or attempt is losses.attempts[-1]:
+    for attempt, forgotten in kept:
+        curve = attempt.losses.ordered().between(wanted.begin, wanted.end)
+        if curve.progress or attempt is attempts[-1]:
             drawn.append((attempt, forgotten, curve))
     drawn = drawn[-MOST_ATTEMPTS:]
-    total = sum(len(curve.progress) for _, _, curve in drawn)
     span = sum(_span(curve) for _, _, curve in drawn)
-    # Two points to a stretch, as a rule.
-    width = math.ceil(span / (wanted.points // 2)) if total > wanted.points else 0
+    is_long = sum(len(curve.progress) for _, _, curve in drawn) > wanted.points
+    width = math.ceil(span / (wanted.points // 2)) if is_long else 0
     for attempt, forgotten, curve in drawn:
         message = answer.losses.add(attempt=attempt.attempt, begin=attempt.begin)
         if max(attempt.losses.progress, default=-1) >= forgotten:
             message.forgotten_from = int(forgotten)
         _fill(message.loss, thinned(curve, width))
-    kept = list(zip(losses.attempts, forgotten_from, strict=True))
-    _fill(answer.smoothed_loss, _thinned(_smoothed(kept, wanted), wanted))
-    norms = ((item.gradient_norms, until) for item, until in kept)
-    _fill(answer.gradient_norm, _thinned(_joined(norms, wanted), wanted))
-    names = sorted({name for item in losses.attempts for name in item.validation})[:MOST_NAMES]
+    _fill(answer.smoothed_loss, _thinned(_smoothed(kept, wanted), wanted.points))
+    norms = ((attempt.gradient_norms, forgotten) for attempt, forgotten in kept)
+    _fill(answer.gradient_norm, _thinned(_counting(norms, wanted), wanted.points))
+    names = sorted({name for attempt in attempts for name in attempt.validation})[:MOST_NAMES]
     for name in names:
-        curves = ((item.validation.get(name), until) for item, until in kept)
-        curve = _joined(curves, wanted)
+        parts = ((attempt.validation.get(name), forgotten) for attempt, forgotten in kept)
+        curve = _counting(parts, wanted)
         if curve.progress:
-            few = max(LEAST_POINTS, wanted.points // len(names))
-            _fill(answer.validation_losses[name], _thinned(curve, wanted, few))
+            points = max(LEAST_POINTS, wanted.points // len(names))
+            _fill(answer.validation_losses[name], _thinned(curve, points))
+
+
+def _forgotten_from(attempts: Sequence[core.AttemptLosses]) -> list[float]:
+    """Return for each attempt from which progress on later ones forgot its losses."""
+    least, found = math.inf, []
+    for attempt in reversed(attempts):
+        found.append(least)
+        least = min(least, attempt.begin if attempt.restored is None else 0)
+    return found[::-1]
 
 
 def _smoothed(kept: Sequence[tuple[core.AttemptLosses, float]], wanted: Wanted) -> core.Series:
-    """Return the smoothed loss at each loss that counts."""
-    found, smoothed, origin = core.Series(), core.Smoothed(), 0
-    for attempt, _ in kept:
-        if attempt.restored is not None:
-            smoothed, origin = core.Smoothed(*attempt.restored), attempt.begin
-        elif attempt.begin < origin:
-            # Only what a saved state says of the losses there was known.
-            smoothed, origin = core.Smoothed(), attempt.begin
+    """Return the smoothed loss at the losses that count, or at the last ones of some of them."""
+    found, smoothed = core.Series(), _first_smoothed(attempt for attempt, _ in kept)
     for attempt, forgotten in kept:
-        for at, loss in zip(attempt.counted.progress, attempt.counted.values, strict=True):
+        last = attempt.begin - 1
+        averages = attempt.averages
+        for at, count, part in zip(averages.progress, averages.counts, averages.parts, strict=True):
             if at >= forgotten:
+                share = round(count * (forgotten - 1 - last) / (at - last)) if at > last else 0
+                if 0 < share < count:
+                    smoothed.take_some(share, count, part)
                 break
-            value = smoothed.add(loss)
+            smoothed.take(count, part)
+            last = at
             if wanted.begin <= at <= wanted.end:
-                found.add(at, value)
+                found.add(at, smoothed.value)
     return found
 
 
-def _joined(parts: Iterable[tuple[core.Series | None, float]], wanted: Wanted) -> core.Series:
+def _first_smoothed(attempts: Iterable[core.AttemptLosses]) -> core.Smoothed:
+    """Return the smoothed loss before the first loss of the log that counts."""
+    smoothed, origin = core.Smoothed(), 0
+    for attempt in attempts:
+        if attempt.restored is not None:
+            smoothed, origin = core.Smoothed(*attempt.restored), attempt.begin
+        elif attempt.begin < origin:
+            # Of the losses below the origin only that saved state is known.
+            smoothed, origin = core.Smoothed(), attempt.begin
+    return smoothed
+
+
+def _counting(parts: Iterable[tuple[core.Series | None, float]], wanted: Wanted) -> core.Series:
     """Return what counts of several attempts, each up to where it was forgotten, as one curve."""
     whole = core.Series()
     for series, forgotten in parts:
         if series is not None:
-            part = _between(series, wanted.begin, min(wanted.end, forgotten - 1))
-            whole.progress += part.progress
-            whole.values += part.values
+            whole.extend(series.ordered().between(wanted.begin, min(wanted.end, forgotten - 1)))
     return whole
-
-
-def _in_order(series: core.Series) -> core.Series:
-    """Return a curve whose progress does not fall: what came late may lie behind what did not."""
-    at = series.progress
-    if all(a <= b for a, b in pairwise(at)):
-        return series
-    order = sorted(range(len(at)), key=at.__getitem__)
-    return core.Series([at[i] for i in order], [series.values[i] for i in order])
-
-
-def _between(series: core.Series, begin: int, last: float) -> core.Series:
-    first, end = bisect_left(series.progress, begin), bisect_right(series.progress, last)
-    return core.Series(series.progress[first:end], series.values[first:end])
 
 
 def _span(curve: core.Series) -> int:
     return curve.progress[-1] - curve.progress[0] + 1 if curve.progress else 0
 
 
-def _thinned(curve: core.Series, wanted: Wanted, points: int | None = None) -> core.Series:
-    points = points or wanted.points
-    width = math.ceil(_span(curve) / (points // 2)) if len(curve.progress) > points else 0
-    return thinned(curve, width)
+def _thinned(curve: core.Series, points: int) -> core.Series:
+    """Return a curve with about so many points at most."""
+    is_long = len(curve.progress) > points
+    return thinned(curve, math.ceil(_span(curve) / (points // 2)) if is_long else 0)
 
 
 def thinned(curve: core.Series, width: int) -> core.Series:
     """Return a curve with what stands out of each stretch of `width` progresses; 0: with all.
 
-    Those are the least and the greatest finite value, and the first one that is not finite. The
-    first and the last point of the curve are always there.
+    Its first and its last point are always there.
     """
-    if not width:
+    if not width or not curve.progress:
         return curve
-    at, values = curve.progress, curve.values
-    kept = {0, len(at) - 1} if at else set()
-    index, count = 0, len(at)
-    while index < count:
-        end = bisect_left(at, (at[index] // width + 1) * width, index)
-        kept.update(_outstanding(values, index, end))
-        index = end
-    order = sorted(kept)
-    return core.Series([at[i] for i in order], [values[i] for i in order])
-
-
-def _outstanding(values: Sequence[float], begin: int, end: int) -> Iterator[int]:
-    part = values[begin:end]
-    low, high = min(part), max(part)
-    # A sum of finite numbers is finite, unless it overflows; and comparisons with NaN say nothing.
-    if not math.isfinite(sum(part)):
-        finite = [value for value in part if math.isfinite(value)]
-        broken = next((i for i, value in enumerate(part) if not math.isfinite(value)), None)
-        if broken is not None:
-            yield begin + broken
-        if not finite:
-            return
-        low, high = min(finite), max(finite)
-    yield begin + part.index(low)
-    yield begin + part.index(high)
+    at, count = curve.progress, len(curve.progress)
+    kept = {0, count - 1}
+    begin = 0
+    while begin < count:
+        end = bisect_left(at, (at[begin] // width + 1) * width, begin)
+        kept |= curve.outstanding(begin, end)
+        begin = end
+    return curve.only(sorted(kept))
 
 
 def _fill(message: pb.Curve, curve: core.Series) -> None:
@@ -240,6 +203,7 @@ class Rates:
         self._plan = state.plan.copy()
         self._records = state.records.copy()
         self._known = (state.progress, state.horizon)
+        self._known_places: dict[int, list[int | None]] = {}
 
     def draw(self, wanted: Wanted, answer: pb.GetCurvesResponse) -> None:
         """Put the curves of LR and WD into an answer."""
@@ -250,10 +214,8 @@ class Rates:
         decays: list[list[float]] = [[] for _ in names]
         has_decay = False
         for progress in at:
-            spec = plan.spec_at(progress)
-            places = {name: place for place, name in enumerate(spec.group_names)}
             # An earlier spec may not have had a group.
-            groups = [places.get(name) for name in names]
+            groups = self._places(plan.spec_at(progress), names)
             known = [place for place in groups if place is not None]
             found, found_decays = self._values(progress, known)
             base = plan.base(progress, known)
@@ -286,6 +248,13 @@ class Rates:
                 for stage in stages
             )
 
+    def _places(self, spec: core.RunSpec, names: Sequence[str]) -> list[int | None]:
+        """Return the position of each group in a spec; None: it is not there."""
+        if id(spec) not in self._known_places:
+            places = {name: place for place, name in enumerate(spec.group_names)}
+            self._known_places[id(spec)] = [places.get(name) for name in names]
+        return self._known_places[id(spec)]
+
     def _values(
         self, progress: int, groups: Sequence[int]
     ) -> tuple[Sequence[float], Sequence[float] | None]:
@@ -299,18 +268,16 @@ class Rates:
         return [rates[place] for place in groups], decays and [decays[place] for place in groups]
 
     def _progresses(self, wanted: Wanted) -> list[int]:
-        """Return where LR and WD are drawn: all over the range, and wherever they jump or bend."""
-        links = 3 * len(wanted.groups) * (1 + len(self._plan.adjustments))
-        most = min(MOST_RATES // (4 * len(wanted.groups)), MOST_LINKS // links)
-        count = max(LEAST_POINTS, min(wanted.points, most))
-        span = wanted.end - wanted.begin
-        found = {wanted.begin + span * index // (count - 1) for index in range(count)}
-        marks = {at for at in self._known if wanted.begin <= at <= wanted.end}
-        corners = self._plan.corners(wanted.begin, wanted.end)
-        room = max(count, most) - len(found)
-        if len(corners) > room:
+        """Return where LR and WD are drawn: wherever they jump or bend, and all over the range."""
+        begin, end, groups = wanted.begin, wanted.end, len(wanted.groups)
+        links = groups * (1 + len(self._plan.adjustments))
+        most = max(LEAST_POINTS, min(MOST_RATES // (4 * groups), MOST_LINKS // links))
+        corners = self._plan.corners(begin, end)
+        if len(corners) > most:
             # Both sides of a jump stand beside each other.
-            step = math.ceil(len(corners) / max(2, room))
-            pairs = (corners[i : i + 2] for i in range(0, len(corners), 2 * step))
-            corners = list(chain.from_iterable(pairs))
-        return sorted(found | marks | set(corners))
+            step = 2 * math.ceil(len(corners) / most)
+            corners = [at for i in range(0, len(corners), step) for at in corners[i : i + 2]]
+        count = max(LEAST_POINTS, min(wanted.points, most - len(corners)))
+        even = (begin + (end - begin) * index // (count - 1) for index in range(count))
+        marks = (at for at in self._known if begin <= at <= end)
+        return sorted({*corners, *even, *marks})

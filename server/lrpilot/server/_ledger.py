@@ -21,6 +21,7 @@ from lrpilot.server._commit import GroupCommitter
 from lrpilot.server._history import History
 from lrpilot.server._journal import about, note, tell
 from lrpilot.server._live_run import LiveRun
+from lrpilot.server._loss_history import LossHistory
 from lrpilot.server._packing import PackedLog
 from lrpilot.server._store import LogRow, News, SeqTaken, Store, StoreUnavailable
 from lrpilot.server._touched import Touched
@@ -67,6 +68,8 @@ class Ledger:
         self._tracing = tracing
         self.touched = Touched()
         """The runs that changed, for those who follow them all."""
+        self.losses = LossHistory(store)
+        """What is drawn of the runs, and their notable rows."""
         self._runs: dict[str, LiveRun] = {}
         self._tasks: set[asyncio.Task[object]] = set()
         self._told: dict[str, float] = {}
@@ -75,6 +78,8 @@ class Ledger:
         """Runs of which a snapshot is being written."""
         self._one_packing = asyncio.Semaphore(1)
         """Held while a log is packed: many at once would take every thread that reads need."""
+        self._one_overview = asyncio.Semaphore(1)
+        """Likewise, while overviews are made."""
         self._is_suspended = False
 
     @property
@@ -321,6 +326,7 @@ class Ledger:
     def hurry(self) -> None:
         """Let what takes long end early, from now on: the server ends."""
         self._history.stop()
+        self.losses.stop()
 
     async def settle(self) -> None:
         """Wait for every request that was begun."""
@@ -504,16 +510,26 @@ class Ledger:
                     snapshot = await asyncio.to_thread(self._history.snapshot, run)
                     span.set("seq", snapshot.seq)
                 run.snapshot_seq, run.unsaved, updated_ns = snapshot.seq, 0, run.updated_ns
+                decided = run.decided()
             # The run goes on meanwhile: a snapshot is of the log as it was.
             async with self._one_packing:
                 with self._tracing.span("run.pack", run=name, seq=snapshot.seq):
                     is_kept = await asyncio.to_thread(self._history.keep, name, snapshot)
             if is_kept:
                 run.snapshot_ns = updated_ns
+                self._begin(self._keep_up(name, decided))
         except Exception:
             logger.exception("no snapshot can be made", extra=about(name))
         finally:
             self._tended.discard(name)
+
+    async def _keep_up(self, name: str, decided: set[int]) -> None:
+        """Have the overviews made of what was packed."""
+        # One at a time, as with packing; who comes meanwhile finds it done by the next snapshot.
+        if self._one_overview.locked():
+            return
+        async with self._one_overview:
+            await asyncio.to_thread(self.losses.keep_up, name, decided)
 
 
 def _rows(state: core.RunState, events: list[core.Event]) -> list[LogRow]:

@@ -100,6 +100,12 @@ class LiveRun:
         self._blocked_before_s = 0.0
         self._blocked_since_s = time.monotonic()
 
+    def decided(self) -> set[int]:
+        """Return the `seq` of each event in which an adjustment or an advice was decided."""
+        state = self.state
+        every = (*state.plan.adjustments, *state.advice, *state.forgotten)
+        return {item.seq for item in every}
+
     async def wait_for_change(self, timeout_s: float) -> None:
         """Return when the state changes, or after `timeout_s`."""
         try:

@@ -11,6 +11,7 @@ from lrpilot.server._store import (
     AppendResult,
     Heard,
     LogRow,
+    Segment,
     SeqTaken,
     Snapshot,
     StoreUnavailable,
@@ -141,6 +142,24 @@ class MemoryStore:
         with self._lock:
             self._check_open()
             return 0
+
+    def segments(self, run: str, after_seq: int = 0) -> list[Segment]:  # noqa: ARG002
+        """Return nothing: rows in memory are not packed."""
+        with self._lock:
+            self._check_open()
+            return []
+
+    def segment(self, run: str, segment: Segment) -> bytes | None:  # noqa: ARG002
+        """Return None: rows in memory are not packed."""
+        with self._lock:
+            self._check_open()
+            return None
+
+    def save_overview(self, run: str, segment: Segment) -> bool:  # noqa: ARG002
+        """Return that the segment is not there: rows in memory are not packed."""
+        with self._lock:
+            self._check_open()
+            return False
 
     def size(self) -> int:
         """Return 0: nothing is on disk."""

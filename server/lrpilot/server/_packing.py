@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
-from lrpilot.server._schema import events, runs, segments
+from lrpilot.server._schema import events, overviews, runs, segments
 from lrpilot.server._segments import Corrupt, checksum, pack, unpack
-from lrpilot.server._store import MAX_SEQ, CorruptSegment, LogRow
+from lrpilot.server._store import MAX_SEQ, CorruptSegment, LogRow, Segment
 
 SEGMENT_ROWS = 4096
 """Rows of a segment."""
@@ -31,8 +31,8 @@ ROW = (events.c.seq, events.c.payload, events.c.digest, events.c.recorded_at_ns)
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
-    """One segment of a log."""
+class Place:
+    """Where one segment of a log is."""
 
     run_id: int
     last_seq: int
@@ -40,7 +40,7 @@ class Segment:
     checksum: str
 
 
-Part = list[LogRow] | tuple[Segment, bytes]
+Part = list[LogRow] | tuple[Place, bytes]
 """A piece of a log as it was read: rows, or a segment that is still packed."""
 
 
@@ -49,9 +49,9 @@ class Unpacked:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rows: OrderedDict[Segment, list[LogRow]] = OrderedDict()
+        self._rows: OrderedDict[Place, list[LogRow]] = OrderedDict()
 
-    def get(self, segment: Segment) -> list[LogRow] | None:
+    def get(self, segment: Place) -> list[LogRow] | None:
         """Return the rows of a segment, if they are still here."""
         with self._lock:
             rows = self._rows.get(segment)
@@ -68,7 +68,7 @@ class Unpacked:
             found += rows[begin : begin + limit - len(found)]
         return found
 
-    def _unpack(self, run: str, segment: Segment, block: bytes) -> list[LogRow]:
+    def _unpack(self, run: str, segment: Place, block: bytes) -> list[LogRow]:
         """Return the rows of a segment of `run`, and keep them. Raises CorruptSegment."""
         try:
             rows = unpack(block)
@@ -153,15 +153,15 @@ def packed(
         .order_by(segments.c.last_seq)
         .limit(limit)  # Each holds a row.
     )
-    found: list[Segment] = []
+    found: list[Place] = []
     count = 0
     for row in connection.execute(statement):
         if count >= limit:
             break
-        segment = Segment(*row)
+        segment = Place(*row)
         count += segment.last_seq - max(segment.first_seq - 1, after_seq)
         found.append(segment)
-    parts: dict[Segment, Part] = {}
+    parts: dict[Place, Part] = {}
     missing = []
     for segment in found:
         rows = unpacked.get(segment)
@@ -249,3 +249,58 @@ def insert(
             data=block,
         )
     )
+
+
+def segments_of(connection: sa.Connection, run: str, after_seq: int) -> list[Segment]:
+    """Return what is packed of a log behind `after_seq`, in order."""
+    is_its_own = sa.and_(
+        overviews.c.run_id == segments.c.run_id,
+        overviews.c.last_seq == segments.c.last_seq,
+        overviews.c.checksum == segments.c.checksum,
+    )
+    statement = (
+        sa.select(segments.c.first_seq, segments.c.last_seq, segments.c.checksum, overviews.c.data)
+        .select_from(segments.join(runs).outerjoin(overviews, is_its_own))
+        .where(runs.c.name == run, segments.c.last_seq > after_seq)
+        .order_by(segments.c.last_seq)
+    )
+    return [Segment(*row) for row in connection.execute(statement)]
+
+
+def block_of(connection: sa.Connection, run: str, segment: Segment) -> bytes | None:
+    """Return the block of a segment; None: it is gone."""
+    statement = (
+        sa.select(segments.c.data)
+        .join(runs)
+        .where(
+            runs.c.name == run,
+            segments.c.last_seq == segment.last_seq,
+            segments.c.checksum == segment.checksum,
+        )
+    )
+    block: bytes | None = connection.scalar(statement)
+    return block
+
+
+def save_overview(connection: sa.Connection, run_id: int, segment: Segment) -> bool:
+    """Write the overview of a segment down; return whether the segment is there.
+
+    The caller holds the run, so that nobody else does so or deletes it meanwhile.
+    """
+    here = (segments.c.run_id == run_id, segments.c.last_seq == segment.last_seq)
+    if connection.scalar(sa.select(segments.c.checksum).where(*here)) != segment.checksum:
+        return False
+    connection.execute(
+        sa.delete(overviews).where(
+            overviews.c.run_id == run_id, overviews.c.last_seq == segment.last_seq
+        )
+    )
+    connection.execute(
+        sa.insert(overviews).values(
+            run_id=run_id,
+            last_seq=segment.last_seq,
+            checksum=segment.checksum,
+            data=segment.overview,
+        )
+    )
+    return True

@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import AsyncIterator, Callable, Mapping
 
 from google.protobuf.message import Message
 
 from lrpilot import core
 from lrpilot.server._changes import Change, read_action, repeated_change, shown_change
-from lrpilot.server._curves import Rates, draw_losses, losses_of, read_wanted
+from lrpilot.server._curves import Rates, draw_losses, read_wanted
 from lrpilot.server._documents import read_spec
 from lrpilot.server._journal import about
 from lrpilot.server._ledger import Ledger
@@ -30,6 +31,9 @@ PAGE_OF_EVENTS, MAX_PAGE_OF_EVENTS = 200, 1000
 MAX_PAGE_BYTES = 512 * 1024
 """A page ends early rather than exceed this: messages are bounded at 1 MiB."""
 
+MOST_DRAWN = 2
+"""Pictures that are made at a time: many at once would take every thread that reads need."""
+
 EVENTS_PER_READ = 500
 """Events that an export reads from the store at once."""
 PART_BYTES = 256 * 1024
@@ -43,6 +47,8 @@ class RunService:
         self._ledger = ledger
         self._importing = asyncio.Lock()
         """Held while a file is read: it takes a core, and the state of its run memory."""
+        self._drawing = asyncio.Semaphore(MOST_DRAWN)
+        """Held while a picture is made, or looked for what it is made of."""
 
     @property
     def behaviours(self) -> Mapping[str, Behaviour]:
@@ -247,14 +253,22 @@ class RunService:
             progress=state.progress,
             horizon=state.horizon,
         )
-        rates = Rates(state)
-        rows = await self._ledger.history(request.run, 0, state.seq)
+        rates, decided = Rates(state), run.decided()
 
         def draw() -> None:
-            draw_losses(losses_of(row.payload for row in rows), wanted, answer)
+            attempts = self._ledger.losses.between(
+                request.run,
+                answer.seq,
+                decided,
+                begin=wanted.begin,
+                end=wanted.end,
+                points=wanted.points,
+            )
+            draw_losses(attempts, wanted, answer)
             rates.draw(wanted, answer)
 
-        await asyncio.to_thread(draw)
+        async with self._drawing:
+            await asyncio.to_thread(draw)
         return answer
 
     async def list_events(self, request: pb.ListEventsRequest) -> pb.ListEventsResponse:
@@ -265,7 +279,15 @@ class RunService:
         decided: dict[int, list[pb.Adjustment]] = {}
         for item in adjustment_messages(run.state):
             decided.setdefault(item.seq, []).append(item)
-        rows = await self._page(run, request, start, size + 1, decided.keys())
+        if request.notable:
+            rows = await self._notable(run, start, size + 1, newest_first=request.newest_first)
+        elif request.newest_first:
+            # Those before the one that the page before ended with.
+            end = min((start or MAX_SEQ) - 1, run.state.seq)
+            after = max(0, end - size - 1)
+            rows = (await self._ledger.history(request.run, after, end - after))[::-1]
+        else:
+            rows = await self._ledger.history(request.run, start, size + 1)
         answer = pb.ListEventsResponse()
         room = MAX_PAGE_BYTES
         for row in rows[:size]:
@@ -279,37 +301,22 @@ class RunService:
             answer.next_page_token = str(answer.events[-1].seq)
         return answer
 
-    async def _page(
-        self,
-        run: LiveRun,
-        request: pb.ListEventsRequest,
-        start: int,
-        count: int,
-        decided: Collection[int],
+    async def _notable(
+        self, run: LiveRun, start: int, count: int, *, newest_first: bool
     ) -> list[LogRow]:
-        """Return the rows of a log behind `start`, 0 for its begin, in the order asked for.
+        """Return the first notable rows of a log behind `start`, 0: its begin or its end."""
+        name, seq, decided = run.state.name, run.state.seq, run.decided()
 
-        There are `count` of them, and fewer only where the log ends.
-        """
-        found: list[LogRow] = []
-        end = (start or MAX_SEQ) - 1 if request.newest_first else MAX_SEQ
-        if request.newest_first:
-            end = min(end, run.state.seq)
-        while len(found) < count:
-            wanted = EVENTS_PER_READ if request.notable else count - len(found)
-            after = max(0, end - wanted) if request.newest_first else start
-            rows = await self._ledger.history(request.run, after, max(0, min(wanted, end - after)))
-            if not rows:
-                break
-            start, end = (start, after) if request.newest_first else (rows[-1].seq, end)
-            if request.newest_first:
-                rows.reverse()
-            found += [
-                row
-                for row in rows
-                if not request.notable or row.seq in decided or not core.is_routine(row.payload)
-            ]
-        return found[:count]
+        def read() -> list[LogRow]:
+            found = self._ledger.losses.notable(name, seq, decided)
+            if newest_first:
+                found = found[: bisect_left(found, start or MAX_SEQ)][::-1]
+            else:
+                found = found[bisect_right(found, start) :]
+            return self._ledger.losses.rows(name, found[:count])
+
+        async with self._drawing:
+            return await asyncio.to_thread(read)
 
     async def finish_run(self, request: pb.FinishRunRequest) -> pb.FinishRunResponse:
         """See the proto file."""

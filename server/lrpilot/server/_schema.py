@@ -15,7 +15,7 @@ from sqlalchemy import (
     Text,
 )
 
-REVISION = "0002"
+REVISION = "0003"
 """The revision of the tables below; servers on PostgreSQL tell each other theirs."""
 
 metadata = MetaData(
@@ -64,6 +64,17 @@ segments = Table(
     Column("data", LargeBinary, nullable=False),
 )
 """Old rows of a log, packed; the rest of it is in `events`, its last row always."""
+
+overviews = Table(
+    "overviews",
+    metadata,
+    Column("run_id", _RUN_ID, ForeignKey(runs.c.id, ondelete="CASCADE"), primary_key=True),
+    Column("last_seq", BigInteger, primary_key=True, autoincrement=False),
+    # Of the segment that it is an overview of.
+    Column("checksum", Text, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+)
+"""What stands out of a segment. Beside it and not in it, so that all of a run are read at once."""
 
 snapshots = Table(
     "snapshots",

@@ -16,12 +16,14 @@ The first bytes are a magic number and the number of the format, and the last on
 
 import hashlib
 import itertools
+import json
 import re
 import struct
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lrpilot import core
 from lrpilot.server._store import LogRow
@@ -65,7 +67,7 @@ def checksum(block: bytes) -> str:
 
 def pack(rows: Sequence[LogRow]) -> bytes:
     """Return rows, at least one, each with the `seq` after that of the row before, as a block."""
-    out = _Writer()
+    out = ColumnWriter()
     out.integer(rows[0].seq)
     out.integer(len(rows))
     out.column([row.recorded_at_ns for row in rows])
@@ -77,6 +79,54 @@ def pack(rows: Sequence[LogRow]) -> bytes:
 
 def unpack(block: bytes) -> list[LogRow]:
     """Return the rows of a block. Raises Corrupt."""
+    data = _opened(block)
+    first = data.integer()
+    count = data.integer()
+    times = data.column(count)
+    stored = _stored_digests(data)
+    payloads = _unpack_payloads(data, count)
+    digests = _digests(stored, payloads)
+    return list(map(LogRow, range(first, first + count), payloads, digests, times))
+
+
+def read_losses(block: bytes, reader: core.LossReader) -> list[int]:
+    """Let a reader have the rows of a block; return the seqs of those that are no routine.
+
+    Raises Corrupt.
+
+    As `read` of each payload, and many times faster: what holds no loss is not unpacked, and of
+    reports the columns are read, and no text is made of them.
+    """
+    data = _opened(block)
+    first = data.integer()
+    count = data.integer()
+    data.skip_column(count)
+    _stored_digests(data)
+    order = data.column(count)
+    sizes = Counter(order)
+    templates = _read_templates(data)
+    parts = [
+        _part(data, kinds, literals, sizes[index])
+        for index, (kinds, literals) in enumerate(templates)
+    ]
+    for index, run in itertools.groupby(index for index in order if parts[index] is not None):
+        part, rows = parts[index], len(list(run))
+        if isinstance(part, _Steps):
+            reader.take(part.next(rows))
+        elif part is not None:
+            for payload in itertools.islice(part, rows):
+                reader.read(payload)
+    routine = [core.is_routine(_text_of(literals)) for _, literals in templates]
+    return [seq for seq, index in enumerate(order, first) if not routine[index]]
+
+
+def _text_of(literals: list[str]) -> bytes:
+    """Return the text of a template without its numbers."""
+    return "".join(literals).encode("latin-1")
+
+
+def _opened(block: bytes) -> "ColumnReader":
+    """Return the content of a block. Raises Corrupt."""
     head, body = block[:_HEAD_BYTES], block[:-_CHECKSUM_BYTES]
     if head[:-1] != _MAGIC:
         raise Corrupt("this is no block of rows")
@@ -87,20 +137,13 @@ def unpack(block: bytes) -> list[LogRow]:
         )
     if hashlib.sha256(body).digest() != block[-_CHECKSUM_BYTES:]:
         raise Corrupt("its content does not fit its checksum")
-    data = _Reader(zlib.decompress(body[_HEAD_BYTES:]))
-    first = data.integer()
-    count = data.integer()
-    times = data.column(count)
-    stored = _stored_digests(data)
-    payloads = _unpack_payloads(data, count)
-    digests = _digests(stored, payloads)
-    return list(map(LogRow, range(first, first + count), payloads, digests, times))
+    return ColumnReader(zlib.decompress(body[_HEAD_BYTES:]))
 
 
 # Digests.
 
 
-def _pack_digests(out: "_Writer", rows: Sequence[LogRow]) -> None:
+def _pack_digests(out: "ColumnWriter", rows: Sequence[LogRow]) -> None:
     stored = [(0, rows[0].digest)]
     for at, (before, row) in enumerate(itertools.pairwise(rows), 1):
         previous = before.digest
@@ -112,7 +155,7 @@ def _pack_digests(out: "_Writer", rows: Sequence[LogRow]) -> None:
         out.text(digest.encode("utf-8", "surrogatepass"))
 
 
-def _stored_digests(data: "_Reader") -> dict[int, str]:
+def _stored_digests(data: "ColumnReader") -> dict[int, str]:
     return {
         data.integer(): data.text().decode("utf-8", "surrogatepass") for _ in range(data.integer())
     }
@@ -156,7 +199,7 @@ class _Template:
         self.numbers = [list(one) for one in zip(*places, strict=True)]
 
 
-def _pack_payloads(out: "_Writer", payloads: list[bytes]) -> None:
+def _pack_payloads(out: "ColumnWriter", payloads: list[bytes]) -> None:
     templates: dict[tuple[str, ...], int] = {}
     found: list[_Template] = []
     order = []
@@ -184,24 +227,123 @@ def _pack_payloads(out: "_Writer", payloads: list[bytes]) -> None:
                 out.column([number for (number,) in place])
 
 
-def _unpack_payloads(data: "_Reader", count: int) -> list[bytes]:
+def _unpack_payloads(data: "ColumnReader", count: int) -> list[bytes]:
     order = data.column(count)
     sizes = Counter(order)
+    payloads = [
+        _payloads_of(data, kinds, literals, sizes[index])
+        for index, (kinds, literals) in enumerate(_read_templates(data))
+    ]
+    return [next(payloads[index]) for index in order]
+
+
+def _read_templates(data: "ColumnReader") -> list[tuple[bytes, list[str]]]:
+    """Return the kinds and literals of each template."""
     templates = []
     for _ in range(data.integer()):
         kinds = data.text()
         templates.append((kinds, [data.text().decode("latin-1") for _ in range(len(kinds) + 1)]))
-    payloads: list[Iterator[str]] = []
-    for index, (kinds, literals) in enumerate(templates):
-        size = sizes[index]
-        places = [_read_place(data, kind, size) for kind in kinds]
-        text = "%s".join(literal.replace("%", "%%") for literal in literals)
-        filled = zip(*places, strict=True) if places else itertools.repeat((), size)
-        payloads.append(map(text.__mod__, filled))
-    return [next(payloads[index]).encode("latin-1") for index in order]
+    return templates
 
 
-def _read_place(data: "_Reader", kind: int, size: int) -> list[str]:
+def _payloads_of(
+    data: "ColumnReader", kinds: bytes, literals: list[str], size: int
+) -> Iterator[bytes]:
+    """Return the payloads of a template in order."""
+    places = [_read_place(data, kind, size) for kind in kinds]
+    text = "%s".join(literal.replace("%", "%%") for literal in literals)
+    filled = zip(*places, strict=True) if places else itertools.repeat((), size)
+    return (payload.encode("latin-1") for payload in map(text.__mod__, filled))
+
+
+class _Steps:
+    """The steps of all reports with one template, column by column."""
+
+    def __init__(self, columns: Sequence[Sequence[Any]], per_row: int) -> None:
+        self._columns = columns
+        self._per_row = per_row
+        self._at = 0
+
+    def next(self, rows: int) -> core.Steps:
+        """Return those of the next rows."""
+        begin, self._at = self._at, self._at + rows * self._per_row
+        progress, losses, moves_to, norms = (one[begin : self._at] for one in self._columns)
+        return progress, losses, moves_to, norms
+
+
+def _part(
+    data: "ColumnReader", kinds: bytes, literals: list[str], size: int
+) -> "_Steps | Iterator[bytes] | None":
+    """Return the rows of a template: None where they hold no loss, the steps of reports that hold
+    nothing else, or the payloads in order."""
+    if core.has_no_loss(_text_of(literals)):
+        for kind in kinds:
+            _skip_place(data, kind, size)
+        return None
+    steps = _steps_of(literals)
+    if steps is None or any(kind in {_INTS, _FLOATS} for kind in kinds):
+        return _payloads_of(data, kinds, literals, size)
+    numbers = [_numbers_of(data, kind, size) for kind in kinds]
+    columns: list[list[Any]] = [[None] * (size * len(steps)) for _ in range(4)]
+    for index, step in enumerate(steps):
+        for column, item in zip(columns, step, strict=True):
+            is_place = isinstance(item, _Place)
+            column[index :: len(steps)] = numbers[item.place] if is_place else [item] * size
+    return _Steps(columns, len(steps))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Stands for the number in a place of a template."""
+
+    place: int
+
+
+_MORE = {"batch", "gradient_norm", "tries"}
+"""What a report may hold beside a loss and need not be read whole for."""
+
+
+def _steps_of(literals: list[str]) -> list[tuple[Any, ...]] | None:
+    """Return progress, loss, where it moves to, and norm of the gradient of each step of a
+    template, as it is or as its place; None: it is no plain report of one reporter."""
+    text = literals[0]
+    for place, literal in enumerate(literals[1:]):
+        # No string of an event has such a begin where a number may stand.
+        text += f'"@{place}"{literal}'
+    try:
+        event = json.loads(text)
+    except ValueError:
+        return None
+    if not isinstance(event, dict) or event.get("kind") != "reported" or "rank" in event:
+        return None
+
+    def number(value: Any) -> Any:
+        is_place = isinstance(value, str) and value.startswith("@")
+        return _Place(int(value[1:])) if is_place else value
+
+    steps = []
+    for progress, loss, _, moves_to, *more in event["reports"]:
+        rest = more[0] if more else {}
+        if not rest.keys() <= _MORE:
+            return None
+        step = (progress, loss, moves_to, rest.get("gradient_norm"))
+        steps.append(tuple(map(number, step)))
+    return steps
+
+
+def _numbers_of(data: "ColumnReader", kind: int, size: int) -> Sequence[float]:
+    """Return the numbers in a place, payload by payload; it is no list."""
+    numbers = data.column(size)
+    return numbers if kind == _INT else _floats(numbers)
+
+
+def _skip_place(data: "ColumnReader", kind: int, size: int) -> None:
+    if kind in {_INTS, _FLOATS}:
+        size = sum(data.column(size))
+    data.skip_column(size)
+
+
+def _read_place(data: "ColumnReader", kind: int, size: int) -> list[str]:
     """Return what stands in a place, payload by payload, as text."""
     counts = data.column(size) if kind in {_INTS, _FLOATS} else None
     numbers = data.column(size if counts is None else sum(counts))
@@ -295,7 +437,9 @@ def _bits(items: list[str]) -> list[int] | None:
 # Columns.
 
 
-class _Writer:
+class ColumnWriter:
+    """Writes numbers and texts so that they take little space."""
+
     def __init__(self) -> None:
         self.data = bytearray()
 
@@ -331,7 +475,9 @@ class _Writer:
             self.data += planes[plane::8]
 
 
-class _Reader:
+class ColumnReader:
+    """Reads what a `ColumnWriter` wrote."""
+
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._at = 0
@@ -342,7 +488,7 @@ class _Reader:
         return self._data[begin : self._at]
 
     def integer(self) -> int:
-        """Read what `_Writer.integer` wrote."""
+        """Read what `ColumnWriter.integer` wrote."""
         value = shift = 0
         while True:
             byte = self._data[self._at]
@@ -353,15 +499,14 @@ class _Reader:
                 return value
 
     def text(self) -> bytes:
-        """Read what `_Writer.text` wrote."""
+        """Read what `ColumnWriter.text` wrote."""
         return self._take(self.integer())
 
     def column(self, size: int) -> list[int]:
         """Read a column of `size` integers."""
         stride, order, width = self._take(3)
         heads = [
-            struct.unpack(f"<{n}q", self._take(8 * n))
-            for n in (max(0, min(stride, size - k * stride)) for k in range(order))
+            struct.unpack(f"<{n}q", self._take(8 * n)) for n in self._heads(size, stride, order)
         ]
         left = max(0, size - stride * order)
         planes = bytearray(8 * left)
@@ -371,6 +516,17 @@ class _Reader:
         for head in reversed(heads):
             values = _sums(values, head)
         return values
+
+    def skip_column(self, size: int) -> None:
+        """Pass over a column of `size` integers."""
+        stride, order, width = self._take(3)
+        self._at += 8 * sum(self._heads(size, stride, order))
+        self._at += width * max(0, size - stride * order)
+
+    @staticmethod
+    def _heads(size: int, stride: int, order: int) -> list[int]:
+        """Return how many numbers each order of differences begins with."""
+        return [max(0, min(stride, size - at * stride)) for at in range(order)]
 
 
 def _fits(values: Sequence[int]) -> bool:

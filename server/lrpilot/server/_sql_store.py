@@ -27,10 +27,13 @@ from lrpilot.server._packing import (
     PackedLog,
     Part,
     Unpacked,
+    block_of,
     insert,
     next_segment,
     packed,
     replace,
+    save_overview,
+    segments_of,
 )
 from lrpilot.server._postgres import Postgres, is_conflict, postgres_reason
 from lrpilot.server._schema import events, runs, snapshots
@@ -56,6 +59,7 @@ from lrpilot.server._store import (
     LogRow,
     News,
     Reason,
+    Segment,
     SeqTaken,
     Snapshot,
     Store,
@@ -311,6 +315,24 @@ class SqlStore:
             if run_id is None or self._is_old(connection):
                 return 0
             return replace(connection, run_id, rows, block)
+
+        return self._transact(self._writer, work)
+
+    def segments(self, run: str, after_seq: int = 0) -> list[Segment]:
+        """Return what is packed of a run's log behind `after_seq`, in order."""
+        after_seq = min(after_seq, MAX_SEQ)
+        return self._transact(self._reader, lambda one: segments_of(one, run, after_seq))
+
+    def segment(self, run: str, segment: Segment) -> bytes | None:
+        """Return the packed rows of a segment; None: it is gone."""
+        return self._transact(self._reader, lambda one: block_of(one, run, segment))
+
+    def save_overview(self, run: str, segment: Segment) -> bool:
+        """Keep the overview of a segment; return whether the segment is still there."""
+
+        def work(connection: sa.Connection) -> bool:
+            run_id = _hold(connection, run)
+            return run_id is not None and save_overview(connection, run_id, segment)
 
         return self._transact(self._writer, work)
 

@@ -79,6 +79,18 @@ class Snapshot:
                 raise ValueError(f"{name} must be {least} to {MAX_SEQ}, got {value}")
 
 
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows of a log that are packed."""
+
+    first_seq: int
+    last_seq: int
+    checksum: str
+    """Tells the content from every other one, also of another log."""
+    overview: bytes | None
+    """What was saved as its overview; None: nothing was. The store does not look inside."""
+
+
 MILESTONE_ROWS = 32_768
 """Snapshots that are kept beside the newest are at least so many rows apart."""
 
@@ -297,6 +309,21 @@ class Store(Protocol):
 
         Does nothing (0) while a server of a release that cannot read packed rows is connected.
         """
+        ...
+
+    def segments(self, run: str, after_seq: int = 0) -> list[Segment]:
+        """Return what is packed of a run's log behind `after_seq`, in order.
+
+        Empty too where no run has that name. A store that packs nothing has none.
+        """
+        ...
+
+    def segment(self, run: str, segment: Segment) -> bytes | None:
+        """Return the packed rows of a segment, as `_segments` reads them; None: it is gone."""
+        ...
+
+    def save_overview(self, run: str, segment: Segment) -> bool:
+        """Keep the overview of a segment; return whether the segment is still there."""
         ...
 
     def size(self) -> int:

@@ -180,7 +180,7 @@ class RunView:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         width, height = options.max_width, options.height or options.size.height
         kept = max(_LEAST_PLOTS, int(_SHARE * height))
-        rows = max(2, (height - kept) // 2)
+        rows = min(max(2, (height - kept) // 2), height)
         top = list(self._head(width))[:rows]
         bottom = list(self._decisions(width, max(2, rows // 2)))
         bottom += self._happened(width, max(2, rows // 2))

@@ -173,6 +173,8 @@ def facts(run: runs_pb2.Run) -> Iterator[tuple[str, str]]:
         yield "imported", f"from {run.imported_from}: its job goes on here from its checkpoint"
     if run.leader:
         yield "leader mode", _leader_text(run)
+    if run.HasField("ranks"):
+        yield "ranks", ranks_text(run.ranks)
     yield "created", when(run.created_at)
     yield "updated", f"{when(run.updated_at)}, event {run.seq:,}, log {run.digest[:12]}"
     if run.etag:
@@ -186,6 +188,25 @@ def _facts(run: runs_pb2.Run) -> Table:
     for what, text in facts(run):
         table.add_row(what, Text(text))
     return table
+
+
+def ranks_text(ranks: runs_pb2.Ranks) -> str:
+    """Return how many ranks asked lately, which one is slowest, and whether any waits.
+
+    >>> lag = runs_pb2.RankLag(rank=3, progress=90, lag=10, asked_s_ago=2.0)
+    >>> ranks_text(runs_pb2.Ranks(active=8, waiting=2, blocked_s=1.5, slowest=[lag]))
+    '8 asked lately; rank 3 is 10 behind, at 90, 2 s ago; 2 wait, for 1.5 s'
+    """
+    text = f"{ranks.active:,} asked lately"
+    if ranks.slowest and ranks.slowest[0].lag:
+        slowest = ranks.slowest[0]
+        text += (
+            f"; rank {slowest.rank} is {slowest.lag:,} behind, at {slowest.progress:,}, "
+            f"{slowest.asked_s_ago:.0f} s ago"
+        )
+    if ranks.waiting:
+        text += f"; {ranks.waiting:,} wait, for {ranks.blocked_s:.1f} s"
+    return text
 
 
 def _leader_text(run: runs_pb2.Run) -> str:

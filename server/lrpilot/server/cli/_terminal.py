@@ -44,6 +44,8 @@ _LEAST_SHOWN, _MOST_SHOWN = 12, 32
 """Lines of a chart that is no whole screen."""
 _MOST_LINES = 4
 """Most groups that a panel draws."""
+_SMALLEST, _LARGEST = 1e-300, 1e300
+"""Beyond them no axis goes, although single values may."""
 _LEAST_RATE = 1e-4
 """Where a logarithmic axis of LRs ends, as a share of the greatest."""
 
@@ -117,16 +119,18 @@ class ChartView:
 
 
 def show_chart(chart: Chart, *, losses: bool = True, log: bool = False) -> None:
-    """Write a chart to standard output, about as high as the terminal, and what was decided."""
+    """Write a chart and what was decided to standard output, to fit a terminal if it can."""
     console = Console(highlight=False)
-    height = min(max(console.height - 4, _LEAST_SHOWN), _MOST_SHOWN)
-    view = ChartView(chart, losses=losses, log=log, height=height)
     told = Table.grid(padding=(0, 1))
     told.add_column(justify="right", width=4)
     for number, item in enumerate(chart.decisions, 1):
         told.add_row(Text(item.sign(number), style="bold"), Text(item.text))
     if chart.more:
         told.add_row("", Text(chart.more))
+    # Below it stand a summary and the next prompt.
+    height = console.height - len(console.render_lines(told)) - 3
+    height = min(max(height, _LEAST_SHOWN), _MOST_SHOWN)
+    view = ChartView(chart, losses=losses, log=log, height=height)
     console.print(Plain(Group(Text(chart.title, style="bold"), view, told)))
 
 
@@ -313,7 +317,7 @@ def _loss_panel(chart: Chart, *, log: bool) -> _Panel:
     values = [point.value for line in lines for point in line.points]
     known = [point.value for point in chart.losses if not log or point.value > 0] or values
     if not values:
-        return _Panel("loss", lines, 0.0, 1.0, log, chart.missing)
+        return _Panel("loss", lines, 1.0, 10.0, log, chart.missing)
     high = max(values) if log else min(ceiling(known), max(values))
     return _Panel("loss", lines, *_apart(min(values), high, log=log), log, chart.missing)
 
@@ -362,16 +366,21 @@ def _above_zero(points: Sequence[Point]) -> list[Point]:
 
 
 def _greatest(lines: Sequence[_Line]) -> float:
-    return max((point.value for line in lines for point in line.points), default=0.0) or 1.0
+    high = max((point.value for line in lines for point in line.points), default=0.0)
+    return min(high, _LARGEST) if high > _SMALLEST else 1.0
 
 
 def _apart(low: float, high: float, *, log: bool) -> tuple[float, float]:
-    """Return the ends of an axis, which differ."""
-    if low < high:
-        return low, high
+    """Return the ends of an axis: apart, and far from where floats end."""
     if log:
-        return low / 2, high * 2
-    return low - (abs(low) / 10 or 1.0), high + (abs(high) / 10 or 1.0)
+        low, high = (min(max(end, _SMALLEST), _LARGEST) for end in (low, high))
+        return (low, high) if low < high else (low / 2, high * 2)
+    low, high = (min(max(end, -_LARGEST), _LARGEST) for end in (low, high))
+    size = max(abs(low), abs(high))
+    if high - low > max(_SMALLEST, 1e-12 * size):
+        return low, high
+    margin = size / 10 if size > _SMALLEST else 1.0
+    return low - margin, high + margin
 
 
 def _y(panel: _Panel, value: float) -> float:
@@ -402,7 +411,7 @@ def _ticks(panel: _Panel, rows: int) -> list[float]:
 
 def _step(least: float) -> float:
     """Return the least of 1, 2 and 5 times a power of 10 that is no smaller."""
-    power = 10.0 ** math.floor(math.log10(max(least, 1e-300)))
+    power = 10.0 ** math.floor(math.log10(least))
     return next(times * power for times in (1, 2, 5, 10) if times * power >= least * (1 - 1e-9))
 
 

@@ -1,11 +1,13 @@
 """`lrpilot run watch`: a run, or all of them, on the whole terminal, kept up to date."""
 
+import queue
 import signal
 import sys
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Annotated
 
@@ -20,6 +22,8 @@ from lrpilot.server.cli._remote import connected
 
 _LONGEST_S = 10.0
 """Longest time between two screens, although nothing happens."""
+_LOCAL_MODES = 3
+"""Their place in what `termios.tcgetattr` returns."""
 
 
 @command
@@ -82,23 +86,25 @@ def _show_live(console: Console, watcher: "_Watcher", frame: Frame) -> None:
         redirect_stdout=False,
         redirect_stderr=False,
     )
-    with _signals(watcher.changed), watcher, live:
+    with _signals(watcher), _silent_keys(), watcher, live:
         while watcher.failure is None:
-            watcher.changed.clear()
             live.update(frame(watcher.view, watcher.silent_since), refresh=True)
-            watcher.changed.wait(_LONGEST_S)
+            watcher.wait()
     raise watcher.failure
 
 
 @contextmanager
-def _signals(changed: threading.Event) -> Iterator[None]:
-    """Draw anew when the terminal gets another size; leave it as it was when told to end."""
+def _signals(watcher: "_Watcher") -> Iterator[None]:
+    """Draw anew when the terminal gets another size; end between two screens when told to."""
 
     def end(number: int, _: FrameType | None) -> None:
-        sys.exit(128 + number)
+        is_ctrl_c = number == signal.SIGINT
+        watcher.failure = KeyboardInterrupt() if is_ctrl_c else SystemExit(128 + number)
+        watcher.wake()
 
     handlers = {
-        signal.SIGWINCH: lambda *_: changed.set(),
+        signal.SIGWINCH: lambda *_: watcher.wake(),
+        signal.SIGINT: end,
         signal.SIGTERM: end,
         signal.SIGHUP: end,
     }
@@ -110,6 +116,22 @@ def _signals(changed: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _silent_keys() -> Iterator[None]:
+    """Keep what is typed off the screen, and away from the shell afterwards."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    modes = termios.tcgetattr(sys.stdin)
+    modes[_LOCAL_MODES] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSADRAIN, modes)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSAFLUSH, before)
+
+
 class _Watcher:
     """Looks in a thread of its own, so that a server that does not answer holds up nothing."""
 
@@ -119,12 +141,12 @@ class _Watcher:
         self._refresh_s = refresh_s
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
-        self.changed = threading.Event()
-        """Set whenever there is something new to see."""
+        # Of what wakes threads this alone may be used by handlers of signals.
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.view = look()
         self.silent_since: float | None = None
         """When the server last answered, if it does not any more, in seconds since 1970."""
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
         """Why there is nothing more to look at."""
         self._answered = time.time()
 
@@ -134,6 +156,17 @@ class _Watcher:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
+
+    def wake(self) -> None:
+        """End a `wait`; handlers of signals may call it."""
+        self._wakes.put(None)
+
+    def wait(self) -> None:
+        """Wait, bounded, until there is something new to see."""
+        with suppress(queue.Empty):
+            self._wakes.get(timeout=_LONGEST_S)
+            while True:
+                self._wakes.get_nowait()
 
     def _run(self) -> None:
         while self.failure is None and not self._ended.wait(self._refresh_s):
@@ -148,4 +181,4 @@ class _Watcher:
             except Exception as error:
                 # Raised where it ends the program, and not in a thread that nobody waits for.
                 self.failure = error
-            self.changed.set()
+            self.wake()

@@ -22,9 +22,19 @@ function show() {
   unmount();
   shown = location.pathname;
   main.replaceChildren();
-  const name = shown.match(/^\/runs\/(.+)$/)?.[1];
-  document.title = name ? `${decodeURIComponent(name)} · lrpilot` : "Runs · lrpilot";
-  unmount = name ? mountRun(main, api, decodeURIComponent(name)) : mountRuns(main, api);
+  const name = nameOf(shown);
+  document.title = name ? `${name} · lrpilot` : "Runs · lrpilot";
+  unmount = name ? mountRun(main, api, name) : mountRuns(main, api);
+}
+
+/** Return the run whose address a path is; empty: it is that of the list. */
+function nameOf(path) {
+  const part = path.match(/^\/runs\/(.+)$/)?.[1] ?? "";
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part; // No name either: the server says so.
+  }
 }
 
 function showConnection() {

@@ -10,6 +10,8 @@ const STEP = 0.1;
 const FACTOR = 0.7;
 /** Pixels that a drag must cover to count as one. */
 const LEAST_DRAG = 6;
+/** Greatest value of a logarithmic axis over its least. */
+const DECADES = 1e5;
 /** Rows of "data as a table" at most. */
 const MOST_ROWS = 400;
 const LABEL = "12px system-ui, sans-serif";
@@ -257,12 +259,14 @@ export class Chart {
   }
 
   #yRange(least, greatest) {
-    const [min, max] = this.fit?.(this.viewport.min, this.viewport.max) ?? [least, greatest];
+    const [low, max] = this.fit?.(this.viewport.min, this.viewport.max) ?? [least, greatest];
+    // A value that comes down to almost nothing would leave no room for all others.
+    const min = this.isLog && low !== null ? Math.max(low, max / DECADES) : low;
     if (min === null || max === null || !Number.isFinite(min) || !Number.isFinite(max)) return this.isLog ? [0.1, 10] : [0, 1];
     if (this.isLog) return min === max ? [min / 2, max * 2] : uPlot.rangeLog(min * 0.95, max * 1.05, 10, false);
-    const low = this.isZeroBased ? Math.min(0, min) : min;
-    const pad = 0.06 * (max - low) || 0.1 * Math.abs(max) || 1;
-    return [this.isZeroBased && min >= 0 ? 0 : low - pad, max + pad];
+    const from = this.isZeroBased ? Math.min(0, min) : min;
+    const pad = 0.06 * (max - from) || 0.1 * Math.abs(max) || 1;
+    return [this.isZeroBased && min >= 0 ? 0 : from - pad, max + pad];
   }
 
   #selected(plot) {

@@ -81,9 +81,11 @@ class Figures {
       this.#viewport.onChange((byPerson) => this.#moved(byPerson)),
     );
     this.onPopState = () => {
+      clearTimeout(this.#timers.note);
+      const { groups } = this.#address;
       this.#address = readAddress();
       this.#applyAddress();
-      this.#want("all");
+      if (String(groups) !== String(this.#address.groups)) this.#want("all");
     };
     addEventListener("popstate", this.onPopState);
     this.#want("all");
@@ -91,6 +93,7 @@ class Figures {
 
   destroy() {
     this.#isOver = true;
+    this.#zooming?.abort();
     for (const end of this.#ends) end();
     for (const timer of Object.values(this.#timers)) clearTimeout(timer);
     removeEventListener("popstate", this.onPopState);
@@ -119,7 +122,7 @@ class Figures {
     const shared = {
       viewport: this.#viewport,
       unit: () => this.context.run?.unit ?? "progress",
-      paintBelow: (chart, ctx) => paintBands(chart, ctx, this.#shown),
+      paintBelow: (chart, ctx) => paintBands(chart, ctx, this.#shown, this.#isFinished()),
     };
     const paintMore = (chart, ctx) => {
       paintAttempts(chart, ctx, this.#shown, false);
@@ -172,8 +175,12 @@ class Figures {
 
   #runChanged(run) {
     const plan = `${run.attempt} ${run.etag} ${run.state}`;
-    if (this.#plan && plan !== this.#plan) this.#want("all");
-    else if (this.#shown && run.seq !== this.#shown.seq) this.#want("newest");
+    if (this.#shown) {
+      // The curves were asked for beside the first state of the run, which says how to draw them.
+      if (!this.#plan) this.#combine();
+      else if (plan !== this.#plan) this.#want("all");
+      if (run.seq > this.#shown.seq) this.#want("newest");
+    }
     this.#plan = plan;
     if (this.#shown) this.#showMarkers();
   }
@@ -232,7 +239,7 @@ class Figures {
     const known = Math.min(this.#shown.progress, this.#lastLoss());
     const part = await this.#curves({ begin: Math.max(0, known), points: this.#points() });
     if (this.#isOver) return;
-    if (part.losses.length !== this.#shown.losses.length || longest(this.#overview) > 4 * this.#points()) {
+    if (newestAttempt(part) > newestAttempt(this.#shown) || longest(this.#overview) > 4 * this.#points()) {
       // Another attempt has opened; or so much was added that it is time to thin it out.
       await this.#askAll();
       return;
@@ -244,7 +251,8 @@ class Figures {
 
   /** Return the progress of the newest loss that is shown: from there on losses may have come. */
   #lastLoss() {
-    return this.#shown.losses.at(-1)?.x.at(-1) ?? 0;
+    const newest = this.#shown.losses.at(-1);
+    return newest?.x.at(-1) ?? newest?.begin ?? 0;
   }
 
   async #askFiner() {
@@ -282,10 +290,17 @@ class Figures {
     this.#shown = fine ? splice(this.#overview, { ...fine.curves, begin: fine.begin, end: fine.end }) : this.#overview;
     this.#nonfinite = nonfiniteLosses(this.#shown);
     this.#forgotten = forgottenLosses(this.#shown);
-    this.#viewport.setBounds(this.#shown.end, Math.max(this.#shown.horizon, this.#shown.progress));
+    const { end, progress, horizon } = this.#shown;
+    if (this.#isFinished()) this.#viewport.setBounds(progress, progress);
+    else this.#viewport.setBounds(end, Math.max(horizon, progress));
     this.context.setCurves(this.#shown);
     this.#showGroups();
     this.#draw();
+  }
+
+  /** Return whether nothing comes any more, so that nothing is planned either. */
+  #isFinished() {
+    return this.context.run?.state === "finished";
   }
 
   // What is drawn.
@@ -295,13 +310,14 @@ class Figures {
     if (!curves) return;
     const { loss, lr, wd, norm } = this.#charts;
     const { log } = this.#address;
-    loss.update(this.#lossSeries(), log.has("loss"));
-    lr.update(this.#valueSeries("lr"), log.has("lr"));
-    wd.update(this.#valueSeries("wd"));
-    norm.update([{ key: "norm", label: "norm", color: "series-5", width: 1, ...curves.norm }]);
+    // A chart takes the width that it has once it is seen.
     loss.root.hidden = lr.root.hidden = false;
     wd.root.hidden = !curves.groups.some((group) => group.wd);
     norm.root.hidden = curves.norm.x.length === 0;
+    loss.update(this.#lossSeries(), log.has("loss"));
+    lr.update(this.#valueSeries("lr"), log.has("lr"));
+    if (!wd.root.hidden) wd.update(this.#valueSeries("wd"));
+    if (!norm.root.hidden) norm.update([{ key: "norm", label: "norm", color: "series-5", width: 1, ...curves.norm }]);
     this.#showMarkers();
   }
 
@@ -348,10 +364,10 @@ class Figures {
       if (!group[name]) continue;
       const label = group.name || (name === "lr" ? "LR" : "WD");
       const look = { color: `series-${this.#colorOf(group.name)}`, isStraight: true };
-      const { past, planned } = splitAt(group.x, group[name], curves.horizon);
+      const { past, planned } = splitAt(group.x, group[name], this.#isFinished() ? curves.progress : curves.horizon);
       const whole = { x: group.x, y: group[name] };
       series.push({ key: `past ${group.name}`, label, width: 2.2, ...look, ...past, reads: whole });
-      series.push({ key: `planned ${group.name}`, label: `${label}, planned`, width: 1.8, dash: [7, 5], ...look, ...planned, isListed: false });
+      if (!this.#isFinished()) series.push({ key: `planned ${group.name}`, label: `${label}, planned`, width: 1.8, dash: [7, 5], ...look, ...planned, isListed: false });
       if (name === "lr" && group.base.some((value, index) => value !== group.lr[index])) {
         series.push({ key: `base ${group.name}`, label: `${label}, base schedule`, width: 1, dash: [1, 3], ...look, x: group.x, y: group.base, isListed: curves.groups.length === 1 });
       }
@@ -501,7 +517,8 @@ class Figures {
     const { groups, progress, horizon, end } = this.#shown;
     const told = groups.filter((group) => group[name]).slice(0, MOST_GROUPS).map((group) => {
       const [now, last] = [progress, end].map((at) => rate(valueAt(group.x, group[name], at)));
-      return `${group.name ? `${group.name}: ` : ""}${now} at ${count(progress)}, ${last} planned at ${count(end)}`;
+      const later = this.#isFinished() ? "" : `, ${last} planned at ${count(end)}`;
+      return `${group.name ? `${group.name}: ` : ""}${now} at ${count(progress)}${later}`;
     });
     const title = name === "lr" ? "Learning rate" : "Weight decay";
     return `${title} over progress, fixed below ${count(horizon)}. ${told.join("; ")}.`;
@@ -511,6 +528,10 @@ class Figures {
     const { x, y } = this.#shown.norm;
     return x.length ? `Gradient norm over progress: newest ${rate(y.at(-1))} at ${count(x.at(-1))}.` : "Gradient norm: none.";
   }
+}
+
+function newestAttempt(curves) {
+  return Math.max(0, ...curves.losses.map((item) => item.attempt));
 }
 
 /** Return what the marks on the charts mean. */

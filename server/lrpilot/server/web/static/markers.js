@@ -8,6 +8,8 @@ import { madeBy } from "./words.js";
 const NEAR = 13;
 /** Adjustments told of a marker that stands for several. */
 const LISTED = 4;
+/** Letters of a reason here; the list has all of it. */
+const MOST_LETTERS = 400;
 /** Kinds, those first that somebody looks for: where several are one marker it has the first one's look. */
 const RANKS = ["advice", "change", "directive", "note", "passed"];
 
@@ -182,7 +184,7 @@ export function linesOf(item) {
     titleOf(item),
     isNote ? `at ${count(item.decided_at)}, by ${madeBy(item)}` : `from ${count(item.effective)} on, by ${madeBy(item)}${item.decided_at ? `, on the loss at ${count(item.decided_at)}` : ""}`,
     ...(isNote || item.action === "directive" ? [] : [changeText(item)]),
-    item.reason,
+    item.reason.length > MOST_LETTERS ? `${item.reason.slice(0, MOST_LETTERS)}…` : item.reason,
     statusText(item),
   ].filter(Boolean);
 }

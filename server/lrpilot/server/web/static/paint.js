@@ -5,14 +5,15 @@ import { color } from "./chart.js";
 
 const FONT = "system-ui, sans-serif";
 
-/** Paint the stages as bands, every other one, and the stretch that is fixed ahead. */
-export function paintBands(chart, ctx, curves) {
+/** Paint the stages as bands, every other one, and the stretch that is fixed ahead unless all `isOver`. */
+export function paintBands(chart, ctx, curves, isOver) {
   if (!curves) return;
   const { bbox } = chart.plot;
   curves.stages.forEach((stage, index) => {
     if (index % 2) return;
     fillBetween(chart, ctx, stage.begin, stage.end, color("stage"), 0);
   });
+  if (isOver) return;
   if (curves.horizon > curves.progress) fillBetween(chart, ctx, curves.progress, curves.horizon, color("future"), 3);
   ctx.strokeStyle = color("series-0");
   ctx.lineWidth = devicePixelRatio;

@@ -98,7 +98,6 @@ function trouble({ tone, text, detail, id }, context) {
 }
 
 function factsOf(run, curves, left) {
-  if (run.state === "unreadable") return [];
   const last = lastChange(run);
   const next = nextOf(run, curves);
   const share = percent(run.total ? run.progress / run.total : 0);

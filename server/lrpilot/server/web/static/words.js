@@ -10,6 +10,12 @@ const SILENT_S = 900;
 /** Share of a run's losses that counts as lately, and the fewest and most losses. */
 const LATELY = { share: 0.02, least: 50, most: 1000 };
 
+/** How many times steeper than what is beside it a step of the LR is. */
+const STEEP = 5;
+
+/** Planned changes that are told one by one. */
+const MOST_PLANNED = 2;
+
 /** Status of adjustments that change nothing (any more), so that they are no news. */
 const PASSED = new Set(["advice", "expired", "held back", "forgotten", "undone", "approved"]);
 
@@ -54,10 +60,6 @@ function troubledDirectives(run) {
 export function troublesOf(run, nonfiniteAt = null, now = Date.now()) {
   const found = [];
   const add = (tone, text, detail = "", id = null) => found.push({ tone, text, detail, id });
-  if (run.state === "unreadable") {
-    add("bad", "The log of this run cannot be read. The server's own log says why.");
-    return found;
-  }
   if (run.forgotten) add("bad", run.forgotten);
   if (run.state === "finished") return found;
   if (waits(run)) {
@@ -125,40 +127,51 @@ export function lossText(run) {
  * where the LR turns. `curves`: as `decode` has them, null: not there yet.
  */
 export function nextOf(run, curves) {
-  if (run.state === "finished" || run.state === "unreadable") return [];
-  const found = (run.adjustments ?? [])
-    .filter((item) => item.status === "planned" && !item.forgotten && item.action !== "note")
+  if (run.state === "finished") return [];
+  const planned = (run.adjustments ?? []).filter(
+    (item) => item.status === "planned" && !item.forgotten && item.action !== "note",
+  );
+  const found = planned
+    .slice(0, MOST_PLANNED)
     .map((item) => [item.effective, `${item.summary} at ${count(item.effective)} by ${madeBy(item)}`]);
-  for (const stage of curves?.stages ?? []) {
-    if (stage.begin > run.progress) {
-      found.push([stage.begin, `stage ${stage.name} at ${count(stage.begin)}`]);
-      break;
-    }
+  if (planned.length > MOST_PLANNED) {
+    const more = planned.slice(MOST_PLANNED);
+    found.push([more[0].effective, `${plural(more.length, "more change")} until ${count(more.at(-1).effective)}`]);
   }
-  const turn = curves ? nextTurn(curves) : null;
+  const stage = (curves?.stages ?? []).find((item) => item.begin > run.progress);
+  if (stage) found.push([stage.begin, `stage ${stage.name} at ${count(stage.begin)}`]);
+  // Between planned changes the LR turns at each of them.
+  const turn = curves && !planned.length ? nextTurn(curves) : null;
   if (turn) found.push(turn);
-  return found.sort(([a], [b]) => a - b).map(([, text]) => text);
+  return found.sort(([one], [other]) => one - other).map(([, text]) => text);
 }
 
 /** Return where the planned LR of the first group turns, `[progress, phrase]`; null: nowhere. */
 function nextTurn({ groups, progress }) {
   const group = groups[0];
   if (!group) return null;
-  const begin = lowerBound(group.x, progress);
+  const { x, lr } = group;
   let trend = null;
-  for (let index = Math.max(1, begin); index < group.x.length; index += 1) {
-    const here = trendOf(group.lr[index - 1], group.lr[index]);
-    const at = group.x[index - 1];
-    // A step stands as the last progress before it and the first one behind it.
-    const isStep = group.x[index] - at === 1 && at >= progress && here !== "stays";
-    if (isStep) return [group.x[index], `LR goes to ${rate(group.lr[index])} at ${count(group.x[index])}`];
-    if (trend !== null && here !== trend) return [at, `LR ${here} from ${count(at)} on`];
+  for (let index = Math.max(1, lowerBound(x, progress)); index < x.length; index += 1) {
+    if (x[index - 1] >= progress && isStep(x, lr, index)) {
+      return [x[index], `LR goes to ${rate(lr[index])} at ${count(x[index])}`];
+    }
+    const here = trendOf(lr[index - 1], lr[index]);
+    const at = x[index - 1];
+    if (trend !== null && here !== trend) {
+      return [at, `LR ${here}${here === "stays" ? ` at ${rate(lr[index])}` : ""} from ${count(at)} on`];
+    }
     trend = here;
   }
   if (trend === null) return null;
-  const end = group.x.at(-1);
-  const to = trend === "stays" ? `at ${rate(group.lr.at(-1))}` : `to ${rate(group.lr.at(-1))}`;
-  return [end, `LR ${trend} ${to} until the planned end at ${count(end)}`];
+  return [x.at(-1), `LR ${trend} ${trend === "stays" ? "at" : "to"} ${rate(lr.at(-1))} until the planned end at ${count(x.at(-1))}`];
+}
+
+/** Return whether a curve jumps to the point at `index`: within one unit, and far more than next to it. */
+function isStep(x, y, index) {
+  const slope = (at) => (at > 0 && at < x.length ? Math.abs(y[at] - y[at - 1]) / (x[at] - x[at - 1]) : 0);
+  const here = slope(index);
+  return x[index] - x[index - 1] === 1 && here > STEEP * slope(index - 1) && here > STEEP * slope(index + 1);
 }
 
 function trendOf(before, after) {
