@@ -463,7 +463,12 @@ class TestLive:
             "followed",
             [3.0],
             total=2000,
-            policies=[{"kind": "plateau", "patience": 0, "cooldown": 10**6}],
+            policies=[
+                {"kind": "plateau", "patience": 0, "cooldown": 10**6},
+                # How many losses there are for them to find something in is left to the machine.
+                {"kind": "spike", "mode": "off"},
+                {"kind": "divergence", "mode": "off"},
+            ],
         )
         opened(browser, site, "/runs/followed")
         browser.wait_for("#connection", "live")
