@@ -223,6 +223,33 @@ class TestWords:
         browser.click(".troubles button")
         browser.wait_for(".adjustments .selected", "evaluate")
 
+    def test_the_word_for_each_state(self, page: Browser) -> None:
+        now_s = 10_000.0
+        ranks = {"active": 4, "waiting": 2, "blocked_s": 16.0, "slowest": []}
+        changes: dict[str, dict[str, Any]] = {
+            "trains": {},
+            "is held": {"held": True},
+            "is silent": {"held": True, "updated_at": "1970-01-01T02:31:39Z"},
+            "ranks wait": {"ranks": ranks, "updated_at": "1970-01-01T02:31:39Z"},
+            "log forgot": {"ranks": ranks, "forgotten": "The log has forgotten 3 events."},
+            "imported": {"imported_from": "0.2.0 on node-7"},
+            "created": {"state": "created"},
+            "finished": {"state": "finished", "held": True},
+            "unreadable": {"state": "unreadable"},
+        }
+        run = {"state": "running", "updated_at": "1970-01-01T02:46:00Z", "forgotten": ""}
+        runs = [run | fields for fields in changes.values()]
+        # Waits that end soon are no trouble.
+        runs.append(run | {"ranks": ranks | {"blocked_s": 14.0}})
+        said = page.driver.execute_async_script(
+            "const [runs, now, done] = arguments;"
+            "import('/static/words.js').then((words) =>"
+            " done(runs.map((run) => words.stateOf(run, now).word)), done)",
+            runs,
+            now_s * 1000,
+        )
+        assert said == [*changes, "trains"]
+
     def test_charts_are_told_in_words_too(self, page: Browser) -> None:
         page.wait(lambda: page.all(f"{chart('Loss')} [role=img][aria-label]"), "words")
         labels = [str(item.get_attribute("aria-label")) for item in page.all(f"{CHART} [role=img]")]

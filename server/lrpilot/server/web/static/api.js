@@ -44,6 +44,7 @@ class Api {
   /** Answer of `/api/server`: version, read_only, why_read_only, author, ready; null: not yet. */
   server = null;
   #streamIsOpen = null;
+  #looking = null;
 
   /** Answer of `/api/server`, asked for once; raises ApiError. */
   async serverInfo() {
@@ -53,7 +54,11 @@ class Api {
   /** Ask how the server is, and keep the connection's state up to date with the answer. */
   async look() {
     try {
-      this.server = await this.#get("/api/server");
+      // Several ask at once when a view opens.
+      this.#looking ??= this.#get("/api/server").finally(() => {
+        this.#looking = null;
+      });
+      this.server = await this.#looking;
     } catch (error) {
       this.connection.set("reconnecting", error.message);
       throw error;
