@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -73,7 +74,7 @@ class Observed:
         self.commits.append((appends, rows, failure))
 
 
-async def held(store: GatedStore, committer: GroupCommitter) -> asyncio.Task[None]:
+async def held(store: GatedStore, committer: GroupCommitter) -> asyncio.Task[int]:
     """Occupy the writer with a first append, until the gate opens."""
     store.gate.clear()
     store.entered.clear()
@@ -83,7 +84,7 @@ async def held(store: GatedStore, committer: GroupCommitter) -> asyncio.Task[Non
     return first
 
 
-async def started(*tasks: asyncio.Task[None]) -> None:
+async def started(*tasks: asyncio.Task[Any]) -> None:
     """Let every task run up to where it waits."""
     await asyncio.sleep(0)
     assert not any(task.done() for task in tasks)

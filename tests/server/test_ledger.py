@@ -488,10 +488,11 @@ class PromptCommitter(GroupCommitter):
 
     async def append(
         self, run: str, rows: Sequence[LogRow], create: bool = False, after: str | None = None
-    ) -> None:
+    ) -> int:
         for conflict in self._store.append([Append(run, tuple(rows), create, after)]):
             if conflict is not None:
                 raise conflict
+        return 1
 
 
 class TestAnswers:
