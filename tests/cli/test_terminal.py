@@ -202,6 +202,17 @@ def test_groups_with_equal_values_share_a_line() -> None:
     assert "a, b, c" in decays
 
 
+def test_of_many_groups_some_are_drawn_and_the_others_counted() -> None:
+    groups = [
+        replace(chart().groups[0], name=f"g{n}", rates=[n * 1e-4, 0.0], base=[])
+        for n in range(1, 8)
+    ]
+    title = Panel(drawn(chart(groups=groups), 120), "learning rate").title
+    assert "g4" in title
+    assert "g5" not in title
+    assert "and 3 more" in title
+
+
 def test_a_run_without_losses_says_so() -> None:
     lines = drawn(chart(losses=[], smoothed=[], progress=0, horizon=8))
     assert any("no loss yet" in line for line in lines)

@@ -75,6 +75,8 @@ class _Panel:
     is_log: bool = False
     missing: Sequence[int] = ()
     """Where something is not finite."""
+    left_out: int = 0
+    """Lines that are not drawn."""
 
     @property
     def above(self) -> list[int]:
@@ -89,7 +91,7 @@ class ChartView:
     def __init__(
         self, chart: Chart, *, losses: bool = True, log: bool = False, height: int | None = None
     ) -> None:
-        """Args as below.
+        """Take what to show, and how.
 
         Args:
             chart: what to show.
@@ -141,14 +143,8 @@ class Plain:
         self._content = content
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        for segment in console.render(self._content, options):
-            yield segment if not options.ascii_only else replace_text(segment)
-
-
-def replace_text(segment: Segment) -> Segment:
-    """Return a segment with ASCII in place of what this program draws with."""
-    text, style, control = segment
-    return Segment(text.translate(_ASCII), style, control)
+        for text, style, control in console.render(self._content, options):
+            yield Segment(text.translate(_ASCII) if options.ascii_only else text, style, control)
 
 
 class _Drawing:
@@ -199,6 +195,8 @@ class _Drawing:
                     f"  {sign} ", style="dim" if line.color is None else _color(line.color)
                 )
                 title.append(line.label, style="not bold")
+        if panel.left_out:
+            title.append(f"  and {panel.left_out:,} more", style="not bold")
         return title
 
     def _plotted(
@@ -296,12 +294,14 @@ def _panels(chart: Chart, *, losses: bool, log: bool) -> Iterator[_Panel]:
         yield _loss_panel(chart, log=log)
     yield _rate_panel(chart, log=log)
     if any(group.decays for group in chart.groups):
+        found = shared(chart.groups, lambda group: (group.decays,))
         decays = [
             line
-            for number, same in enumerate(shared(chart.groups, lambda group: (group.decays,)))
+            for number, same in enumerate(found[:_MOST_LINES])
             for line in _curve(chart, same, same[0].decays, number)
         ]
-        yield _Panel("weight decay", decays, 0.0, _greatest(decays))
+        left_out = max(0, len(found) - _MOST_LINES)
+        yield _Panel("weight decay", decays, 0.0, _greatest(decays), left_out=left_out)
 
 
 def _loss_panel(chart: Chart, *, log: bool) -> _Panel:
@@ -335,12 +335,12 @@ def _rate_panel(chart: Chart, *, log: bool) -> _Panel:
     if log:
         lines = [replace(line, points=_above_zero(line.points)) for line in lines]
         lines = [line for line in lines if line.points]
-    high = _greatest(lines)
+    high, left_out = _greatest(lines), max(0, len(both) - _MOST_LINES)
     if not log:
-        return _Panel("learning rate", lines, 0.0, high)
+        return _Panel("learning rate", lines, 0.0, high, left_out=left_out)
     low = min((point.value for line in lines for point in line.points), default=0.1)
     low, high = _apart(max(low, high * _LEAST_RATE), high, log=True)
-    return _Panel("learning rate", lines, low, high, is_log=True)
+    return _Panel("learning rate", lines, low, high, is_log=True, left_out=left_out)
 
 
 def _curve(
