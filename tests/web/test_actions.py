@@ -9,6 +9,7 @@ import pytest
 from selenium.webdriver.common.keys import Keys
 
 from tests.e2e.harness import serve
+from tests.web.browser import PHONE
 from tests.web.site import ADVISING, Site, falling
 
 if TYPE_CHECKING:
@@ -361,6 +362,9 @@ class TestReadOnly:
         browser.wait_for("main", "Read-only: the server listens beyond this machine")
         browser.click(".actions summary")
         browser.wait_for(".actions code", "lrpilot run hold locked --reason …")
+        browser.resize(PHONE)
+        fits = "return innerWidth === 390 && document.documentElement.scrollWidth <= 390"
+        browser.wait(lambda: browser.run_script(fits), "it fits a phone")
         browser.wait_for(".adjustments", f"lrpilot run approve locked {advice.id} --reason …")
         roles = browser.run_script(
             "return [...document.querySelectorAll('[data-role]')].map((item) => item.dataset.role)"

@@ -248,16 +248,19 @@ export class ChangeDialog {
     const { summary } = this.#seen.adjustment ?? { summary: "new spec" };
     remember(this.author.value);
     this.#setBusy(true);
+    this.#lock(true);
     this.#say(null);
+    let answer;
     try {
-      const answer = await this.#send(this.#order);
-      this.#order = null;
-      this.#succeed(answer, summary);
+      answer = await this.#send(this.#order);
     } catch (error) {
       this.#setBusy(false);
       if (isUncertain(error)) this.#leaveOpen(error);
       else this.#refused(error);
+      return;
     }
+    this.#order = null;
+    this.#succeed(answer, summary);
   }
 
   async #send(order) {
@@ -297,14 +300,17 @@ export class ChangeDialog {
 
   #refused(error) {
     this.#order = null;
+    if (!this.dialog.open) {
+      this.#context.say(`Nothing was done: ${error.message}`);
+      return;
+    }
     this.#lock(false);
-    const notice = { tone: "bad", text: error.message, fields: error.fields };
     if (error.reason === "PlanChanged") {
       this.#showAnew();
       return;
     }
     this.#unsee();
-    this.#say(notice);
+    this.#say({ tone: "bad", text: error.message, fields: error.fields });
   }
 
   async #showAnew() {

@@ -23,6 +23,9 @@ const MOST_PAGES = 20;
 /** Statuses that a line leaves out, as the command line does. */
 const USUAL = new Set(["planned", "in force", "ended", "noted", ""]);
 
+/** Kinds of events that are about no progress. */
+const NOWHERE = new Set(["created", "attached", "joined", "finished", "imported"]);
+
 /** Show the event log of a run in `root`; return how to end it. */
 export function mountEvents(root, context) {
   return new EventLog(root, context).end;
@@ -219,7 +222,7 @@ class EventLog {
         element("span", {
           class: "at",
           title: "progress",
-          text: event.progress || event.kind === "opened" ? count(event.progress) : "",
+          text: NOWHERE.has(event.kind) ? "" : count(event.progress),
         }),
         element(
           "span",
