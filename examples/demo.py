@@ -372,7 +372,8 @@ def demonstrate(arguments: argparse.Namespace, folder: Path) -> None:
     console.print(f"[dim]$ {' '.join(serve)}[/dim]", soft_wrap=True)
     with process(serve, server_log, pipe=True) as server:
         grpc_address, http_address = wait_until_ready(server, server_log)
-        console.print(f"the server is at {grpc_address}, its metrics at {http_address}")
+        console.print(f"the server is at {grpc_address}; watch the run while it trains:")
+        console.print(f"  http://{http_address}/runs/{RUN}", soft_wrap=True)
         train = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         train += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(RANKS)]
         train += [os.fspath(HERE / "train_ddp.py"), "--server", grpc_address, "--run-name", RUN]
