@@ -24,10 +24,11 @@ export function color(name) {
 /**
  * A chart with its heading, legend, table and gestures.
  *
- * `update` takes a list of series `{ key, label, color, x, y, width, dash, isPlain, isListed, isStraight, reads }`:
- * `color` names one of the theme; `isPlain`: points as well as lines; `isListed: false`: not in
- * legend and table, which read `reads` in place of x and y where it is given; `isStraight`: values lie
- * between points too. `paint(chart, context)` and `paintBelow` draw on the canvas, above and below the curves.
+ * `update` takes a list of series `{ key, label, color, x, y, width, dash, isPlain, isListed,
+ * isStraight, reads }`: `color` names one of the theme; `isPlain`: points as well as lines;
+ * `isListed: false`: not in legend and table, which read `reads` in place of x and y where it is given;
+ * `isStraight`: values lie between points too. `paint(chart, context)` and `paintBelow` draw on the
+ * canvas, above and below the curves.
  */
 export class Chart {
   #plot = null;
@@ -37,12 +38,37 @@ export class Chart {
   #legend = element("ul", { class: "legend" });
   #canvas = element("div", { class: "canvas", role: "img" });
   #values = new Map();
+  /** Progress at which the cursor is; null: on no chart. */
+  #at = null;
   #watcher = new ResizeObserver(() => this.#resize());
   #stopView;
   isLog = false;
 
-  constructor({ title, viewport, unit, heights, top = 8, isZeroBased = false, logToggle = null, fit = null, paint, paintBelow, describe }) {
-    Object.assign(this, { title, viewport, unit, heights, top, isZeroBased, fit, paint, paintBelow, describe });
+  constructor({
+    title,
+    viewport,
+    unit,
+    heights,
+    top = 8,
+    isZeroBased = false,
+    logToggle = null,
+    fit = null,
+    paint,
+    paintBelow,
+    describe,
+  }) {
+    Object.assign(this, {
+      title,
+      viewport,
+      unit,
+      heights,
+      top,
+      isZeroBased,
+      fit,
+      paint,
+      paintBelow,
+      describe,
+    });
     /** Laid over the plot, for what is not painted: markers. */
     this.overlay = element("div", { class: "overlay" });
     this.tools = element("div", { class: "tools" });
@@ -85,7 +111,13 @@ export class Chart {
   #onTheme;
 
   #toggle(text, onclick) {
-    const button = element("button", { class: "button small", type: "button", "aria-pressed": "false", text, onclick });
+    const button = element("button", {
+      class: "button small",
+      type: "button",
+      "aria-pressed": "false",
+      text,
+      onclick,
+    });
     button.setAttribute("aria-label", `${this.title}: ${text.toLowerCase()}`);
     this.tools.append(button);
     return button;
@@ -100,11 +132,6 @@ export class Chart {
     this.root.remove();
   }
 
-  /** The data as uPlot has it: x, then a list per series. */
-  get data() {
-    return this.#plot?.data ?? [];
-  }
-
   /** The uPlot, where there are data. */
   get plot() {
     return this.#plot;
@@ -115,7 +142,10 @@ export class Chart {
     this.#series = series;
     this.isLog = isLog;
     this.logButton?.setAttribute("aria-pressed", isLog);
-    const signature = JSON.stringify([isLog, series.map(({ key, width, dash, color: name }) => [key, width, dash, name])]);
+    const signature = JSON.stringify([
+      isLog,
+      series.map(({ key, width, dash, color: name }) => [key, width, dash, name]),
+    ]);
     const data = this.#joined();
     if (this.#plot && signature === this.#signature) {
       this.#plot.setData(data, false);
@@ -142,11 +172,6 @@ export class Chart {
     const isOnAxis = y !== null && Number.isFinite(y) && (!this.isLog || y > 0);
     const top = isOnAxis ? plot.valToPos(y, "y") : plot.over.clientHeight - 8;
     return [left, Math.min(Math.max(top, 8), plot.over.clientHeight - 8)];
-  }
-
-  /** Return the first series with that key. */
-  find(key) {
-    return this.#series.find((item) => item.key === key);
   }
 
   #joined() {
@@ -176,8 +201,21 @@ export class Chart {
           y: { distr: this.isLog ? 3 : 1, range: (_, min, max) => this.#yRange(min, max) },
         },
         axes: [
-          { ...axis, size: 28, gap: 4, space: 84, incrs: INCREMENTS, values: (_, splits) => splits.map(xLabels(splits)) },
-          { ...axis, size: 62, gap: 4, space: 32, values: (_, splits) => splits.map((value) => (value === null ? "" : rate(value, 6))) },
+          {
+            ...axis,
+            size: 28,
+            gap: 4,
+            space: () => this.#tickSpace(),
+            incrs: INCREMENTS,
+            values: (_, splits) => splits.map(xLabels(splits)),
+          },
+          {
+            ...axis,
+            size: 62,
+            gap: 4,
+            space: 32,
+            values: (_, splits) => splits.map((value) => (value === null ? "" : rate(value, 6))),
+          },
         ],
         series: [
           {},
@@ -192,7 +230,12 @@ export class Chart {
         ],
         cursor: {
           // Within all charts of the page the cursor is at one progress; gestures go by the viewport.
-          sync: { key: "progress", setSeries: false, scales: ["x", null], filters: { pub: (type) => type === "mousemove" || type === "mouseleave" } },
+          sync: {
+            key: "progress",
+            setSeries: false,
+            scales: ["x", null],
+            filters: { pub: (type) => type === "mousemove" || type === "mouseleave" },
+          },
           drag: { x: true, y: false, setScale: false },
           points: { size: 7 },
           y: false,
@@ -210,7 +253,9 @@ export class Chart {
         hooks: {
           drawClear: [(plot) => this.#painted(plot, this.paintBelow)],
           draw: [(plot) => this.#painted(plot, this.paint)],
-          setCursor: [(plot) => this.#showValues(plot.cursor.left >= 0 ? plot.posToVal(plot.cursor.left, "x") : null)],
+          setCursor: [
+            (plot) => this.#showValues(plot.cursor.left >= 0 ? plot.posToVal(plot.cursor.left, "x") : null),
+          ],
           setSelect: [(plot) => this.#selected(plot)],
         },
       },
@@ -262,11 +307,19 @@ export class Chart {
     const [low, max] = this.fit?.(this.viewport.min, this.viewport.max) ?? [least, greatest];
     // A value that comes down to almost nothing would leave no room for all others.
     const min = this.isLog && low !== null ? Math.max(low, max / DECADES) : low;
-    if (min === null || max === null || !Number.isFinite(min) || !Number.isFinite(max)) return this.isLog ? [0.1, 10] : [0, 1];
-    if (this.isLog) return min === max ? [min / 2, max * 2] : uPlot.rangeLog(min * 0.95, max * 1.05, 10, false);
+    if (min === null || max === null || !Number.isFinite(min) || !Number.isFinite(max))
+      return this.isLog ? [0.1, 10] : [0, 1];
+    if (this.isLog)
+      return min === max ? [min / 2, max * 2] : uPlot.rangeLog(min * 0.95, max * 1.05, 10, false);
     const from = this.isZeroBased ? Math.min(0, min) : min;
     const pad = 0.06 * (max - from) || 0.1 * Math.abs(max) || 1;
     return [this.isZeroBased && min >= 0 ? 0 : from - pad, max + pad];
+  }
+
+  /** Return the least space between two ticks of progress: where all its digits are needed, theirs. */
+  #tickSpace() {
+    const { min, max } = this.viewport;
+    return max - min < max / 1000 ? Math.max(84, 10 * count(max).length) : 84;
   }
 
   #selected(plot) {
@@ -306,7 +359,8 @@ export class Chart {
         if (!event.shiftKey && Math.abs(event.deltaX) > Math.abs(event.deltaY)) {
           this.viewport.pan(event.deltaX / over.clientWidth);
         } else if (event.shiftKey) this.viewport.pan((event.deltaX || event.deltaY) / over.clientWidth);
-        else if (isZoom) this.viewport.zoom(Math.exp(Math.max(-0.5, Math.min(0.5, event.deltaY / 300))), at(event.clientX));
+        else if (isZoom)
+          this.viewport.zoom(Math.exp(Math.max(-0.5, Math.min(0.5, event.deltaY / 300))), at(event.clientX));
         else return;
         event.preventDefault();
       },
@@ -343,15 +397,17 @@ export class Chart {
         this.#values.set(item, value);
         const swatch = element("span", { class: "swatch" });
         swatch.style.borderTopColor = `var(--${item.color})`;
-        swatch.style.borderTopStyle = item.isPlain || item.dash?.[0] < 4 ? "dotted" : item.dash ? "dashed" : "solid";
+        swatch.style.borderTopStyle =
+          item.isPlain || item.dash?.[0] < 4 ? "dotted" : item.dash ? "dashed" : "solid";
         return element("li", {}, swatch, item.label, " ", value);
       }),
     );
-    this.#showValues(null);
+    this.#showValues(this.#at);
   }
 
   /** Show the values at a progress; null: none. */
   #showValues(at) {
+    this.#at = at;
     for (const [item, place] of this.#values) {
       place.textContent = at === null ? "" : valueText(item, at);
     }
@@ -367,21 +423,39 @@ export class Chart {
     if (!this.#table) return;
     const listed = this.#series.filter((item) => item.isListed !== false);
     const { min, max } = this.viewport;
-    const every = [...new Set(listed.flatMap((item) => (item.reads ?? item).x))].filter((x) => x >= min && x <= max).sort((a, b) => a - b);
+    const every = [...new Set(listed.flatMap((item) => (item.reads ?? item).x))]
+      .filter((x) => x >= min && x <= max)
+      .sort((a, b) => a - b);
     const stride = Math.ceil(every.length / MOST_ROWS) || 1;
     const rows = every.filter((_, index) => index % stride === 0);
-    const shown = rows.length === every.length ? "" : `, each ${count(stride)}th of ${count(every.length)} points`;
+    const shown =
+      rows.length === every.length ? "" : `, each ${count(stride)}th of ${count(every.length)} points`;
     this.#table.replaceChildren(
       element(
         "table",
         { class: "data" },
         element("caption", { text: `${this.title}, progress ${count(min)} to ${count(max)}${shown}` }),
-        element("thead", {}, element("tr", {}, [`progress (${this.unit()})`, ...listed.map((item) => item.label)].map((text) => element("th", { scope: "col", class: "number", text })))),
+        element(
+          "thead",
+          {},
+          element(
+            "tr",
+            {},
+            [`progress (${this.unit()})`, ...listed.map((item) => item.label)].map((text) =>
+              element("th", { scope: "col", class: "number", text }),
+            ),
+          ),
+        ),
         element(
           "tbody",
           {},
           rows.map((x) =>
-            element("tr", {}, element("th", { scope: "row", class: "number", text: count(x) }), listed.map((item) => element("td", { class: "number", text: valueText(item, x, true) }))),
+            element(
+              "tr",
+              {},
+              element("th", { scope: "row", class: "number", text: count(x) }),
+              listed.map((item) => element("td", { class: "number", text: valueText(item, x, true) })),
+            ),
           ),
         ),
       ),
@@ -406,7 +480,9 @@ function valueText(item, at, isExact = false) {
 }
 
 /** Steps between ticks of progress, which is whole. */
-const INCREMENTS = Array.from({ length: 16 }, (_, power) => [1, 2, 5].map((digit) => digit * 10 ** power)).flat();
+const INCREMENTS = Array.from({ length: 16 }, (_, power) =>
+  [1, 2, 5].map((digit) => digit * 10 ** power),
+).flat();
 
 /** Return how to write these ticks: with a letter for thousands and so on where that is exact enough. */
 function xLabels(splits) {

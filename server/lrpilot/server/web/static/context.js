@@ -7,7 +7,14 @@
  * `spec_document` is that of the last full answer. A panel returns how to end it, or nothing.
  */
 export class RunContext {
-  #listeners = { run: new Set(), curves: new Set(), select: new Set(), range: new Set(), preview: new Set(), said: new Set() };
+  #listeners = {
+    run: new Set(),
+    curves: new Set(),
+    select: new Set(),
+    range: new Set(),
+    preview: new Set(),
+    said: new Set(),
+  };
   run = null;
   /** The curves that are drawn, as `decode` of curves.js has them; null: not there yet. */
   curves = null;

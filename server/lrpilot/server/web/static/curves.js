@@ -169,6 +169,8 @@ export function splitAt(x, y, horizon) {
 
 /** Return how many points the longest curve has. */
 export function longest(curves) {
-  const lengths = [curves.smoothed, curves.norm, ...curves.losses, ...curves.groups].map((item) => item.x.length);
+  const lengths = [curves.smoothed, curves.norm, ...curves.losses, ...curves.groups].map(
+    (item) => item.x.length,
+  );
   return Math.max(0, ...lengths);
 }

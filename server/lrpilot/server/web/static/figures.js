@@ -3,13 +3,26 @@
 import { addressOf, readAddress } from "./address.js";
 import { Chart } from "./chart.js";
 import {
-  countingLosses, decode, forgottenLosses, longest, lowerBound, nonfiniteLosses, splice, splitAt, valueAt,
+  countingLosses,
+  decode,
+  forgottenLosses,
+  longest,
+  lowerBound,
+  nonfiniteLosses,
+  splice,
+  splitAt,
+  valueAt,
 } from "./curves.js";
 import { element, showError } from "./dom.js";
 import { count, plural, rate } from "./format.js";
 import { Markers, kindOf, placeOf } from "./markers.js";
 import {
-  paintAttempts, paintBands, paintForgotten, paintNonfinite, paintSelected, paintStageNames,
+  paintAttempts,
+  paintBands,
+  paintForgotten,
+  paintNonfinite,
+  paintSelected,
+  paintStageNames,
 } from "./paint.js";
 import { Viewport } from "./viewport.js";
 
@@ -57,12 +70,23 @@ class Figures {
     this.place = element("div", { class: "charts" });
     this.message = element("div");
     this.where = element("span", { class: "faint where" });
-    this.groupPlace = element("div", { class: "groups", role: "group", "aria-label": "Parameter groups shown", hidden: true });
+    this.groupPlace = element("div", {
+      class: "groups",
+      role: "group",
+      "aria-label": "Parameter groups shown",
+      hidden: true,
+    });
     root.append(
       element(
         "section",
         { class: "panel figures", "aria-labelledby": "figures-title" },
-        element("div", { class: "toolbar" }, element("h2", { id: "figures-title", text: "Curves" }), this.#buttons(), this.where),
+        element(
+          "div",
+          { class: "toolbar" },
+          element("h2", { id: "figures-title", text: "Curves" }),
+          this.#buttons(),
+          this.where,
+        ),
         this.groupPlace,
         this.message,
         this.place,
@@ -103,9 +127,24 @@ class Figures {
   #buttons() {
     const view = this.#viewport;
     const button = (text, label, onclick, extra = {}) =>
-      element("button", { class: "button small", type: "button", "aria-label": label, title: label, text, onclick, ...extra });
-    this.followButton = button("Follow", "Keep the newest in view", () => view.setFollow(view.follow === null), { "aria-pressed": "false" });
-    this.wholeButton = button("Whole run", "Show the whole run (key 0 on a chart, or double click)", () => view.reset());
+      element("button", {
+        class: "button small",
+        type: "button",
+        "aria-label": label,
+        title: label,
+        text,
+        onclick,
+        ...extra,
+      });
+    this.followButton = button(
+      "Follow",
+      "Keep the newest in view",
+      () => view.setFollow(view.follow === null),
+      { "aria-pressed": "false" },
+    );
+    this.wholeButton = button("Whole run", "Show the whole run (key 0 on a chart, or double click)", () =>
+      view.reset(),
+    );
     return element(
       "div",
       { class: "buttons", role: "group", "aria-label": "What is seen" },
@@ -160,8 +199,22 @@ class Figures {
         describe: () => this.#tellValues("lr"),
         paint: paintMore,
       }),
-      wd: new Chart({ ...shared, title: "Weight decay", heights: [140, 130], isZeroBased: true, describe: () => this.#tellValues("wd"), paint: paintMore }),
-      norm: new Chart({ ...shared, title: "Gradient norm", heights: [140, 130], isZeroBased: true, describe: () => this.#tellNorm(), paint: paintMore }),
+      wd: new Chart({
+        ...shared,
+        title: "Weight decay",
+        heights: [140, 130],
+        isZeroBased: true,
+        describe: () => this.#tellValues("wd"),
+        paint: paintMore,
+      }),
+      norm: new Chart({
+        ...shared,
+        title: "Gradient norm",
+        heights: [140, 130],
+        isZeroBased: true,
+        describe: () => this.#tellNorm(),
+        paint: paintMore,
+      }),
     };
     for (const chart of Object.values(this.#charts)) {
       chart.root.hidden = true;
@@ -217,7 +270,9 @@ class Figures {
   }
 
   async #curves(options) {
-    return decode(await this.context.api.curves(this.context.name, { groups: this.#address.groups, ...options }));
+    return decode(
+      await this.context.api.curves(this.context.name, { groups: this.#address.groups, ...options }),
+    );
   }
 
   async #askAll() {
@@ -265,8 +320,16 @@ class Figures {
       return;
     }
     const fine = this.#detail;
-    const isFine = fine && fine.begin <= min && fine.end >= max && fine.end - fine.begin <= 1.5 * (1 + 2 * MARGIN) * (max - min);
-    if (isFine) return;
+    const isFine =
+      fine &&
+      fine.begin <= min &&
+      fine.end >= max &&
+      fine.end - fine.begin <= 1.5 * (1 + 2 * MARGIN) * (max - min);
+    if (isFine) {
+      // Tables show what is seen.
+      this.#draw();
+      return;
+    }
     const margin = MARGIN * (max - min);
     const begin = Math.max(0, Math.floor(min - margin));
     const end = Math.min(this.#viewport.bounds[1], Math.ceil(max + margin));
@@ -287,7 +350,9 @@ class Figures {
   /** Put together what is shown of what is known, and draw it. */
   #combine() {
     const fine = this.#detail;
-    this.#shown = fine ? splice(this.#overview, { ...fine.curves, begin: fine.begin, end: fine.end }) : this.#overview;
+    this.#shown = fine
+      ? splice(this.#overview, { ...fine.curves, begin: fine.begin, end: fine.end })
+      : this.#overview;
     this.#nonfinite = nonfiniteLosses(this.#shown);
     this.#forgotten = forgottenLosses(this.#shown);
     const { end, progress, horizon } = this.#shown;
@@ -317,7 +382,8 @@ class Figures {
     loss.update(this.#lossSeries(), log.has("loss"));
     lr.update(this.#valueSeries("lr"), log.has("lr"));
     if (!wd.root.hidden) wd.update(this.#valueSeries("wd"));
-    if (!norm.root.hidden) norm.update([{ key: "norm", label: "norm", color: "series-5", width: 1, ...curves.norm }]);
+    if (!norm.root.hidden)
+      norm.update([{ key: "norm", label: "norm", color: "series-5", width: 1, ...curves.norm }]);
     this.#showMarkers();
   }
 
@@ -344,7 +410,12 @@ class Figures {
   #fitLoss(begin, end) {
     const { progress } = this.#shown;
     const from = end > FALL.seen * progress ? Math.max(begin, FALL.share * progress) : begin;
-    const curves = [countingLosses(this.#shown), this.#shown.smoothed, ...this.#shown.validation.values(), ...this.#forgotten];
+    const curves = [
+      countingLosses(this.#shown),
+      this.#shown.smoothed,
+      ...this.#shown.validation.values(),
+      ...this.#forgotten,
+    ];
     const found = [Infinity, -Infinity];
     for (const { x, y } of curves) {
       for (let index = lowerBound(x, from); index < x.length && x[index] <= end; index += 1) {
@@ -364,12 +435,34 @@ class Figures {
       if (!group[name]) continue;
       const label = group.name || (name === "lr" ? "LR" : "WD");
       const look = { color: `series-${this.#colorOf(group.name)}`, isStraight: true };
-      const { past, planned } = splitAt(group.x, group[name], this.#isFinished() ? curves.progress : curves.horizon);
+      const { past, planned } = splitAt(
+        group.x,
+        group[name],
+        this.#isFinished() ? curves.progress : curves.horizon,
+      );
       const whole = { x: group.x, y: group[name] };
       series.push({ key: `past ${group.name}`, label, width: 2.2, ...look, ...past, reads: whole });
-      if (!this.#isFinished()) series.push({ key: `planned ${group.name}`, label: `${label}, planned`, width: 1.8, dash: [7, 5], ...look, ...planned, isListed: false });
+      if (!this.#isFinished())
+        series.push({
+          key: `planned ${group.name}`,
+          label: `${label}, planned`,
+          width: 1.8,
+          dash: [7, 5],
+          ...look,
+          ...planned,
+          isListed: false,
+        });
       if (name === "lr" && group.base.some((value, index) => value !== group.lr[index])) {
-        series.push({ key: `base ${group.name}`, label: `${label}, base schedule`, width: 1, dash: [1, 3], ...look, x: group.x, y: group.base, isListed: curves.groups.length === 1 });
+        series.push({
+          key: `base ${group.name}`,
+          label: `${label}, base schedule`,
+          width: 1,
+          dash: [1, 3],
+          ...look,
+          x: group.x,
+          y: group.base,
+          isListed: curves.groups.length === 1,
+        });
       }
     }
     return [...series, ...this.#previewSeries(name)];
@@ -378,7 +471,8 @@ class Figures {
   #previewSeries(name) {
     const points = this.#preview;
     if (!points?.length) return [];
-    const [before, after] = name === "lr" ? ["before", "after"] : ["weight_decay_before", "weight_decay_after"];
+    const [before, after] =
+      name === "lr" ? ["before", "after"] : ["weight_decay_before", "weight_decay_after"];
     const names = (this.context.run?.values ?? []).map((value) => value.name);
     return this.#shown.groups.flatMap((group) => {
       const index = Math.max(0, names.indexOf(group.name));
@@ -386,16 +480,18 @@ class Figures {
       const first = points.findIndex((point) => point[before][index] !== point[after][index]);
       if (first < 0) return [];
       const shown = points.slice(Math.max(0, first - 1));
-      return [{
-        key: `preview ${group.name}`,
-        label: group.name ? `what if, ${group.name}` : "what if",
-        color: "preview",
-        width: 2,
-        dash: [4, 3],
-        isStraight: true,
-        x: shown.map((point) => point.progress),
-        y: shown.map((point) => point[after][index]),
-      }];
+      return [
+        {
+          key: `preview ${group.name}`,
+          label: group.name ? `what if, ${group.name}` : "what if",
+          color: "preview",
+          width: 2,
+          dash: [4, 3],
+          isStraight: true,
+          x: shown.map((point) => point.progress),
+          y: shown.map((point) => point[after][index]),
+        },
+      ];
     });
   }
 
@@ -436,6 +532,7 @@ class Figures {
     const now = JSON.stringify([names, shown]);
     if (now === this.groupsShown) return;
     this.groupsShown = now;
+    const focused = [...this.groupPlace.querySelectorAll("button")].indexOf(document.activeElement);
     this.groupPlace.replaceChildren(
       element("span", { class: "faint", text: "Groups" }),
       ...names.map((name) => {
@@ -444,12 +541,19 @@ class Figures {
         swatch.style.borderTopColor = `var(--series-${this.#colorOf(name)})`;
         return element(
           "button",
-          { class: "button small", type: "button", "aria-pressed": String(isOn), disabled: !isOn && shown.length >= MOST_GROUPS, onclick: () => this.#toggleGroup(name) },
+          {
+            class: "button small",
+            type: "button",
+            "aria-pressed": String(isOn),
+            disabled: !isOn && shown.length >= MOST_GROUPS,
+            onclick: () => this.#toggleGroup(name),
+          },
           swatch,
           name,
         );
       }),
     );
+    if (focused >= 0) this.groupPlace.querySelectorAll("button")[focused]?.focus();
   }
 
   #toggleGroup(name) {
@@ -509,24 +613,35 @@ class Figures {
     if (!x.length) return "Loss: none was reported yet.";
     const least = finite.length ? `least ${rate(finite.reduce((a, b) => Math.min(a, b)))}, ` : "";
     const smoothed = this.#shown.smoothed.y.at(-1);
-    const lost = this.#nonfinite.length ? ` ${plural(this.#nonfinite.length, "loss", "losses")} shown are not finite.` : "";
-    return `Loss over progress: ${least}newest ${rate(y.at(-1))} at ${count(x.at(-1))}` + (smoothed === undefined ? "." : `, smoothed ${rate(smoothed)}.`) + lost;
+    const lost = this.#nonfinite.length
+      ? ` ${plural(this.#nonfinite.length, "loss", "losses")} shown are not finite.`
+      : "";
+    return (
+      `Loss over progress: ${least}newest ${rate(y.at(-1))} at ${count(x.at(-1))}` +
+      (smoothed === undefined ? "." : `, smoothed ${rate(smoothed)}.`) +
+      lost
+    );
   }
 
   #tellValues(name) {
     const { groups, progress, horizon, end } = this.#shown;
-    const told = groups.filter((group) => group[name]).slice(0, MOST_GROUPS).map((group) => {
-      const [now, last] = [progress, end].map((at) => rate(valueAt(group.x, group[name], at)));
-      const later = this.#isFinished() ? "" : `, ${last} planned at ${count(end)}`;
-      return `${group.name ? `${group.name}: ` : ""}${now} at ${count(progress)}${later}`;
-    });
+    const told = groups
+      .filter((group) => group[name])
+      .slice(0, MOST_GROUPS)
+      .map((group) => {
+        const [now, last] = [progress, end].map((at) => rate(valueAt(group.x, group[name], at)));
+        const later = this.#isFinished() ? "" : `, ${last} planned at ${count(end)}`;
+        return `${group.name ? `${group.name}: ` : ""}${now} at ${count(progress)}${later}`;
+      });
     const title = name === "lr" ? "Learning rate" : "Weight decay";
     return `${title} over progress, fixed below ${count(horizon)}. ${told.join("; ")}.`;
   }
 
   #tellNorm() {
     const { x, y } = this.#shown.norm;
-    return x.length ? `Gradient norm over progress: newest ${rate(y.at(-1))} at ${count(x.at(-1))}.` : "Gradient norm: none.";
+    return x.length
+      ? `Gradient norm over progress: newest ${rate(y.at(-1))} at ${count(x.at(-1))}.`
+      : "Gradient norm: none.";
   }
 }
 
@@ -536,8 +651,15 @@ function newestAttempt(curves) {
 
 /** Return what the marks on the charts mean. */
 function key() {
-  const mark = (kind, text) => element("li", {}, element("span", { class: "marker still", dataset: { kind }, "aria-hidden": "true" }), text);
-  const line = (name, text) => element("li", {}, element("span", { class: `sample ${name}`, "aria-hidden": "true" }), text);
+  const mark = (kind, text) =>
+    element(
+      "li",
+      {},
+      element("span", { class: "marker still", dataset: { kind }, "aria-hidden": "true" }),
+      text,
+    );
+  const line = (name, text) =>
+    element("li", {}, element("span", { class: `sample ${name}`, "aria-hidden": "true" }), text);
   return element(
     "ul",
     { class: "key", "aria-label": "What the marks mean" },

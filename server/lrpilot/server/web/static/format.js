@@ -32,7 +32,12 @@ export function plural(value, one, many = `${one}s`) {
 /** Return a large number shortly, for axes: 950, 31.5k, 1.2M, 3T. */
 export function compact(value) {
   const size = Math.abs(value);
-  for (const [unit, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
+  for (const [unit, letter] of [
+    [1e12, "T"],
+    [1e9, "B"],
+    [1e6, "M"],
+    [1e3, "k"],
+  ]) {
     if (size >= unit) return `${Number((value / unit).toPrecision(6))}${letter}`;
   }
   return String(Number(value.toPrecision(6)));
@@ -86,7 +91,10 @@ export function ago(time, now = Date.now()) {
 
 /** Return a time in UTC, to the second, as the command line has it: 2026-03-01 04:05:06Z. */
 export function utc(time) {
-  return new Date(time).toISOString().replace("T", " ").replace(/\.\d+Z$/, "Z");
+  return new Date(time)
+    .toISOString()
+    .replace("T", " ")
+    .replace(/\.\d+Z$/, "Z");
 }
 
 /** Return a value before and after a change, once where it is the same: "2e-4 → 1e-4". */

@@ -63,7 +63,9 @@ export class Markers {
       .sort((a, b) => a.at[0] - b.at[0]);
     const clusters = [];
     for (const { item, at } of placed) {
-      const near = clusters.findLast((other) => Math.abs(other.at[0] - at[0]) < NEAR && Math.abs(other.at[1] - at[1]) < NEAR);
+      const near = clusters.findLast(
+        (other) => Math.abs(other.at[0] - at[0]) < NEAR && Math.abs(other.at[1] - at[1]) < NEAR,
+      );
       if (near) near.items.push(item);
       else clusters.push({ items: [item], at });
     }
@@ -107,7 +109,10 @@ export class Markers {
       type: "button",
       tabindex: -1,
       dataset: { kind: kindOf(first), id: first.id, many: items.length > 1 ? items.length : "" },
-      "aria-label": items.length > 1 ? `${text}, the last: ${linesOf(items.at(-1)).join(". ")}` : linesOf(first).join(". "),
+      "aria-label":
+        items.length > 1
+          ? `${text}, the last: ${linesOf(items.at(-1)).join(". ")}`
+          : linesOf(first).join(". "),
       "aria-describedby": "marker-tip",
       text: items.length > 1 ? String(items.length) : "",
       onclick: () => this.#chosen(index),
@@ -128,7 +133,10 @@ export class Markers {
     const width = Math.max(...places) - Math.min(...places);
     const { viewport } = this.chart;
     if (items.length > 1 && width > 0 && viewport.max - viewport.min > 2 * width + 8) {
-      viewport.show(Math.min(...places) - Math.max(2, width / 2), Math.max(...places) + Math.max(2, width / 2));
+      viewport.show(
+        Math.min(...places) - Math.max(2, width / 2),
+        Math.max(...places) + Math.max(2, width / 2),
+      );
     } else this.context.select(items.at(-1).id);
   }
 
@@ -157,11 +165,16 @@ export class Markers {
         const rest = items.length > 1 ? lines.slice(0, 2) : lines;
         return [element("strong", { text: title }), ...rest.map((text) => element("p", { text }))];
       }),
-      ...(items.length > LISTED ? [element("p", { class: "faint", text: `and ${items.length - LISTED} more` })] : []),
+      ...(items.length > LISTED
+        ? [element("p", { class: "faint", text: `and ${items.length - LISTED} more` })]
+        : []),
     );
     this.#tip.hidden = false;
     const { clientWidth, clientHeight } = this.chart.overlay;
-    const left = Math.min(Math.max(at[0] - this.#tip.offsetWidth / 2, 0), Math.max(0, clientWidth - this.#tip.offsetWidth));
+    const left = Math.min(
+      Math.max(at[0] - this.#tip.offsetWidth / 2, 0),
+      Math.max(0, clientWidth - this.#tip.offsetWidth),
+    );
     this.#tip.style.left = `${left}px`;
     const isLow = at[1] > clientHeight / 2;
     this.#tip.style.top = isLow ? "" : `${at[1] + 14}px`;
@@ -178,11 +191,13 @@ function titleOf(item) {
 }
 
 /** Return what is said of an adjustment, a line each: what, where and by whom, the change, why, how it stands. */
-export function linesOf(item) {
+function linesOf(item) {
   const isNote = item.action === "note";
   return [
     titleOf(item),
-    isNote ? `at ${count(item.decided_at)}, by ${madeBy(item)}` : `from ${count(item.effective)} on, by ${madeBy(item)}${item.decided_at ? `, on the loss at ${count(item.decided_at)}` : ""}`,
+    isNote
+      ? `at ${count(item.decided_at)}, by ${madeBy(item)}`
+      : `from ${count(item.effective)} on, by ${madeBy(item)}${item.decided_at ? `, on the loss at ${count(item.decided_at)}` : ""}`,
     ...(isNote || item.action === "directive" ? [] : [changeText(item)]),
     item.reason.length > MOST_LETTERS ? `${item.reason.slice(0, MOST_LETTERS)}…` : item.reason,
     statusText(item),
@@ -190,9 +205,13 @@ export function linesOf(item) {
 }
 
 /** Return how it stands, in words. */
-export function statusText(item) {
+function statusText(item) {
   if (item.action === "note") return "a note: it changes nothing";
-  if (item.action === "directive") return item.status === "asked" ? "the trainers have not answered yet" : `directive ${item.status}`;
-  if (item.status === "advice") return item.expires ? `advice: can be approved while the horizon is below ${count(item.expires)}` : "advice";
+  if (item.action === "directive")
+    return item.status === "asked" ? "the trainers have not answered yet" : `directive ${item.status}`;
+  if (item.status === "advice")
+    return item.expires
+      ? `advice: can be approved while the horizon is below ${count(item.expires)}`
+      : "advice";
   return item.status;
 }

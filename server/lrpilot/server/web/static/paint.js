@@ -14,7 +14,8 @@ export function paintBands(chart, ctx, curves, isOver) {
     fillBetween(chart, ctx, stage.begin, stage.end, color("stage"), 0);
   });
   if (isOver) return;
-  if (curves.horizon > curves.progress) fillBetween(chart, ctx, curves.progress, curves.horizon, color("future"), 3);
+  if (curves.horizon > curves.progress)
+    fillBetween(chart, ctx, curves.progress, curves.horizon, color("future"), 3);
   ctx.strokeStyle = color("series-0");
   ctx.lineWidth = devicePixelRatio;
   vertical(chart, ctx, curves.progress, bbox, [2, 3]);
@@ -23,7 +24,10 @@ export function paintBands(chart, ctx, curves, isOver) {
 function fillBetween(chart, ctx, begin, end, fill, least) {
   const { bbox } = chart.plot;
   const left = Math.max(bbox.left, position(chart, begin));
-  const right = Math.min(bbox.left + bbox.width, Math.max(position(chart, end), left + least * devicePixelRatio));
+  const right = Math.min(
+    bbox.left + bbox.width,
+    Math.max(position(chart, end), left + least * devicePixelRatio),
+  );
   if (right <= left) return;
   ctx.fillStyle = fill;
   ctx.fillRect(left, bbox.top, right - left, bbox.height);

@@ -7,18 +7,27 @@ import { count, duration, plural } from "./format.js";
 export function mountRanks(root, context) {
   const text = element("p");
   const body = element("tbody");
-  const head = ["rank", "progress", "behind", "asked"].map((name, index) => element("th", { scope: "col", class: index ? "number" : "", text: name }));
+  const head = ["rank", "progress", "behind", "asked"].map((name, index) =>
+    element("th", { scope: "col", class: index ? "number" : "", text: name }),
+  );
   const table = element(
     "div",
     { class: "scroll" },
-    element("table", { class: "data narrow" }, element("caption", { class: "visually-hidden", text: "The ranks farthest behind" }), element("thead", {}, element("tr", {}, head)), body),
+    element(
+      "table",
+      { class: "data narrow" },
+      element("caption", { class: "visually-hidden", text: "The ranks farthest behind" }),
+      element("thead", {}, element("tr", {}, head)),
+      body,
+    ),
   );
   root.append(panel("Ranks", text, table));
   return context.onRun((run) => {
     const { ranks } = run;
     table.hidden = !ranks?.slowest?.length;
     if (!ranks) {
-      text.textContent = run.state === "running" ? "None has asked this server yet." : "None asks: no attempt is open.";
+      text.textContent =
+        run.state === "running" ? "None has asked this server yet." : "None asks: no attempt is open.";
       return;
     }
     const waits = ranks.waiting
@@ -31,7 +40,9 @@ export function mountRanks(root, context) {
           "tr",
           {},
           element("th", { scope: "row", text: String(rank.rank) }),
-          [count(rank.progress), rank.lag ? count(rank.lag) : "–", `${duration(rank.asked_s_ago)} ago`].map((cell) => element("td", { class: "number", text: cell })),
+          [count(rank.progress), rank.lag ? count(rank.lag) : "–", `${duration(rank.asked_s_ago)} ago`].map(
+            (cell) => element("td", { class: "number", text: cell }),
+          ),
         ),
       ),
     );

@@ -41,14 +41,16 @@ export function mountRun(root, api, name) {
     context.setRun(run);
     if (!isFirst) return;
     PANELS.forEach(mount);
-    ends.push(
-      api.streamRun(name, {
-        // What was missed while it was away may be more than the stream sends: the spec, say.
-        opened: (again) => again && load(),
-        run: show,
-        gone: () => showError(message, { message: `The run ${name} was deleted. What is below is its last state.` }),
-      }),
-    );
+    const leave = api.streamRun(name, {
+      // What was missed while it was away may be more than the stream sends: the spec, say.
+      opened: (again) => again && load(),
+      run: show,
+      gone: () => {
+        leave();
+        showError(message, { message: `The run ${name} was deleted. What is below is its last state.` });
+      },
+    });
+    ends.push(leave);
   };
   const load = async () => {
     try {

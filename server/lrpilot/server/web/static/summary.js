@@ -94,7 +94,12 @@ function trouble({ tone, text, detail, id }, context) {
   const said = id
     ? element("button", { class: "plain", type: "button", text, onclick: () => context.select(id) })
     : element("strong", { text });
-  return element("li", { class: "notice", dataset: { tone } }, said, Boolean(detail) && element("p", { class: "detail", text: detail }));
+  return element(
+    "li",
+    { class: "notice", dataset: { tone } },
+    said,
+    Boolean(detail) && element("p", { class: "detail", text: detail }),
+  );
 }
 
 function factsOf(run, curves, left) {
@@ -121,7 +126,9 @@ function rateText(run, curves) {
     return planned ? percent(valueAt(x, lr, curves.progress) / planned) : null;
   });
   const isOne = shares.length > 0 && shares.every((share) => share !== null && share === shares[0]);
-  return rates.join(", ") + more + (isOne && shares[0] !== "100 %" ? ` (${shares[0]} of the base schedule)` : "");
+  return (
+    rates.join(", ") + more + (isOne && shares[0] !== "100 %" ? ` (${shares[0]} of the base schedule)` : "")
+  );
 }
 
 /** How long a run needs to its planned end, by the progress seen in the last minutes. */
@@ -131,7 +138,8 @@ class Pace {
   /** Return it in words, empty where it is not known. */
   left(run, now = Date.now()) {
     if (this.#seen.at(-1)?.attempt !== run.attempt) this.#seen = [];
-    if (this.#seen.at(-1)?.progress !== run.progress) this.#seen.push({ attempt: run.attempt, progress: run.progress, now });
+    if (this.#seen.at(-1)?.progress !== run.progress)
+      this.#seen.push({ attempt: run.attempt, progress: run.progress, now });
     this.#seen = this.#seen.filter((item) => now - item.now < PACE.longest_ms);
     const first = this.#seen[0];
     const last = this.#seen.at(-1);

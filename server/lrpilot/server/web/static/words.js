@@ -67,11 +67,17 @@ export function troublesOf(run, nonfiniteAt = null, now = Date.now()) {
     add("bad", `${calls} for values; training stands still for ${duration(run.ranks.blocked_s)}.`);
   }
   if (nonfiniteAt !== null && isLately(run, nonfiniteAt)) {
-    add("bad", `The loss was not finite at ${count(nonfiniteAt)}; ${count(run.nonfinite_losses)} such in all.`);
+    add(
+      "bad",
+      `The loss was not finite at ${count(nonfiniteAt)}; ${count(run.nonfinite_losses)} such in all.`,
+    );
   }
-  if (isSilent(run, now)) add("warn", `Nothing was recorded for ${duration(secondsSince(run.updated_at, now))}.`);
+  if (isSilent(run, now))
+    add("warn", `Nothing was recorded for ${duration(secondsSince(run.updated_at, now))}.`);
   for (const item of troubledDirectives(run)) {
-    const said = { asked: "has no answer yet", failed: "failed", unhandled: "was handled by nobody" }[item.status];
+    const said = { asked: "has no answer yet", failed: "failed", unhandled: "was handled by nobody" }[
+      item.status
+    ];
     const tone = item.status === "asked" ? "warn" : "bad";
     add(tone, `Directive due at ${count(item.effective)} ${said}: ${item.summary}`, item.reason, item.id);
   }
@@ -87,13 +93,14 @@ export function troublesOf(run, nonfiniteAt = null, now = Date.now()) {
     add("warn", text, newest.reason, newest.id);
   }
   if (run.held) add("info", "LR and WD are held: they stay as they are until a release.");
-  if (run.imported_from) add("info", `Imported from ${run.imported_from}: its job goes on here from its checkpoint.`);
+  if (run.imported_from)
+    add("info", `Imported from ${run.imported_from}: its job goes on here from its checkpoint.`);
   return found;
 }
 
 function isLately(run, progress) {
   const losses = Math.min(LATELY.most, Math.max(LATELY.least, LATELY.share * run.losses));
-  const stride = Math.max(1, (run.progress - Math.min(run.begin, run.progress)) / Math.max(1, run.losses));
+  const stride = Math.max(1, run.progress / Math.max(1, run.losses));
   return progress >= run.frontier - losses * stride;
 }
 
@@ -136,7 +143,10 @@ export function nextOf(run, curves) {
     .map((item) => [item.effective, `${item.summary} at ${count(item.effective)} by ${madeBy(item)}`]);
   if (planned.length > MOST_PLANNED) {
     const more = planned.slice(MOST_PLANNED);
-    found.push([more[0].effective, `${plural(more.length, "more change")} until ${count(more.at(-1).effective)}`]);
+    found.push([
+      more[0].effective,
+      `${plural(more.length, "more change")} until ${count(more.at(-1).effective)}`,
+    ]);
   }
   const stage = (curves?.stages ?? []).find((item) => item.begin > run.progress);
   if (stage) found.push([stage.begin, `stage ${stage.name} at ${count(stage.begin)}`]);
@@ -164,7 +174,10 @@ function nextTurn({ groups, progress }) {
     trend = here;
   }
   if (trend === null) return null;
-  return [x.at(-1), `LR ${trend} ${trend === "stays" ? "at" : "to"} ${rate(lr.at(-1))} until the planned end at ${count(x.at(-1))}`];
+  return [
+    x.at(-1),
+    `LR ${trend} ${trend === "stays" ? "at" : "to"} ${rate(lr.at(-1))} until the planned end at ${count(x.at(-1))}`,
+  ];
 }
 
 /** Return whether a curve jumps to the point at `index`: within one unit, and far more than next to it. */
