@@ -121,11 +121,12 @@ class Site:
         losses: Iterable[float] = (),
         *,
         resume_at: int | None = None,
+        mode: str = "independent",
         **fields: Any,
     ) -> Trainer:
         """Start the trainer of a run, and let it report losses."""
         spec = spec_of(name, **fields)
-        pilot = lrpilot.connect(self.grpc, run=name, spec=spec, resume_at=resume_at)
+        pilot = lrpilot.connect(self.grpc, run=name, spec=spec, resume_at=resume_at, mode=mode)
         self._pilots.append(pilot)
         groups = spec.get("groups") or [{}]
         trainer = Trainer(self, name, pilot, [item.get("name") for item in groups], resume_at or 0)

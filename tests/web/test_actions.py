@@ -187,6 +187,13 @@ class TestChanges:
         assert (made.action, made.reason) == ("multiply", advice.reason)
         browser.wait_gone(".adjustments [data-role=approve]")
 
+    def test_in_leader_mode_it_may_show_later(self, browser: Browser, site: Site) -> None:
+        job = site.train("led", falling(3), mode="leader")
+        open_run(browser, site, job)
+        ask(browser, "scale_lr", "less", factor="0.5")
+        browser.wait_for("dialog .notice", "Leader mode: the job may have gone on alone")
+        confirm(browser, "Done: LR x 0.5", "or later if the job has gone on alone")
+
     def test_what_is_so_already_is_not_done_again(
         self, browser: Browser, site: Site, job: Trainer
     ) -> None:
