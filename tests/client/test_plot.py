@@ -19,7 +19,6 @@ from matplotlib.axes import Axes
 from matplotlib.collections import Collection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 
 import lrpilot.client as lrpilot
 from lrpilot.v1 import runs_pb2 as pb
@@ -152,8 +151,12 @@ class Picture:
 
     def spans(self, name: str) -> list[tuple[float, float]]:
         """Return the shaded stretches of a panel, bands of stages among them."""
-        patches = [item for item in self.panel(name).patches if isinstance(item, Rectangle)]
-        return [(item.get_x(), item.get_x() + item.get_width()) for item in patches]
+        found = []
+        for item in self.panel(name).patches:
+            # A polygon before matplotlib 3.9, and a rectangle since.
+            corners: Any = item.get_patch_transform().transform(item.get_path().vertices)
+            found.append((min(corners[:, 0]), max(corners[:, 0])))
+        return found
 
     def marks(self) -> list[tuple[float, bool]]:
         """Return where adjustments are marked, and whether the mark is filled."""
@@ -216,6 +219,14 @@ def test_losses_of_each_attempt_with_what_was_forgotten(runs: FakeRuns) -> None:
     assert [text.get_text() for text in legend.get_texts()] == [
         "loss", "forgotten", "smoothed", "$val_loss", "not finite",
     ]  # fmt: skip
+
+
+def test_losses_too_great_to_draw_are_marked(runs: FakeRuns) -> None:
+    runs.curves.losses.add(attempt=1, begin=0, loss=curve(3.0, 1.7e308, -1.7e308, 3.4e38))
+    picture = shown(runs)
+    assert pieces(picture.line("loss", "loss")) == [[(0, 3.0)], [(3, 3.4e38)]]
+    (marks,) = (item for item in picture.panel("loss").collections if "finite" in item.get_label())
+    assert offsets(marks) == [1, 2]
 
 
 def test_adjustments_and_advice_are_numbered_and_listed(runs: FakeRuns) -> None:
@@ -294,6 +305,19 @@ def test_groups_with_equal_curves_share_a_line(runs: FakeRuns) -> None:
     assert points(picture.line("learning rate", "group0, group1, group2 and 27 more"))
 
 
+def test_the_legend_names_the_groups_that_are_drawn_unless_told_otherwise(runs: FakeRuns) -> None:
+    names = [f"{number} {'x' * 50}" for number in range(8)]
+    del runs.curves.groups[:]
+    for index, name in enumerate(names):
+        rates = [rate * (index + 1) for rate in RATES["learning_rate"]]
+        runs.curves.groups.add(**RATES | {"name": name, "learning_rate": rates})
+    legend = shown(runs).panel("learning rate").get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "base schedule", *(f"{name[:39]}…" for name in names), "fixed, not used yet",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize(
     ("losses", "panels"),
@@ -329,7 +353,8 @@ def test_what_is_asked_for(runs: FakeRuns) -> None:
     assert runs.requests == [
         pb.GetRunRequest(run="small"), pb.GetCurvesRequest(run="small", points=2000),
     ]  # fmt: skip
-    shown(runs, begin=10, end=20, groups=("a", "b"))
+    # No deadline of gRPC's is that far ahead.
+    shown(runs, begin=10, end=20, groups=iter(("a", "b")), timeout_s=1e10)
     assert runs.requests[-1] == pb.GetCurvesRequest(
         run="small", begin=10, end=20, points=2000, groups=["a", "b"]
     )
@@ -343,6 +368,8 @@ def test_what_is_asked_for(runs: FakeRuns) -> None:
         ({"end": 0}, "end"),
         ({"groups": "decayed"}, "groups"),
         ({"groups": [3]}, "groups"),
+        ({"groups": 3}, "groups"),
+        ({"groups": []}, "groups"),
         ({"timeout_s": 0}, "timeout_s"),
         ({"run": " "}, "run"),
         ({"address": "nowhere"}, "address"),

@@ -29,9 +29,12 @@ _BANDS = ("#eef2f8", "#ffffff")
 _MOST_LISTED = 12
 """Adjustments that get a number and a line in the list below, the newest."""
 _LONGEST_LINE = 120
-_LONGEST_LEGEND, _LONGEST_LABEL = 8, 60
+_LONGEST_LEGEND, _LONGEST_LABEL = 10, 40
+"""Lines of a legend: the first 8 groups, with the base schedule and what is fixed. Characters."""
 _FEW_POINTS = 60
 """A curve of fewer points shows them: a line alone shows nothing of a single one."""
+_GREATEST = 1e100
+"""Greater losses, which no float32 holds, count as not finite: matplotlib fails at the largest."""
 _LEVELS = 3
 """Heights at which the numbers of adjustments stand that would run into each other."""
 
@@ -169,7 +172,7 @@ class _Parts(NamedTuple):
 def _broken(curve: pb.Curve) -> list[int]:
     """Return where a curve is not finite."""
     pairs = zip(curve.progress, curve.value, strict=True)
-    return [progress for progress, value in pairs if not math.isfinite(value)]
+    return [progress for progress, value in pairs if not _is_finite(value)]
 
 
 # LR and WD.
@@ -382,7 +385,7 @@ def _line(
         style = {"marker": "o", **style}
     # What begins with an underscore is left out of legends.
     name = f" {label}" if label.startswith("_") and label != "_" else label
-    shown = [value if math.isfinite(value) else math.nan for value in values]
+    shown = [value if _is_finite(value) else math.nan for value in values]
     (line,) = axes.plot(at, shown, color=color, label=name, markersize=2.5, zorder=3, **style)
     return line
 
@@ -411,6 +414,11 @@ def _label(text: Text, color: str = INK) -> None:
     """Dress a text; names may hold a dollar sign."""
     text.set_color(color)
     text.set_parse_math(False)
+
+
+def _is_finite(value: float) -> bool:
+    # Comparisons with NaN are false.
+    return abs(value) <= _GREATEST
 
 
 def _cut(text: str, most: int) -> str:

@@ -4,7 +4,7 @@ import atexit
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, overload
 
@@ -335,7 +335,7 @@ class Pilot:
         *,
         begin: int | None = None,
         end: int | None = None,
-        groups: Sequence[str] | None = None,
+        groups: Iterable[str] | None = None,
         log: bool = False,
         timeout_s: float = _timing.CALL_S,
     ) -> "Figure":

@@ -1,7 +1,7 @@
 """A picture of a run, for notebooks: what has to be asked for, and of whom."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
 import grpc
@@ -28,7 +28,7 @@ def plot(
     *,
     begin: int | None = None,
     end: int | None = None,
-    groups: Sequence[str] | None = None,
+    groups: Iterable[str] | None = None,
     log: bool = False,
     timeout_s: float = _timing.CALL_S,
 ) -> "Figure":
@@ -54,8 +54,7 @@ def plot(
     text("run", run)
     first = 0 if begin is None else integer("begin", begin, 0, _timing.MAX_PROGRESS)
     last = 0 if end is None else integer("end", end, max(first, 1), _timing.MAX_PROGRESS)
-    if isinstance(groups, str) or not all(isinstance(name, str) for name in groups or ()):
-        raise invalid_argument("groups", groups, "a sequence of names of parameter groups")
+    names = () if groups is None else _names(groups)
     end_s = time.monotonic() + positive("timeout_s", timeout_s)
     # Before the server is asked: what is not installed will not be there afterwards either.
     try:
@@ -76,10 +75,18 @@ def plot(
         curves = ask(
             runs.GetCurves,
             pb.GetCurvesRequest(
-                run=run, begin=first, end=last, points=_POINTS, groups=groups or ()
+                run=run, begin=first, end=last, points=_POINTS, groups=names
             ),
         )
     return draw(shown, curves, log=log)
+
+
+def _names(groups: object) -> tuple[str, ...]:
+    """Return names of parameter groups; none at all is no choice. Raises InvalidArgument."""
+    names = tuple(groups) if isinstance(groups, Iterable) and not isinstance(groups, str) else ()
+    if not names or not all(isinstance(name, str) for name in names):
+        raise invalid_argument("groups", groups, "None, or names of parameter groups")
+    return names
 
 
 def _ask(
@@ -96,7 +103,9 @@ def _ask(
     while True:
         left_s = end_s - time.monotonic()
         try:
-            return method(request, timeout=max(left_s, _timing.LEAST_CALL_S))
+            # gRPC takes a deadline in centuries for one that is over.
+            wait_s = min(max(left_s, _timing.LEAST_CALL_S), _timing.LONGEST_WAIT_S)
+            return method(request, timeout=wait_s)
         except grpc.RpcError as error:
             met = translated(error, run=run, address=address)
         if not isinstance(met, Unanswered):
