@@ -592,6 +592,26 @@ def test_a_lost_run_takes_its_state_again_and_no_other_of_that_log() -> None:
         after.open(saved=first)
 
 
+def test_what_a_lost_log_decided_is_numbered_in_this_one_each_time() -> None:
+    log = Log(policies=[PLATEAU])
+    log.open()
+    for at in range(40):
+        log.report(at, [1.0])
+    state = saved(log, 40)
+    after = lost(log, 40)
+    after.report(40, [1.0])
+    after.open(0)
+    for at in range(20):
+        # The log decides on its own, in events that have the numbers of those of the lost one.
+        after.report(at, [2.0 if at else 1.0])
+    after.open(saved=state)
+    decided = after.state.plan.adjustments
+    assert {item.seq for item in decided} == {after.state.seq}
+    assert [item.change for item in decided] == [item.change for item in log.state.plan.adjustments]
+    assert after.rates(40, 44) == log.rates(40, 44)
+    assert core.fold("run", after.rows).snapshot() == after.state.snapshot()
+
+
 # Repeats and refusals.
 
 

@@ -929,20 +929,21 @@ class RunState:
         )
 
     def _own(self, fold: Mapping[str, Any]) -> "_Past":
-        """Return the past that a saved state of this log brings.
+        """Return the past that a saved state of this log brings, or of the lost one before it.
 
-        The log has it whole; the state may have shortened it. What operators did since the state
-        was saved stays.
+        What the log has, it has whole; the state may have shortened it. What operators did since
+        the state was saved stays.
         """
         whole = {item.decision: item for item in self._known()}
         adjustments = map(Adjustment.from_mapping, fold["adjustments"])
+        advice = map(Adjustment.from_mapping, fold["advice"])
         return _Past(
             self.plan.revisions,
             [
-                *(whole.get(item.decision, item) for item in adjustments if _is_decision(item)),
+                *(_brought(item, whole, self.seq) for item in adjustments if _is_decision(item)),
                 *(item for item in self.plan.adjustments if not _is_decision(item)),
             ],
-            [whole.get(x.decision, x) for x in map(Adjustment.from_mapping, fold["advice"])],
+            [_brought(item, whole, self.seq) for item in advice],
             self.plan.rollbacks,
         )
 
@@ -1164,12 +1165,10 @@ def _renumbered(
     parts = [0] * len(revisions)
     # In the order in which they apply, which those with one effective progress keep.
     for item in sorted(decided, key=lambda item: item.key):
-        here, place = whole.get(item.decision), places.get(events.get(item.id, ""))
         if _is_decision(item):
-            is_known = here is not None and _is_same(here, item)
-            new = here if here is not None and is_known else replace(item, seq=seq)
+            new = _brought(item, whole, seq)
         else:
-            new_seq, part = place or (seq, len(moved))
+            new_seq, part = places.get(events.get(item.id, "")) or (seq, len(moved))
             new = replace(item, seq=new_seq, part=part)
             origins[new.id] = events.get(item.id, "")
         names[item.mark] = new.mark
@@ -1199,6 +1198,14 @@ def _renumbered(
         [item for item in moved if item.mode != "act"],
         origins=origins,
     )
+
+
+def _brought(
+    item: Adjustment, known: Mapping[tuple[int, int, int, int], Adjustment], seq: int
+) -> Adjustment:
+    """Return a decision of a saved state: as the log has it, else as that event brings it."""
+    here = known.get(item.decision)
+    return here if here is not None and _is_same(here, item) else replace(item, seq=seq)
 
 
 def _is_same(here: Adjustment, there: Adjustment) -> bool:

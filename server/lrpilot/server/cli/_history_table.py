@@ -173,9 +173,6 @@ class HistoryTable:
             while done < len(decided) and decided[done].seq <= cells["seq"]:
                 yield cells | _decision_cells(decided[done])
                 done += 1
-        # From a state of a log that was lost.
-        for item in decided[done:]:
-            yield {"seq": item.seq, **_decision_cells(item)}
 
 
 def _used_cells(
