@@ -89,7 +89,7 @@ def train(
 
 def operate(address: str, *command: str) -> None:
     """Do as an operator does."""
-    signed = ("--server", address, "--author", "ada@login1")
+    signed = ("--server", address, "--author", "operator@login1")
     run = [sys.executable, "-m", "lrpilot.server.cli", "run", *command, *signed]
     subprocess.run(run, check=True, stdout=subprocess.DEVNULL)
 

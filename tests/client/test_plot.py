@@ -240,7 +240,7 @@ def test_adjustments_and_advice_are_numbered_and_listed(runs: FakeRuns) -> None:
     )  # fmt: skip
     runs.run.adjustments.add(
         id="c", effective=30, mode="act", source="operator", author="$me$", summary="hold",
-        status="forgotten", forgotten=True,
+        status="forgotten", forgotten=True, reason="a $spike$,\n\n  or two",
     )  # fmt: skip
     runs.run.adjustments.add(id="beyond", effective=101, mode="act")
     picture = shown(runs)
@@ -249,7 +249,7 @@ def test_adjustments_and_advice_are_numbered_and_listed(runs: FakeRuns) -> None:
         "1",
         "2",
         "3",
-        "1   at 30: hold, forgotten; $me$",
+        "1   at 30: hold, forgotten; $me$: a $spike$, or two",
         "2   at 41: LR x 0.5 (0.001 → 0.0005), in force; policies.0 (plateau)",
         "3   at 50: LR x 0.1, advice; policies.1 (spike)",
     ]
@@ -264,7 +264,7 @@ def test_of_many_adjustments_the_newest_are_listed(runs: FakeRuns) -> None:
     assert [line.partition(":")[0] for line in lines] == [
         f"{number + 1}   at {28 + number}" for number in range(12)
     ]
-    assert all(len(line) == 120 for line in lines)
+    assert all(len(line) == 140 for line in lines)
 
 
 def test_stages_are_bands(runs: FakeRuns) -> None:

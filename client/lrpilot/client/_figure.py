@@ -28,7 +28,7 @@ _BANDS = ("#eef2f8", "#ffffff")
 
 _MOST_LISTED = 12
 """Adjustments that get a number and a line in the list below, the newest."""
-_LONGEST_LINE = 120
+_LONGEST_LINE = 140
 _LONGEST_LEGEND, _LONGEST_LABEL = 10, 40
 """Lines of a legend: the first 8 groups, with the base schedule and what is fixed. Characters."""
 _FEW_POINTS = 60
@@ -318,8 +318,9 @@ def _draw_list(axes: Axes, listed: Sequence[Marked]) -> None:
     axes.set_axis_off()
     for index, (number, item) in enumerate(listed):
         what, who = item.summary or item.action, item.author or item.source
-        line = f"{number}   at {item.effective:,}: {what}{_moved(item)}, {item.status}; {who}"
-        line = _cut(line, _LONGEST_LINE)
+        line = f"at {item.effective:,}: {what}{_moved(item)}, {item.status}; {who}: {item.reason}"
+        # What people write may have several lines.
+        line = _cut(f"{number}   {' '.join(line.split()).removesuffix(':')}", _LONGEST_LINE)
         place = 1 - (index + 0.5) / len(listed)
         text = axes.text(0, place, line, va="center", fontsize=8.5, transform=axes.transAxes)
         text.set_in_layout(False)

@@ -74,9 +74,7 @@ def plot(
         shown = ask(runs.GetRun, pb.GetRunRequest(run=run)).run
         curves = ask(
             runs.GetCurves,
-            pb.GetCurvesRequest(
-                run=run, begin=first, end=last, points=_POINTS, groups=names
-            ),
+            pb.GetCurvesRequest(run=run, begin=first, end=last, points=_POINTS, groups=names),
         )
     return draw(shown, curves, log=log)
 
