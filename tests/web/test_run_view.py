@@ -402,6 +402,34 @@ class TestTheStretch:
         ActionChains(page.driver).double_click(over(page)).perform()
         page.wait(lambda: seen(page) == (0, TOTAL), "a double click shows all")
 
+    def test_fingers(self, page: Browser) -> None:
+        place = over(page)
+        page.run_script("arguments[0].scrollIntoView({ block: 'center' })", place)
+        box = page.run_script("return arguments[0].getBoundingClientRect().toJSON()", place)
+
+        def touch(kind: str, *shares: float) -> None:
+            points = [
+                {"x": box["x"] + share * box["width"], "y": box["y"] + 50, "id": finger}
+                for finger, share in enumerate(shares)
+            ]
+            page.driver.execute_cdp_cmd(
+                "Input.dispatchTouchEvent", {"type": kind, "touchPoints": points}
+            )
+
+        touch("touchStart", 0.45, 0.55)
+        for way in (0.05, 0.1, 0.15):
+            touch("touchMove", 0.45 - way, 0.55 + way)
+        touch("touchEnd")
+        page.wait(lambda: seen(page)[0] > 500, "two fingers zoom")
+        begin, end = seen(page)
+        assert (begin + end) / 2 == pytest.approx(TOTAL / 2, abs=60)
+        touch("touchStart", 0.7)
+        for share in (0.6, 0.5, 0.4):
+            touch("touchMove", share)
+        touch("touchEnd")
+        page.wait(lambda: seen(page)[0] > begin + 100, "one finger moves it")
+        assert seen(page)[1] - seen(page)[0] == pytest.approx(end - begin, abs=4)
+
     def test_keys_and_buttons(self, page: Browser) -> None:
         focus(page, f"{chart('Loss')} .frame")
         page.press("+")
