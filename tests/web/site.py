@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import grpc
 
@@ -121,7 +121,7 @@ class Site:
         losses: Iterable[float] = (),
         *,
         resume_at: int | None = None,
-        mode: str = "independent",
+        mode: Literal["independent", "leader"] = "independent",
         **fields: Any,
     ) -> Trainer:
         """Start the trainer of a run, and let it report losses."""
