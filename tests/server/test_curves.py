@@ -245,7 +245,7 @@ def check_part(log: Drawn, begin: int, end: int) -> None:
 
 
 PICTURES = settings(
-    max_examples=120, deadline=None,
+    max_examples=60, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large,
                            HealthCheck.function_scoped_fixture],
 )  # fmt: skip
@@ -343,7 +343,7 @@ OPERATIONS = st.sampled_from(
 )  # fmt: skip
 
 
-@settings(PICTURES, max_examples=60)
+@settings(PICTURES, max_examples=40)
 @given(
     st.sampled_from([STRAIGHT, STRAIGHT_STAGES]),
     st.lists(st.tuples(st.integers(1, 60), OPERATIONS), max_size=6),
@@ -371,7 +371,7 @@ def test_straight_lines_between_the_points_are_right(
             assert between(curve, curve.weight_decay, at) == pytest.approx(decays[place])
 
 
-@settings(PICTURES, max_examples=60)
+@settings(PICTURES, max_examples=40)
 @given(st.sampled_from(sorted(SPECS)), st.data())
 def test_the_values_are_those_of_the_run(name: str, data: st.DataObject) -> None:
     log = Life(**SPECS[name])

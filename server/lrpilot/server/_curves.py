@@ -23,7 +23,7 @@ MOST_ATTEMPTS = 2000
 MOST_NAMES = 32
 """Validation losses that are drawn, the first by name: more do not fit into one message."""
 
-MOST_RATES = 40_000
+MOST_RATES = 32_000
 """Numbers that the curves of LR and WD have at most, so that the message stays small."""
 
 MOST_LINKS = 1_000_000

@@ -36,8 +36,9 @@ PART_LOSSES = 8192
 ROWS_PER_READ = 4096
 """Rows that are read at once behind the last segment."""
 
-CACHED_RUNS = 8
-"""Runs of which the overviews and the newest losses are kept in memory, those asked for last."""
+CACHED_RUNS = 24
+"""Runs of which the overviews and the newest losses are kept in memory, those asked for last: some
+megabytes each, where they are long."""
 
 CACHED_LOSSES = 500_000
 """Losses of segments that are kept in memory, those asked for last; 40 bytes each."""
