@@ -67,6 +67,7 @@ class Drawn(Life):
         self.attempts: list[tuple[int, int, list[Point]]] = []
         self.name = ""
         self.history = LossHistory(store)
+        self.saved: list[core.SavedState] = []
         super().__init__(**fields)
 
     def write(self, events: Sequence[core.Event]) -> list[core.Event]:
@@ -74,7 +75,7 @@ class Drawn(Life):
         for event_ in events:
             if self.state.seq == 0:
                 # It is another log: that of a server that had lost the run.
-                self.name, self.attempts = f"run {next(_NUMBERS)}", []
+                self.name, self.attempts, self.saved = f"run {next(_NUMBERS)}", [], []
             before = self.state.digest if self.state.seq else None
             ((seq, payload, digest),) = core.rows(self.state, [event_])
             row = LogRow(seq, payload, digest, seq)
@@ -117,22 +118,45 @@ class Drawn(Life):
 
     def live(self, data: st.DataObject, step: int) -> None:
         """Let one thing happen, of which some are of the store."""
-        what = data.draw(st.sampled_from(["live"] * 4 + ["several", "late", "pack", "look", "new"]))
+        what = data.draw(
+            st.sampled_from(
+                ["live"] * 4 + ["several", "late", "save", "resume", "pack", "look", "new"]
+            )
+        )
         state = self.state
         if what == "live" and len(state.reporters.ranks) == 1:
             super().live(data, step)
         elif what in {"several", "live"}:
             self.tell_several(data)
-        elif what == "late" and state.frontier > state.begin:
-            at = data.draw(st.integers(state.begin, state.frontier - 1))
-            if state.observation(at) is None:
-                self.tell(0, [Report(at, data.draw(st.floats(0.1, 9.0)), 1.0, at + 1)])
+        elif what == "late":
+            self.tell_late(data)
+        elif what == "save":
+            self.save(data.draw(st.integers(max(state.begin, state.origin), state.frontier)))
+        elif what == "resume" and self.saved:
+            self.resume(data.draw(st.sampled_from(self.saved)))
         elif what == "pack":
             compact_all(self.store, self.name, state.seq)
         elif what == "look":
             self.draw(points=data.draw(st.sampled_from([10, 4000])))
         elif what == "new":
             self.history = LossHistory(self.store)
+
+    def save(self, at: int) -> None:
+        self.saved.append(core.read_state(core.save_state(self.state, at), "run"))
+
+    def resume(self, saved: core.SavedState) -> None:
+        """Open an attempt where a state was saved, also where the run went another way since."""
+        self.open(saved=saved, digest_at_saved=saved.digest)
+
+    def tell_late(self, data: st.DataObject) -> None:
+        """Let losses come of steps that are final without them, packed apart or not."""
+        begin = self.state.frontier
+        self.write([core.Waived(self.state.attempt, begin + 3)])
+        if data.draw(st.booleans()):
+            compact_all(self.store, self.name, self.state.seq)
+        for at in range(begin, begin + data.draw(st.integers(0, 4))):
+            for rank in self.state.reporters.ranks:
+                self.tell(rank, [Report(at, data.draw(st.floats(0.1, 9.0)), 1.0, at + 1)])
 
     def tell_several(self, data: st.DataObject) -> None:
         """Let each of several reporters say something, and not all of them the same."""
@@ -245,7 +269,7 @@ def check_part(log: Drawn, begin: int, end: int) -> None:
 
 
 PICTURES = settings(
-    max_examples=60, deadline=None,
+    max_examples=100, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large,
                            HealthCheck.function_scoped_fixture],
 )  # fmt: skip
@@ -505,6 +529,52 @@ def test_a_server_that_ends_makes_no_overview_any_more(store: Store) -> None:
         log.history.stop()
         with pytest.raises(StoreUnavailable, match="shutting down"):
             log.draw()
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("first", range(6))
+def test_losses_that_come_late_count_for_nothing_wherever_a_segment_ends(
+    store: Store, first: int
+) -> None:
+    log = Drawn(store)
+    log.open()
+    for at in range(first):
+        log.report(at, [1.0])
+    log.write([core.Waived(1, first + 12)])
+    for at in range(first, first + 15):
+        log.report(at, [50.0 if at < first + 12 else 1.0])
+    for _ in range(2):
+        assert len(log.draw().losses[0].loss.progress) == first + 15
+        values = list(log.draw().smoothed_loss.value)
+        assert values == pytest.approx([1.0] * len(values))
+        check_whole(log)
+        compact_all(store, log.name, log.state.seq)
+        log.history = LossHistory(store)
+
+
+@pytest.mark.usefixtures("small")
+def test_a_state_from_before_the_run_went_another_way(store: Store) -> None:
+    log = Drawn(store)
+    log.open()
+    log.report(0, [3.0] * 40)
+    log.save(30)
+    log.open(10)
+    log.report(10, [9.0] * 40)
+    log.resume(log.saved[0])
+    log.report(30, [1.0] * 5)
+    for _ in range(2):
+        answer = log.draw()
+        assert [item.forgotten_from for item in answer.losses[:2]] == [0, 0]
+        assert not answer.losses[2].HasField("forgotten_from")
+        # What came before is known through the saved state alone.
+        assert list(answer.smoothed_loss.progress) == list(range(30, 35))
+        assert max(answer.smoothed_loss.value) < 3.0
+        check_whole(log)
+        compact_all(store, log.name, log.state.seq)
+        log.history = LossHistory(store)
+    log.open(0)
+    log.report(0, [2.0])
+    check_whole(log)
 
 
 # Over the wire.
