@@ -116,7 +116,7 @@ def dry_run(browser: Browser) -> Image.Image:
     browser.choose("dialog select", "begin_decay")
     browser.fill("dialog [name=length]", "8000")
     browser.fill("dialog textarea", "the loss has stopped falling")
-    browser.fill("dialog [id$=-author]", "ada")
+    browser.fill("dialog [id$=-author]", "operator")
     browser.click("dialog [type=submit]")
     browser.wait_for("dialog .values", "→")
     shown = picture(browser, 1400)

@@ -225,7 +225,9 @@ def test_losses_too_great_to_draw_are_marked(runs: FakeRuns) -> None:
     runs.curves.losses.add(attempt=1, begin=0, loss=curve(3.0, 1.7e308, -1.7e308, 3.4e38))
     picture = shown(runs)
     assert pieces(picture.line("loss", "loss")) == [[(0, 3.0)], [(3, 3.4e38)]]
-    (marks,) = (item for item in picture.panel("loss").collections if "finite" in item.get_label())
+    (marks,) = (
+        item for item in picture.panel("loss").collections if "finite" in str(item.get_label())
+    )
     assert offsets(marks) == [1, 2]
 
 

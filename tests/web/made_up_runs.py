@@ -120,7 +120,7 @@ class Trainer:
 
     def adjust(self, **action: Any) -> Any:
         """Change the plan as an operator; return the answer."""
-        said = {"reason": "the loss swings", "author": "ada"} | action
+        said = {"reason": "the loss swings", "author": "operator"} | action
         request = runs_pb2.AdjustRunRequest(run=self.run, request_id=_fresh("adjust"), **said)
         return self._runs.AdjustRun(request, timeout=DEADLINE_S)
 
