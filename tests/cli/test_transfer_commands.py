@@ -1,8 +1,10 @@
 """`lrpilot run export` and `run import` against a server that answers what the test says."""
 
 import json
+import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,29 @@ def test_an_export_that_fails_leaves_the_file_as_it_was(
     assert result.exit_code == 1
     assert (tmp_path / "small.jsonl.gz").read_text() == "an older one"
     assert [path.name for path in tmp_path.iterdir()] == ["small.jsonl.gz"]
+
+
+def test_a_device_stays_what_it_is(run: Cli, server: Any, tmp_path: Path) -> None:
+    """As root nothing else keeps a file from taking the place of /dev/null."""
+    exports(server)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(pipe.read_bytes)
+        assert run("export", "small", "-o", str(pipe)).exit_code == 0
+        assert got.result(30.0) == FILE
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_link_stays_one(run: Cli, server: Any, tmp_path: Path) -> None:
+    exports(server)
+    (tmp_path / "there").write_bytes(b"old")
+    link = tmp_path / "link"
+    link.symlink_to("there")
+    assert run("export", "small", "-o", str(link)).exit_code == 0
+    assert link.is_symlink()
+    assert (tmp_path / "there").read_bytes() == FILE
 
 
 def test_a_refused_export(run: Cli, server: Any, tmp_path: Path) -> None:

@@ -163,13 +163,22 @@ def progress_bar() -> Progress:
 def whole_file(target: str) -> Iterator[BinaryIO]:
     """Yield a file that gets its name once the block has written all of it, and else is gone.
 
-    `-` is standard output. Raises CommandError.
+    `-` is standard output. A device or a pipe is written to as it is: nothing may take the place
+    of /dev/null. Raises CommandError.
     """
     if target == "-":
         yield sys.stdout.buffer
         sys.stdout.buffer.flush()
         return
-    path = Path(target)
+    # What a link leads to is written, and the link stays.
+    path = Path(target).resolve()
+    if path.exists() and not path.is_file():
+        try:
+            with path.open("wb") as file:
+                yield file
+        except OSError as error:
+            raise CommandError(f"{target}: {error.strerror}", INVALID) from None
+        return
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with part.open("xb") as file:
