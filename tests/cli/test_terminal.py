@@ -3,8 +3,9 @@
 import io
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -371,14 +372,13 @@ def screen(view: RunView, width: int, height: int) -> list[str]:
     return console.export_text().splitlines()
 
 
-def view_of(shown: runs_pb2.Run) -> RunView:
+def view_of(shown: runs_pb2.Run, losses: Mapping[int, float] = MappingProxyType({})) -> RunView:
+    drawn_losses = {n: 3.0 - n / 500 for n in range(500)} | dict(losses)
     curves = runs_pb2.GetCurvesResponse(
         end=1000,
         progress=500,
         horizon=532,
-        losses=[
-            runs_pb2.LossCurve(attempt=1, loss=curve_of([(n, 3.0 - n / 500) for n in range(500)]))
-        ],
+        losses=[runs_pb2.LossCurve(attempt=1, loss=curve_of(list(drawn_losses.items())))],
         groups=[runs_pb2.GroupCurve(progress=[0, 1000], learning_rate=[1e-3, 0.0])],
     )
     events = [runs_pb2.Event(seq=n, summary=f"event {n}") for n in range(9, 0, -1)]
@@ -404,6 +404,13 @@ def test_trouble_comes_first_on_a_screen() -> None:
     assert lines[4].split() == ["progress", "500", "of", "1,000", "tokens", "(50.0%)"]
     quiet = screen(view_of(run()), 100, 40)
     assert quiet[1].startswith("progress")
+
+
+@pytest.mark.parametrize(("at", "is_trouble"), [(460, True), (440, False)])
+def test_a_loss_that_was_not_finite_is_trouble_only_lately(at: int, is_trouble: bool) -> None:
+    view = view_of(run(frontier=500, losses=500, nonfinite_losses=1), {at: math.nan})
+    text = "1 loss not finite, the last at"
+    assert (screen(view, 100, 40)[1].strip() == f"{text} {at}") == is_trouble
 
 
 @pytest.mark.parametrize("width", [1, 10, 40, 80, 200])

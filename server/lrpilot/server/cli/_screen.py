@@ -219,9 +219,10 @@ class RunView:
         if run.HasField("ranks") and run.ranks.waiting:
             blocked = counted(run.ranks.waiting, "training thread")
             yield f"{blocked} blocked for {run.ranks.blocked_s:.1f} s: {ranks_text(run.ranks)}"
-        if run.nonfinite_losses:
-            last = f", the last at {max(self._chart.missing):,}" if self._chart.missing else ""
-            yield f"{counted(run.nonfinite_losses, 'loss')} not finite{last}"
+        last = max(self._chart.missing, default=None)
+        # What is long past is among the counts: red is for what needs somebody now.
+        if last is not None and last >= run.frontier - _lately(run):
+            yield f"{counted(run.nonfinite_losses, 'loss')} not finite, the last at {last:,}"
 
     def _values(self) -> str:
         first, *others = self._run.values or [runs_pb2.GroupValues()]
@@ -255,6 +256,12 @@ class RunView:
             texts = [decided_text(item) for item in event.adjustments if event.kind != "adjusted"]
             for text in texts or [event_text(event)]:
                 yield from _hanging(f"{time_of_day} ", text, width, 1)
+
+
+def _lately(run: runs_pb2.Run) -> float:
+    """Return how far back in progress lately reaches: some losses, as many as on the page."""
+    losses = min(1000.0, max(50.0, 0.02 * run.losses))
+    return losses * max(1.0, run.progress / max(1, run.losses))
 
 
 def ranks_text(ranks: runs_pb2.Ranks) -> str:
