@@ -7,6 +7,7 @@ import gzip
 import math
 import socket
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from google.protobuf.json_format import MessageToDict
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from lrpilot.server._store import StoreUnavailable
-from lrpilot.server.web import _api, _rows
+from lrpilot.server.web import _api, _http, _rows
 from lrpilot.v1 import trainer_pb2
 from tests.http_client import Answer, Http, serving
 
@@ -612,6 +613,28 @@ class TestRefusals:
         assert (await asyncio.wait_for(reader.read(), 60)).startswith(b"HTTP/1.1 400 ")
         writer.close()
         assert (await http.get("/live")).status == HTTPStatus.OK
+
+    @pytest.mark.parametrize("before", ["", "GET /live HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+    async def test_a_head_that_never_ends(
+        self, http: Http, monkeypatch: pytest.MonkeyPatch, before: str
+    ) -> None:
+        monkeypatch.setattr(_http, "HEAD_S", 0.2)
+        host, _, port = http.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(f"{before}GET /live HTTP/1.1\r\n".encode())
+
+        async def go_on() -> None:
+            while True:
+                writer.write(b"X-More: of it\r\n")
+                await writer.drain()
+                await asyncio.sleep(0.02)
+
+        more = asyncio.create_task(go_on())
+        with suppress(ConnectionError):
+            got = await asyncio.wait_for(reader.read(), 60)
+            assert got.count(b"HTTP/1.1 200 ") == bool(before)
+        more.cancel()
+        writer.close()
 
 
 class TestHosts:

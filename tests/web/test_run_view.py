@@ -313,6 +313,29 @@ class TestCurves:
             page.wait_for(f"[aria-label='{title}: log axis'][aria-pressed=true]")
         wait_for_pixels(page, "Learning rate", "series-0")
 
+    def test_two_hundred_groups_leave_the_charts_in_sight(
+        self, browser: Browser, site: Site
+    ) -> None:
+        spec = {"total": 100, "learning_rate": {"peak": 1e-3}, "feedback": {"delay": 8}}
+        groups = [{"name": f"layer-{index}"} for index in range(200)]
+        with Trainer(site.grpc, spec | {"name": "two-hundred", "groups": groups}) as job:
+            job.open()
+        browser.resize(PHONE)
+        opened(browser, site, "/runs/two-hundred")
+        browser.wait_for(
+            "[aria-labelledby=panel-ranks]", "None asked this server within the last two minutes."
+        )
+        height = browser.run_script("return document.querySelector('.groups').offsetHeight")
+        assert 20 < height < PHONE[1] / 4
+        # One fewer, and any other can be chosen: the keyboard leads to the last.
+        browser.click(".groups button[aria-pressed=true]")
+        browser.wait_for(".groups button:last-of-type:enabled", "layer-199")
+        browser.run_script("document.querySelector('.groups button:last-of-type').focus()")
+        browser.wait(
+            lambda: browser.run_script("return document.querySelector('.groups').scrollTop > 0"),
+            "it scrolls to what has the focus",
+        )
+
     def test_groups_are_chosen(self, page: Browser) -> None:
         wait_for_pixels(page, "Learning rate", "series-1")
         page.click(".groups button:last-of-type")
@@ -447,7 +470,7 @@ class TestTheStretch:
         page.wait(lambda: seen(page) == (0, TOTAL), "a button shows all")
 
     def test_follow_keeps_the_newest_in_view(self, page: Browser) -> None:
-        page.click("[aria-label='Keep the newest in view']")
+        page.click("[aria-label='Follow: keep the newest in view']")
         page.wait(lambda: "follow" in parameters(page), "the address says it")
         begin, end = seen(page)
         assert begin < AT < end < AT + 200

@@ -138,6 +138,24 @@ class TestTheList:
         browser.choose("#runs-order", "-progress")
         browser.wait(lambda: browser.texts(NAMES)[0] == "c-held", "the order is another")
 
+    @pytest.mark.parametrize("width", [360, 800, 961])
+    def test_each_width_has_room_for_all_of_a_line(
+        self, browser: Browser, site: Site, width: int
+    ) -> None:
+        browser.resize((width, 800))
+        browser.open(site.url())
+        line(browser, "a-trains")
+        assert browser.run_script("return document.documentElement.scrollWidth <= innerWidth")
+        heights = browser.run_script(
+            "return [...document.querySelectorAll('.runs .share')]"
+            ".map((item) => item.getClientRects().length)"
+        )
+        assert set(heights) <= {0, 1}, "a share and its sign are on one line"
+
+    def test_it_has_a_title(self, browser: Browser, site: Site) -> None:
+        browser.open(site.url())
+        browser.wait_for("h1", "Runs")
+
 
 class TestFilterAndOrder:
     def test_they_stand_in_the_address_and_come_from_it(self, browser: Browser, site: Site) -> None:

@@ -5,11 +5,16 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
+import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 BACKLOG = 128
 """Connections that may wait to be accepted."""
+
+HEAD_S = 10.0
+"""A connection on which the head of a request is not there after this time is closed."""
 
 GRACE_S = 2
 """How long answers under way may take once all else has ended."""
@@ -46,7 +51,7 @@ async def serving(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None]:
     config = uvicorn.Config(
         app,
         # What uvicorn would choose depends on what else is installed.
-        http="h11",
+        http=_Protocol,
         ws="none",
         lifespan="off",
         # Nobody who sends a header is believed to be somebody else.
@@ -72,3 +77,37 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Leave signals alone: the server that this is a part of takes them."""
         yield
+
+
+class _Protocol(H11Protocol):
+    """HTTP/1.1 on one connection, which does not wait for ever for the head of a request."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_head()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop_waiting()
+
+    def _await_head(self) -> None:
+        """Begin to wait where a head is to come; more of it makes the time no longer."""
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_S, self.transport.close)
+
+    def _stop_waiting(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None

@@ -17,13 +17,13 @@ export function commandLine(kind, name, ...more) {
 
 /** Return a button that opens the dialog of a change; `item`: the adjustment or advice that it is about. */
 export function changeButton(context, kind, item = null) {
-  const { button, title } = CHANGES[kind];
+  const { button } = CHANGES[kind];
   return element("button", {
     class: "button small",
     type: "button",
     dataset: { role: kind },
     text: button,
-    "aria-label": item ? `${title}: ${item.summary}, ${item.id}` : null,
+    "aria-label": item ? `${button} ${item.summary}, ${item.id}` : null,
     onclick: () => new ChangeDialog(context, [kind], item),
   });
 }

@@ -138,7 +138,7 @@ class Figures {
       });
     this.followButton = button(
       "Follow",
-      "Keep the newest in view",
+      "Follow: keep the newest in view",
       () => view.setFollow(view.follow === null),
       { "aria-pressed": "false" },
     );

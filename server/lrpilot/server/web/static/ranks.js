@@ -27,7 +27,9 @@ export function mountRanks(root, context) {
     table.hidden = !ranks?.slowest?.length;
     if (!ranks) {
       text.textContent =
-        run.state === "running" ? "None has asked this server yet." : "None asks: no attempt is open.";
+        run.state === "running"
+          ? "None asked this server within the last two minutes."
+          : "None asks: no attempt is open.";
       return;
     }
     const waits = ranks.waiting

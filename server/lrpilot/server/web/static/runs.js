@@ -1,6 +1,6 @@
 // All runs: where each stands, and who needs somebody first.
 
-import { badge, element, panel, showError } from "./dom.js";
+import { badge, element, showError } from "./dom.js";
 import { ago, count, percent, plural, rate, toNumber, utc } from "./format.js";
 import { sparkline } from "./sparkline.js";
 import { stateOf } from "./words.js";
@@ -130,8 +130,10 @@ class Runs {
       this.body,
     );
     this.empty = element("div", { class: "empty", hidden: true });
-    this.place = panel(
-      "Runs",
+    this.place = element(
+      "section",
+      { class: "panel", "aria-labelledby": "runs-title" },
+      element("h1", { id: "runs-title", text: "Runs" }),
       element(
         "form",
         { class: "filters", role: "search", onsubmit: (event) => event.preventDefault() },
