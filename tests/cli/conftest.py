@@ -123,6 +123,7 @@ class FakeServer:
     """Method to what answers a request; a stream is taken and given as a list of its parts."""
     requests: list[Any] = field(default_factory=list)
     deadlines_s: list[float | None] = field(default_factory=list)
+    """What was left as each call came; gRPC may round a deadline of minutes up by a second."""
     details_key: str = "grpc-status-details-bin"
 
     def refuse(self, method: str, *args: Any, **kwargs: Any) -> None:

@@ -59,7 +59,7 @@ def test_export_writes_one_file(run: Cli, server: Any, tmp_path: Path) -> None:
     assert (tmp_path / "small.jsonl.gz").read_bytes() == FILE
     assert [path.name for path in tmp_path.iterdir()] == ["small.jsonl.gz"]
     assert server.requests == [runs_pb2.ExportRunRequest(run="small")]
-    assert 800 < server.deadlines_s[0] <= 900
+    assert 800 < server.deadlines_s[0] < 1000
 
 
 def test_export_of_a_run_whose_ranks_are_active(run: Cli, server: Any) -> None:
@@ -171,7 +171,7 @@ def test_import_sends_the_file(run: Cli, server: Any, tmp_path: Path) -> None:
     assert (first[0].reason, first[0].author) == ("a move", "me")
     assert (second[0].reason, "@" in second[0].author) == ("", True)
     assert first[0].request_id != second[0].request_id
-    assert 800 < server.deadlines_s[0] <= 900
+    assert 800 < server.deadlines_s[0] < 1000
 
 
 def test_import_of_what_is_there(run: Cli, server: Any, tmp_path: Path) -> None:
