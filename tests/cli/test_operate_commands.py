@@ -245,12 +245,12 @@ def test_what_ranks_get_from_the_horizon_on_is_what_was_said(
     summary: str,
 ) -> None:
     job = start()
-    fields = adjust(*args, "--author", "ann@node")
+    fields = adjust(*args, "--author", "oncall@node")
     made = fields["adjustment"]
     assert (fields["effective"], fields["unchanged"], fields["dry_run"]) == (4, False, False)
     assert not fields["pending"]
     assert (made["summary"], made["effective"], made["mode"]) == (summary, 4, "act")
-    assert (made["author"], made["reason"]) == ("ann@node", "oscillates")
+    assert (made["author"], made["reason"]) == ("oncall@node", "oscillates")
     assert (made["before"], made["after"]) == ([LR], [rates[0]])
     assert (made["weight_decay_before"], made["weight_decay_after"]) == ([WD], [decay])
     assert fields["changes"] == []
@@ -373,7 +373,7 @@ def test_a_directive_and_what_became_of_it(start: Start, run: Cli, shown: Shown)
     job = start()
     result = run(
         "adjust", "small", "--ask", "rollback", "--before", "1", "--factor", "0.25", "--until",
-        "3", "--reason", "diverged", "--author", "ann@node",
+        "3", "--reason", "diverged", "--author", "oncall@node",
     )  # fmt: skip
     assert (result.exit_code, result.stderr) == (0, "")
     what = "ask for rollback to before 1 with LR x 0.25 past data up to 3"
@@ -387,9 +387,9 @@ def test_a_directive_and_what_became_of_it(start: Start, run: Cli, shown: Shown)
     job.acknowledge("4-1-3000", trainer_pb2.DIRECTIVE_OUTCOME_UNHANDLED)
     assert [item["status"] for item in shown()["adjustments"]] == ["unhandled"]
     text = " ".join(run("show", "small").stdout.replace("│", " ").split())
-    assert re.search(r"4-1-3000 4 ask for rollback .* unhandled ann@node diverged", text)
+    assert re.search(r"4-1-3000 4 ask for rollback .* unhandled oncall@node diverged", text)
     history = run("history", "small").stdout
-    assert f"{what} from progress 4 on, by ann@node: diverged" in history
+    assert f"{what} from progress 4 on, by oncall@node: diverged" in history
     assert "directive 4-1-3000 unhandled" in history
 
 
@@ -514,7 +514,7 @@ def test_a_dry_run_changes_nothing_and_its_line_does_what_it_showed(
     start()
     revised = spec_file(PLAIN.replace("1e-3", "5e-3"))
     args = [revised if word == "SPEC" else word for word in args]
-    signed = [*args, "--reason", "it's too hot", "--author", "ann@node"]
+    signed = [*args, "--reason", "it's too hot", "--author", "oncall@node"]
     before = live.log()
     tried = run(*signed, "--dry-run")
     assert (tried.exit_code, tried.stderr) == (0, "")
@@ -535,7 +535,7 @@ def test_a_dry_run_changes_nothing_and_its_line_does_what_it_showed(
         assert fields[name] == shown_first[name]
     event = core.decode(live.log()[-1].payload)
     assert isinstance(event, (core.Adjusted, core.Revised))
-    assert event.author == "ann@node"
+    assert event.author == "oncall@node"
     assert len(live.log()) == len(before) + 1
 
 
@@ -839,10 +839,10 @@ def test_the_caller_is_the_author_unless_told_otherwise(
     start: Start, adjust: Adjust, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start()
-    monkeypatch.setattr(getpass, "getuser", lambda: "ann")
+    monkeypatch.setattr(getpass, "getuser", lambda: "oncall")
     monkeypatch.setattr(socket, "gethostname", lambda: "node-7")
-    assert adjust("--scale-lr", "0.5")["adjustment"]["author"] == "ann@node-7"
-    assert adjust("--scale-lr", "0.5", "--author", "bob")["adjustment"]["author"] == "bob"
+    assert adjust("--scale-lr", "0.5")["adjustment"]["author"] == "oncall@node-7"
+    assert adjust("--scale-lr", "0.5", "--author", "lead")["adjustment"]["author"] == "lead"
 
 
 def test_a_caller_without_a_name(

@@ -232,7 +232,7 @@ def test_show_for_people(run: Cli, server: Any, specs: Any) -> None:
         "source": "operator",
         "action": "directive",
         "summary": "ask for stop",
-        "author": "ann@node",
+        "author": "oncall@node",
         "reason": "budget",
         "after": [2e-4, 1e-4],
     }
@@ -243,7 +243,7 @@ def test_show_for_people(run: Cli, server: Any, specs: Any) -> None:
         adjustment(status="forgotten", effective=500, before=[2e-4], after=[1e-4]),
         adjustment(
             source="operator",
-            author="bob@node",
+            author="lead@node",
             action="scale weight decay",
             summary="WD x 2",
             after=[2e-4, 1e-4],
@@ -283,9 +283,9 @@ def test_show_for_people(run: Cli, server: Any, specs: Any) -> None:
         "no loss below 2.5",
         "forgotten",
         "WD 0.1 → 0.2",
-        "planned bob@node",
-        "12-300-3000 164 ask for stop no answer yet ann@node budget",
-        "13-300-3000 164 ask for stop failed ann@node budget",
+        "planned lead@node",
+        "12-300-3000 164 ask for stop no answer yet oncall@node budget",
+        "13-300-3000 164 ask for stop failed oncall@node budget",
         "advice 8-268-0: LR x 0.5, LR 0.0002 → 0.0001 (+1 group)",
         "approve it while the horizon is below 464: lrpilot run approve grouped 8-268-0",
     ):
@@ -537,7 +537,7 @@ def events() -> list[runs_pb2.Event]:
             progress=167,
             adjustments=[adjustment(seq=6, source="operator", id="6-135-3000", status="undone")],
             summary="LR x 0.5 from progress 167 on",
-            author="ann@node",
+            author="oncall@node",
             reason="oscillates",
             **common,
         ),
@@ -578,7 +578,7 @@ def test_history_reads_every_page_and_gives_reasons(run: Cli, server: Any) -> No
         "(1 late)",
         f"     5  {at}  reported      attempt 1   rank 4 reported 2 steps, progress 134 to 134, "
         "moved to 135; loss 9 … 2.5 (1 skipped), code 1.5, wiki 2.75",
-        f"     6  {at}  adjusted                  LR x 0.5 from progress 167 on, by ann@node: "
+        f"     6  {at}  adjusted                  LR x 0.5 from progress 167 on, by oncall@node: "
         "oscillates",
         "        6-135-3000: LR 0.0002 → 0.0001 (+1 group) (undone)",
         f"     7  {at}  acknowledged  attempt 1   directive 4-1-0 failed: no snapshot",
@@ -602,7 +602,7 @@ def test_history_reads_every_page_and_gives_reasons(run: Cli, server: Any) -> No
         {"progress": 133, "loss": None, **common},
     ]
     assert parsed[4]["losses"][1]["validation_losses"] == {"code": 1.5, "wiki": 2.75}
-    assert (parsed[5]["author"], parsed[5]["reason"]) == ("ann@node", "oscillates")
+    assert (parsed[5]["author"], parsed[5]["reason"]) == ("oncall@node", "oscillates")
     assert parsed[2]["adjustments"][0]["reason"] == "no loss below 2.5 [for 11 losses]"
     assert parsed[0] == {
         "seq": 1,

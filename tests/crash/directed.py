@@ -194,7 +194,7 @@ class Process:
     def adjusting(self, **action: Any) -> Callable[[], int]:
         """Return what sends one request of an operator; it returns where the change shows."""
         request = runs_pb2.AdjustRunRequest(
-            run=RUN, request_id=self.fresh("adjust"), author="ann", reason="try", **action
+            run=RUN, request_id=self.fresh("adjust"), author="oncall", reason="try", **action
         )
         return lambda: int(
             self.runs.AdjustRun(request, timeout=CALL_S, wait_for_ready=True).effective
@@ -432,7 +432,7 @@ def a_rewind_below_a_revision(bench: Bench) -> None:
         "feedback": {"delay": 4, "timeout": "60s"},
     }
     revise = runs_pb2.ReviseRunRequest(
-        run=RUN, spec_document=json.dumps(spec), request_id="revise", author="ann", reason="try"
+        run=RUN, spec_document=json.dumps(spec), request_id="revise", author="oncall", reason="try"
     )
     assert operator.runs.ReviseRun(revise, timeout=CALL_S).effective == 5
     rank.report(1, 0.9, 0.8, 0.7, 0.6)

@@ -207,14 +207,14 @@ class Stage:
     def adjust(self, factor: float, request_id: str = "half", *, lost: bool = False) -> Any:
         """Multiply the LR as an operator."""
         request = runs_pb2.AdjustRunRequest(
-            run=RUN, scale_lr=factor, request_id=request_id, author="ann", reason="try"
+            run=RUN, scale_lr=factor, request_id=request_id, author="oncall", reason="try"
         )
 
         def serve() -> Any:
             effective = self.state.horizon
             action = core.ScaleLearningRate(factor)
             events = core.adjust_run(
-                self.state, action, reason="try", author="ann", request_id=request_id
+                self.state, action, reason="try", author="oncall", request_id=request_id
             )
             self.apply(events)
             return None if lost else runs_pb2.AdjustRunResponse(effective=effective)

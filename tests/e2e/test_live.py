@@ -29,7 +29,7 @@ from tests.e2e.harness import (
 from tests.e2e.live_script import DELAY, EVALUATED, SPEC, STOPS, goes_back, said
 from tests.server.conftest import Program
 
-AUTHOR = "ann@node-7"
+AUTHOR = "oncall@node-7"
 
 ACTIONS = {
     "multiply", "divide", "set", "curve", "hold", "decay", "stretch warmup", "next stage",

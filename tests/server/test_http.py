@@ -320,7 +320,7 @@ class TestSpecs:
     async def test_what_each_one_changed_and_why(
         self, server: Replica, http: Http, small: Job
     ) -> None:
-        signed = {"author": "ada@lab", "reason": "longer", "request_id": "r"}
+        signed = {"author": "oncall@lab", "reason": "longer", "request_id": "r"}
         document = server.document(total=2000, **server.feedback(delay=3))
         await server.call("ReviseRun", run="small", spec_document=document, **signed)
         found = await http.read("/api/runs/small/specs")
@@ -329,7 +329,7 @@ class TestSpecs:
         assert (first["seq"], first["effective"], first["changes"]) == (1, 0, [])
         assert first["recorded_at"] == (await http.read("/api/runs/small"))["created_at"]
         assert {"field": "total", "before": "1000", "after": "2000"} in second["changes"]
-        assert (second["author"], second["reason"]) == ("ada@lab", "longer")
+        assert (second["author"], second["reason"]) == ("oncall@lab", "longer")
         assert second["effective"] == (await http.read("/api/runs/small"))["horizon"] == 8
         assert yaml.safe_load(second["spec_document"])["total"] == 2000
         assert (found["pending"], found["left_out"]) == (None, 0)

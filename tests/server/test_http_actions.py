@@ -65,8 +65,8 @@ class TestAdjust:
         assert await small.rates(2) == [LR / 2] * 2
 
     async def test_whoever_acts_may_say_who(self, server: Replica, http: Http, small: Job) -> None:
-        answer = await http.post(ADJUST, HALVE | {"request_id": "a", "author": "ada@lab"})
-        assert answer.json["adjustment"]["author"] == "ada@lab"
+        answer = await http.post(ADJUST, HALVE | {"request_id": "a", "author": "oncall@lab"})
+        assert answer.json["adjustment"]["author"] == "oncall@lab"
 
     async def test_a_repeat_gets_the_first_answer(
         self, server: Replica, http: Http, small: Job

@@ -66,7 +66,7 @@ async def operate(program: Any, **action: Any) -> Any:
     return await program.call(
         "AdjustRun",
         run="small",
-        author="ada",
+        author="oncall",
         reason="it looks\nunstable",
         request_id=program.fresh("adjust"),
         **action,
@@ -104,7 +104,7 @@ class TestTheProgram:
                 "warning",
                 "ranks waited 0.1 s for values from progress 4 on while no loss came",
             ),
-            ("info", "operator ada (act) decided at progress 4, effective at 6"),
+            ("info", "operator oncall (act) decided at progress 4, effective at 6"),
             ("info", "finished at progress 4 of 1000"),
         ]
         assert [line["message"] for line in lines if "run" not in line] == [
@@ -395,10 +395,10 @@ class TestWhatIsTold:
         assert (level, fields["mode"], fields["adjustment"]) == ("WARNING", "advise", "3-1-0")
         assert "policies.0 (plateau) (advise) decided at progress 1" in message
         await server.call(
-            "ApproveAdvice", run="small", advice="3-1-0", author="ada", request_id="a"
+            "ApproveAdvice", run="small", advice="3-1-0", author="oncall", request_id="a"
         )
         ((level, _, fields),) = told(log)
-        assert (level, fields["mode"], fields["author"]) == ("INFO", "act", "ada")
+        assert (level, fields["mode"], fields["author"]) == ("INFO", "act", "oncall")
         asked = (await operate(server, directive={"kind": "rollback", "before": 1})).adjustment
         ((level, _, fields),) = told(log)
         assert (level, fields["adjustment"], fields["action"]) == ("WARNING", asked.id, "directive")
@@ -414,7 +414,7 @@ class TestWhatIsTold:
     ) -> None:
         await server.start_job(**server.feedback())
         told(log)
-        fields = {"run": "small", "author": "ada", "reason": "why", "scale_lr": 0.5}
+        fields = {"run": "small", "author": "oncall", "reason": "why", "scale_lr": 0.5}
         await server.call("AdjustRun", dry_run=True, **fields)
         assert told(log) == []
         for _ in range(3):
@@ -430,13 +430,13 @@ class TestWhatIsTold:
             "ReviseRun",
             run="small",
             spec_document=server.document(total=2000),
-            author="ada",
+            author="oncall",
             reason="more data",
             request_id="r",
         )
         ((_, message, fields),) = told(log)
         assert message == (
-            "ada gives a new spec from progress 32 on: total, learning_rate.decay.end: more data"
+            "oncall gives a new spec from progress 32 on: total, learning_rate.decay.end: more data"
         )
         assert fields["changed"] == ["total", "learning_rate.decay.end"]
         assert fields["effective"] == 32

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 LR, WD = 1e-3, 0.1
 """What `document` sets where nothing was adjusted."""
 
-SIGNED = {"reason": "the loss oscillates", "author": "ann@node-7"}
+SIGNED = {"reason": "the loss oscillates", "author": "oncall@node-7"}
 
 STAGES = [
     {"name": "first", "until": 600, "learning_rate": {"peak": 1e-3}, "weight_decay": 0.1},
@@ -44,12 +44,12 @@ async def adjust_refused(server: Replica, **fields: Any) -> Refusal:
 
 
 async def approve(server: Replica, advice: str, **fields: Any) -> Any:
-    wanted = {"author": "ann@node-7", "request_id": server.fresh("approve")} | fields
+    wanted = {"author": "oncall@node-7", "request_id": server.fresh("approve")} | fields
     return await server.call("ApproveAdvice", run="small", advice=advice, **wanted)
 
 
 async def approve_refused(server: Replica, advice: str, **fields: Any) -> Refusal:
-    wanted = {"author": "ann@node-7", "request_id": server.fresh("approve")} | fields
+    wanted = {"author": "oncall@node-7", "request_id": server.fresh("approve")} | fields
     return await server.refused("ApproveAdvice", run="small", advice=advice, **wanted)
 
 
@@ -637,7 +637,7 @@ class TestApproveAdvice:
         answer = await approve(server, advice.id, reason="seen it too")
         made = answer.adjustment
         assert (answer.effective, made.effective, made.summary) == (9, 9, "LR x 0.5")
-        assert (made.source, made.author) == ("operator", "ann@node-7")
+        assert (made.source, made.author) == ("operator", "oncall@node-7")
         assert made.reason == f"{advice.reason}; approved: seen it too"
         assert (list(made.before), list(made.after)) == ([LR], [LR * 0.5])
         await job.values(0, in_use=3)
@@ -797,7 +797,7 @@ def test_what_takes_the_place_of_an_earlier_change_is_shown_without_it() -> None
         report = core.Report(at, 1.0, 1.0, at + 1, batch=batch)
         events, _ = core.report_losses(log.state, [report], rank=0, incarnation="one")
         log.write(events)
-        signed = {"reason": "yes", "author": "ann@node-7", "request_id": f"at {at}"}
+        signed = {"reason": "yes", "author": "oncall@node-7", "request_id": f"at {at}"}
         events = core.approve_advice(log.state, log.state.advice[-1].id, **signed)
         change = shown_change(LiveRun("run"), log.state, events)
         assert change.adjustment is not None

@@ -94,7 +94,7 @@ async def halve(replica: Replica, request_id: str) -> None:
         run="small",
         scale_lr=0.5,
         reason="try",
-        author="ann",
+        author="oncall",
         request_id=request_id,
     )
 

@@ -138,7 +138,7 @@ class Rank:
 
 async def halve(replica: Replica, request_id: str) -> Any:
     return await replica.call(
-        "AdjustRun", run="small", scale_lr=0.5, reason="try", author="ann", request_id=request_id
+        "AdjustRun", run="small", scale_lr=0.5, reason="try", author="oncall", request_id=request_id
     )
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 DELAY = 4
 
-SIGNED = {"reason": "to see it", "author": "ann@node-7"}
+SIGNED = {"reason": "to see it", "author": "oncall@node-7"}
 
 _NUMBERS = itertools.count(1)
 

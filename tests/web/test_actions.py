@@ -135,22 +135,22 @@ class TestChanges:
         open_run(browser, site, job)
         ask(browser, what, "as agreed", **fields)
         browser.wait_for(CONFIRM)
-        browser.fill("dialog [id$=-author]", "bea@node-3")
+        browser.fill("dialog [id$=-author]", "shift@node-3")
         confirm(browser, "Done: ", "from 7 on")
         made = last(site, job)
-        assert (made.action, made.reason, made.author) == (action, "as agreed", "bea@node-3")
+        assert (made.action, made.reason, made.author) == (action, "as agreed", "shift@node-3")
         for name, value in expected.items():
             got = getattr(made, name)
             assert (list(got) if isinstance(value, list) else got) == value
         (event,) = [
             item for item in site.call("ListEvents", run=job.name).events if item.kind == "adjusted"
         ]
-        assert (event.reason, event.author) == ("as agreed", "bea@node-3")
+        assert (event.reason, event.author) == ("as agreed", "shift@node-3")
 
         # Who signs is remembered.
         browser.click("[data-role=adjust]")
         author = browser.wait_for("dialog [id$=-author]")
-        assert author.get_attribute("value") == "bea@node-3"
+        assert author.get_attribute("value") == "shift@node-3"
 
     def test_a_new_total_shows_what_it_changes_in_the_spec(
         self, browser: Browser, site: Site, job: Trainer

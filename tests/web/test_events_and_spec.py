@@ -43,7 +43,7 @@ class TestAdjustments:
         assert "LR x 0.5" in newest
         assert "from 9 on" in newest
         assert "to see it" in newest
-        assert "ann@node-7" in newest
+        assert "oncall@node-7" in newest
         assert "in force" in oldest
         assert "LR 0.001 → 5e-4" in oldest
         assert "loss 1.5" in oldest
@@ -111,7 +111,7 @@ class TestEventLog:
         assert kinds == ["adjusted", "opened", "created"]
         newest = browser.texts(EVENTS)[0]
         assert "LR x 0.5 from progress 10 on" in newest
-        assert "by ann@node-7" in newest
+        assert "by oncall@node-7" in newest
         assert "to see it" in newest
         (made,) = site.adjustments("log")
         assert made.id in newest
@@ -191,7 +191,7 @@ class TestSpec:
 
         site.revise("spec", learning_rate={"peak": 2e-3}, total=1500)
         revision = browser.wait_for(".revision", "learning_rate.peak", "from 7 on")
-        assert "by ann@node-7" in revision.text
+        assert "by oncall@node-7" in revision.text
         assert "to see it" in revision.text
         assert "total: 1000 → 1500" in browser.text(".revision .changes")
         assert [text.strip() for text in browser.texts(".diff del")] == [
