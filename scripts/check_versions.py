@@ -136,7 +136,7 @@ def _check(row: Row) -> tuple[dict[str, str], bool, str]:
     if rest:
         print(f"    left out, for what this environment has not: {', '.join(rest)}")
     said = subprocess.run(
-        [python, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", *tests],
+        [python, "-m", "pytest", "-q", "-n", "2", *tests],
         cwd=ROOT,
         capture_output=True,
         text=True,

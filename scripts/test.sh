@@ -15,7 +15,8 @@ timed() {
 
 timed "linters and type checker" bash scripts/lint.sh
 timed "the client on the oldest versions that it runs on" python scripts/check_versions.py --floors
-# Many tests wait rather than work: three at a time keep two cores busy.
-timed "pytest" python -m pytest -n 3 --dist loadgroup "$@"
+# Many tests wait rather than work: three at a time keep two cores busy. They are handed out one by
+# one, because a few take a minute.
+timed "pytest" python -m pytest -n 3 --maxschedchunk 1 "$@"
 printf '== wall time\n'
 printf '%s\n' "${times[@]}"

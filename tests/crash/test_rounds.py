@@ -45,14 +45,12 @@ def on_postgresql() -> Iterator[Laboratory]:
     yield from _laboratory("postgresql")
 
 
-@pytest.mark.xdist_group("crash-sqlite")
 @pytest.mark.parametrize(("fault", "seed"), _kinds("sqlite"))
 def test_one_server(on_sqlite: Laboratory, fault: str, seed: int) -> None:
     _play(on_sqlite, fault, seed)
 
 
 @pytest.mark.needs_program("postgres")
-@pytest.mark.xdist_group("crash-postgresql")
 @pytest.mark.parametrize(("fault", "seed"), _kinds("postgresql"))
 def test_several_servers(on_postgresql: Laboratory, fault: str, seed: int) -> None:
     _play(on_postgresql, fault, seed)

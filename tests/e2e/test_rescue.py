@@ -18,9 +18,6 @@ import yaml
 from lrpilot import core
 from tests.e2e.harness import ROOT
 
-# Three trainings and a server at once are enough for a small machine.
-pytestmark = pytest.mark.xdist_group("examples")
-
 STEPS = 300
 
 

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import pytest
 
-# Two ranks and a server at once are enough for a small machine.
-pytestmark = pytest.mark.xdist_group("examples")
-
 # The demo's own spec, but so impatient that the policy fires within a few steps.
 SPEC = """\
 name: byte-gpt

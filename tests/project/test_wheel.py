@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     NewEnvironment = Callable[[str], Environment]
     Serving = Callable[[list[str]], AbstractContextManager[tuple[str, str]]]
 
-# One worker runs them all: the wheel is built once, and the machine has few cores.
-pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("wheel")]
+pytestmark = pytest.mark.timeout(600)
 
 SPEC = """\
 name: wheel

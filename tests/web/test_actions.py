@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from tests.web.browser import Browser
     from tests.web.site import Trainer
 
-# The tests of the page share a server and a Chromium.
-pytestmark = pytest.mark.xdist_group("page")
-
 CONFIRM = "dialog .primary:enabled"
 SAID = ".said"
 

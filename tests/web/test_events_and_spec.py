@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import pytest
 from selenium.webdriver.common.keys import Keys
 
 from tests.web.site import ACTING, ADVISING, falling
@@ -12,9 +11,6 @@ from tests.web.site import ACTING, ADVISING, falling
 if TYPE_CHECKING:
     from tests.web.browser import Browser
     from tests.web.site import Site
-
-# The tests of the page share a server and a Chromium.
-pytestmark = pytest.mark.xdist_group("page")
 
 EVENTS = ".events > li"
 ITEMS = ".adjustments > li"

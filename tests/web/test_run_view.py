@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
     from tests.web.browser import Browser
 
-# The tests of the page share a server and a Chromium.
-pytestmark = pytest.mark.xdist_group("page")
-
 TOTAL = 4000
 """Length of the run to which things happen."""
 

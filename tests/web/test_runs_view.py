@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
     from tests.web.browser import Browser
 
-# The tests of the page share a server and a Chromium.
-pytestmark = pytest.mark.xdist_group("page")
-
 NAMES = ".runs tbody .col-name a"
 
 UNKNOWN = ["e-finished", "f-created", "g-nan"]
