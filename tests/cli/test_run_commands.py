@@ -343,6 +343,8 @@ def test_show_has_the_newest_adjustments_and_says_where_the_others_are(
     assert "103-132-0" in text
     assert "127-132-0" in text
     assert "3 older ones: lrpilot run history small" in text
+    message.older_adjustments = 2000
+    assert "2,003 older ones: lrpilot run history small" in run("show", "small").stdout
 
 
 def test_show_of_a_run_without_groups_losses_or_attempt(run: Cli, server: Any, specs: Any) -> None:

@@ -197,6 +197,7 @@ class TestGetRun:
         await job.report(*((number, 1.0) for number in range(30)))
         run = await get(server)
         assert 1 <= len(run.adjustments) < 29
+        assert len(run.adjustments) + run.older_adjustments == 29
         assert run.adjustments[-1].decided_at == 29
 
 

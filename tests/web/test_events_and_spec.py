@@ -79,6 +79,27 @@ class TestAdjustments:
         browser.open(site.url("/runs/again"))
         browser.wait_for(f"{ITEMS}.dimmed", "forgotten", "LR x 0.5")
 
+    def test_it_says_that_older_ones_are_in_the_event_log(
+        self, browser: Browser, site: Site
+    ) -> None:
+        # The values of so many groups take the room that the server has for adjustments.
+        groups = [{"name": f"layer-{index}"} for index in range(200)]
+        job = site.train("older", falling(3), groups=groups)
+        for number in range(60):
+            site.adjust("older", scale_lr=1.0 + 0.001 * (number + 1))
+        run = site.run("older")
+        shown = len(run.adjustments)
+        assert run.older_adjustments == 60 - shown > 0
+        browser.open(site.url("/runs/older"))
+        told = f"The event log has {60 - shown} older ones, not shown here."
+        browser.wait_for("section", "Show ", told)
+        markers = f"newest {shown} adjustments; {60 - shown} older ones stand in the event log"
+        browser.wait_for(".remarks", markers)
+        site.adjust("older", scale_lr=2.0)
+        job.report(falling(1))
+        browser.wait_for("section", f"The event log has {61 - shown} older ones")
+        browser.wait_for(".remarks", f"; {61 - shown} older ones")
+
     def test_a_pending_advice_says_until_when_it_can_be_approved(
         self, browser: Browser, site: Site
     ) -> None:

@@ -310,6 +310,26 @@ class TestCurves:
             page.wait_for(f"[aria-label='{title}: log axis'][aria-pressed=true]")
         wait_for_pixels(page, "Learning rate", "series-0")
 
+    def test_what_has_no_place_on_a_log_axis_is_told(self, browser: Browser, site: Site) -> None:
+        spec = {"name": "below", "total": 200, "feedback": {"delay": 64}}
+        rate = {"peak": 1e-3, "decay": {"style": "linear"}}
+        with Trainer(site.grpc, spec | {"learning_rate": rate}) as job:
+            job.open()
+            job.train(0, 100, lambda n: 1.0 - n / 50)
+        remarks = {"Loss": "Not drawn: 0 and below", "Learning rate": "Not drawn: 0 and below"}
+        opened(browser, site, "/runs/below?log=loss,lr")
+        for title, told in remarks.items():
+            browser.wait_for(f"{chart(title)} .remarks", told)
+        # The losses are above 0 as yet, and the LR has not come down to it.
+        opened(browser, site, "/runs/below?log=loss,lr&from=5&to=40")
+        browser.wait(lambda: seen(browser) == (5, 40), "a part is seen")
+        browser.wait_gone(".remarks")
+        browser.click("[aria-label^='Show the whole run']")
+        browser.wait_for(f"{chart('Loss')} .remarks", remarks["Loss"])
+        for title in remarks:
+            browser.click(f"[aria-label='{title}: log axis']")
+            browser.wait_gone(f"{chart(title)} .remarks")
+
     def test_two_hundred_groups_leave_the_charts_in_sight(
         self, browser: Browser, site: Site
     ) -> None:

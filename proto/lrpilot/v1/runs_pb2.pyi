@@ -239,6 +239,7 @@ class Run(google.protobuf.message.Message):
     IMPORTED_FROM_FIELD_NUMBER: builtins.int
     FORGOTTEN_FIELD_NUMBER: builtins.int
     RANKS_FIELD_NUMBER: builtins.int
+    OLDER_ADJUSTMENTS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """Name."""
     state: global___RunState.ValueType
@@ -308,6 +309,8 @@ class Run(google.protobuf.message.Message):
     more; or of a newer one, since which no rank of the current one went on. A sentence
     with the numbers; empty: nothing that is known.
     """
+    older_adjustments: builtins.int
+    """Number of adjustments older than those in `adjustments`; 0 where they are left out."""
     @property
     def values(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___GroupValues]:
         """Values at `progress`, one per group."""
@@ -381,9 +384,10 @@ class Run(google.protobuf.message.Message):
         imported_from: builtins.str = ...,
         forgotten: builtins.str = ...,
         ranks: global___Ranks | None = ...,
+        older_adjustments: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "created_at", b"created_at", "declaration", b"declaration", "loss", b"loss", "ranks", b"ranks", "smoothed_loss", b"smoothed_loss", "updated_at", b"updated_at"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "adjustments", b"adjustments", "attempt", b"attempt", "begin", b"begin", "created_at", b"created_at", "declaration", b"declaration", "declared_steps", b"declared_steps", "delay", b"delay", "digest", b"digest", "etag", b"etag", "forgotten", b"forgotten", "frontier", b"frontier", "held", b"held", "horizon", b"horizon", "imported_from", b"imported_from", "late_losses", b"late_losses", "leader", b"leader", "loss", b"loss", "losses", b"losses", "name", b"name", "nonfinite_losses", b"nonfinite_losses", "permitted", b"permitted", "progress", b"progress", "ranks", b"ranks", "rollbacks", b"rollbacks", "seq", b"seq", "skipped", b"skipped", "smoothed_loss", b"smoothed_loss", "spec_document", b"spec_document", "stage", b"stage", "state", b"state", "total", b"total", "unit", b"unit", "updated_at", b"updated_at", "validation_losses", b"validation_losses", "values", b"values", "waivers", b"waivers"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_loss", b"_loss", "_smoothed_loss", b"_smoothed_loss", "adjustments", b"adjustments", "attempt", b"attempt", "begin", b"begin", "created_at", b"created_at", "declaration", b"declaration", "declared_steps", b"declared_steps", "delay", b"delay", "digest", b"digest", "etag", b"etag", "forgotten", b"forgotten", "frontier", b"frontier", "held", b"held", "horizon", b"horizon", "imported_from", b"imported_from", "late_losses", b"late_losses", "leader", b"leader", "loss", b"loss", "losses", b"losses", "name", b"name", "nonfinite_losses", b"nonfinite_losses", "older_adjustments", b"older_adjustments", "permitted", b"permitted", "progress", b"progress", "ranks", b"ranks", "rollbacks", b"rollbacks", "seq", b"seq", "skipped", b"skipped", "smoothed_loss", b"smoothed_loss", "spec_document", b"spec_document", "stage", b"stage", "state", b"state", "total", b"total", "unit", b"unit", "updated_at", b"updated_at", "validation_losses", b"validation_losses", "values", b"values", "waivers", b"waivers"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_loss", b"_loss"]) -> typing.Literal["loss"] | None: ...
     @typing.overload

@@ -22,7 +22,7 @@ def run_message(run: LiveRun) -> pb.Run:
     """Return a run as people see it."""
     message = run_summary(run)
     message.spec_document = dump_document(run.state.spec.to_mapping())
-    message.adjustments.extend(newest_adjustments(run.state))
+    put_adjustments(message, run.state)
     return message
 
 
@@ -188,16 +188,18 @@ class _Status:
         return "ended"
 
 
-def newest_adjustments(state: core.RunState) -> list[pb.Adjustment]:
-    """Return the adjustments that a run shows: the newest ones, in order of decision."""
+def put_adjustments(message: pb.Run, state: core.RunState) -> None:
+    """Put into a run the adjustments that it shows: the newest ones, in order of decision."""
+    every = adjustment_messages(state)
     kept: list[pb.Adjustment] = []
     room = MAX_ADJUSTMENTS_BYTES
-    for item in reversed(adjustment_messages(state)):
+    for item in reversed(every):
         room -= item.ByteSize()
         if room < 0:
             break
         kept.append(item)
-    return kept[::-1]
+    message.adjustments.extend(reversed(kept))
+    message.older_adjustments = len(every) - len(kept)
 
 
 def event_message(row: LogRow, late: Set[tuple[int, int]]) -> pb.Event:

@@ -58,8 +58,8 @@ def panel(run: runs_pb2.Run) -> RenderableType:
     pending = [item for item in others if item.status == "advice" and item.action != "note"]
     if others:
         parts += [Text(), _adjustments_table(others[-_MOST_SHOWN:])]
-    if len(others) > _MOST_SHOWN:
-        older = counted(len(others) - _MOST_SHOWN, "older one")
+    if hidden := max(0, len(others) - _MOST_SHOWN) + run.older_adjustments:
+        older = counted(hidden, "older one")
         parts.append(Text(f"{older}: lrpilot run history {run.name}", style="dim"))
     if directives:
         parts += [Text(), _directives_table(directives[-_MOST_SHOWN:])]

@@ -19,7 +19,7 @@ from lrpilot.server._author import caller
 from lrpilot.server._json import fields_of, json_line
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._live_run import LiveRun
-from lrpilot.server._messages import newest_adjustments, run_message, run_summary
+from lrpilot.server._messages import put_adjustments, run_message, run_summary
 from lrpilot.server._run_service import RunService
 from lrpilot.server._store import StoreUnavailable
 from lrpilot.server.web._access import Access, is_foreign
@@ -306,7 +306,7 @@ class Api:
             return known[2]
         changed, now_s = run.changed, time.monotonic()
         message = run_summary(run)
-        message.adjustments.extend(newest_adjustments(run.state))
+        put_adjustments(message, run.state)
         text = await self._on_thread(_shown_text, message)
         self._texts[run] = (changed, now_s, text)
         return text

@@ -54,7 +54,8 @@ class Adjustments {
       onclick: () => this.#showMore(),
     });
     this.note = element("p", { class: "faint", role: "status" });
-    this.place = panel("Adjustments and advice", this.note, this.list, this.more);
+    this.older = element("p", { class: "faint older", hidden: true });
+    this.place = panel("Adjustments and advice", this.note, this.list, this.more, this.older);
     root.append(this.place);
     this.#stops.push(context.onRun((run) => this.#show(run)));
     this.#stops.push(context.onSelect((id) => this.#mark(id, true)));
@@ -101,6 +102,8 @@ class Adjustments {
     }
     this.more.hidden = newest.length <= this.#most;
     this.more.textContent = `Show ${plural(newest.length - this.#most, "older one")}`;
+    this.older.hidden = !run.older_adjustments;
+    setText(this.older, `The event log has ${plural(run.older_adjustments, "older one")}, not shown here.`);
     let note = "";
     if (newest.length === 0) note = "None so far: LR and WD follow the base schedule.";
     else if (selected && place < 0) {

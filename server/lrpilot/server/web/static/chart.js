@@ -3,7 +3,7 @@
 import uPlot from "./vendor/uplot/uPlot.esm.js";
 
 import { element } from "./dom.js";
-import { nearest, valueAt } from "./curves.js";
+import { lowerBound, nearest, valueAt } from "./curves.js";
 import { compact, count, rate } from "./format.js";
 
 const STEP = 0.1;
@@ -28,7 +28,8 @@ export function color(name) {
  * isStraight, reads }`: `color` names one of the theme; `isPlain`: points as well as lines;
  * `isListed: false`: not in legend and table, which read `reads` in place of x and y where it is given;
  * `isStraight`: values lie between points too. `paint(chart, context)` and `paintBelow` draw on the
- * canvas, above and below the curves.
+ * canvas, above and below the curves. `remark` says what is not on it; the chart itself adds what has
+ * no place on a logarithmic axis.
  */
 export class Chart {
   #plot = null;
@@ -37,6 +38,7 @@ export class Chart {
   #table = null;
   #legend = element("ul", { class: "legend" });
   #canvas = element("div", { class: "canvas", role: "img" });
+  #remarks = element("p", { class: "faint remarks" });
   #values = new Map();
   /** Progress at which the cursor is; null: on no chart. */
   #at = null;
@@ -56,6 +58,7 @@ export class Chart {
     paint,
     paintBelow,
     describe,
+    remark = () => "",
   }) {
     Object.assign(this, {
       title,
@@ -68,6 +71,7 @@ export class Chart {
       paint,
       paintBelow,
       describe,
+      remark,
     });
     /** Laid over the plot, for what is not painted: markers. */
     this.overlay = element("div", { class: "overlay" });
@@ -99,6 +103,7 @@ export class Chart {
       { class: "chart" },
       element("figcaption", {}, element("h3", { text: title }), this.#legend, this.tools),
       this.frame,
+      this.#remarks,
       this.#tableHolder,
     );
     this.#watcher.observe(this.#canvas);
@@ -291,6 +296,7 @@ export class Chart {
     if (!this.#plot) return;
     this.#plot.setScale("x", { min: this.viewport.min, max: this.viewport.max });
     this.#placeOverlay();
+    this.#showRemarks();
   }
 
   #placeOverlay() {
@@ -412,6 +418,23 @@ export class Chart {
       place.textContent = at === null ? "" : valueText(item, at);
     }
     this.onCursor?.(at);
+  }
+
+  #showRemarks() {
+    const left = this.isLog && this.#hasUnplaced() && "Not drawn: 0 and below, which a log axis has no place for.";
+    const text = [left, this.remark()].filter(Boolean).join(" ");
+    if (this.#remarks.textContent !== text) this.#remarks.textContent = text;
+  }
+
+  /** Return whether something of what is seen has no place on a logarithmic axis. */
+  #hasUnplaced() {
+    const { min, max } = this.viewport;
+    return this.#series.some(({ x, y }) =>
+      // Lines begin before what is seen, and end behind it.
+      y
+        .slice(Math.max(0, lowerBound(x, min) - 1), lowerBound(x, max) + 1)
+        .some((value) => Number.isFinite(value) && value <= 0),
+    );
   }
 
   #describe() {

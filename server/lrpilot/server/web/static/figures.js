@@ -197,6 +197,7 @@ class Figures {
         isZeroBased: true,
         logToggle: toggleLog("lr"),
         describe: () => this.#tellValues("lr"),
+        remark: () => this.#tellOlder(),
         paint: paintMore,
       }),
       wd: new Chart({
@@ -635,6 +636,16 @@ class Figures {
       });
     const title = name === "lr" ? "Learning rate" : "Weight decay";
     return `${title} over progress, fixed below ${count(horizon)}. ${told.join("; ")}.`;
+  }
+
+  /** Return which adjustments have no marker. */
+  #tellOlder() {
+    const run = this.context.run;
+    if (!run?.older_adjustments) return "";
+    return (
+      `Markers are those of the newest ${plural(run.adjustments.length, "adjustment")}; ` +
+      `${plural(run.older_adjustments, "older one")} stand in the event log alone.`
+    );
   }
 
   #tellNorm() {
