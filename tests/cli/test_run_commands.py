@@ -210,6 +210,7 @@ def test_json_of_a_run(run: Cli, server: Any, specs: Any) -> None:
         "imported_from": "",
         "forgotten": "",
         "ranks": None,
+        "older_adjustments": 0,
     }
     # JSON readers that know only doubles are not our concern: the digits are all there.
     assert '"seq": 9007199254740993' in result.stdout
