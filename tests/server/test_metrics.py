@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import subprocess
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -124,7 +125,7 @@ async def test_every_series_of_a_run(server: Replica) -> None:
     assert seen.run("superseded_calls_total") == 0
     assert seen.run("last_report_timestamp_seconds") == seen.run("updated_timestamp_seconds")
     assert (seen.run("loss"), seen.run("smoothed_loss")) == (1.0, shown.smoothed_loss)
-    assert (seen.run("progress"), seen.run("total")) == (4, 1000)
+    assert (seen.run("progress"), seen.run("length")) == (4, 1000)
     assert (seen.run("frontier"), seen.run("horizon"), seen.run("attempt")) == (4, 7, 1)
     assert (seen.run("losses"), seen.run("nonfinite_losses")) == (4, 1)
     assert (seen.run("late_losses"), seen.run("waivers_total")) == (0, 0)
@@ -200,7 +201,17 @@ async def test_every_family_says_what_it_is(server: Replica) -> None:
         assert family.documentation.endswith("."), family.name
         assert family.type in {"gauge", "counter", "histogram"}
         if family.type == "gauge" and not family.name.endswith("_created"):
-            assert not family.name.endswith("_total") or family.name == "lrpilot_run_total"
+            assert not family.name.endswith("_total"), family.name
+
+
+@pytest.mark.needs_program("promtool")
+async def test_promtool_finds_nothing_in_a_scrape(server: Replica) -> None:
+    await trained(server)
+    text = await asyncio.to_thread(generate_latest, server.metrics.registry)
+    done = await asyncio.to_thread(
+        subprocess.run, ["promtool", "check", "metrics"], input=text, capture_output=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
 async def test_a_loss_that_is_no_number(server: Replica) -> None:

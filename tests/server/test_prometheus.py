@@ -56,7 +56,7 @@ async def test_it_answers_what_people_ask(
         "lrpilot_run_nonfinite_losses / lrpilot_run_losses": {run: 0.25},
         'lrpilot_run_adjustments_total{kind="plateau"}': {source: 1},
         "lrpilot_run_learning_rate_multiplier": {a: 0.5, b: 0.5},
-        "lrpilot_run_progress / lrpilot_run_total": {run: 0.004},
+        "lrpilot_run_progress / lrpilot_run_length": {run: 0.004},
         'lrpilot_rpc_calls_total{method="ReportLosses", code="OK"}': {
             (("code", "OK"), ("method", "ReportLosses")): 1
         },

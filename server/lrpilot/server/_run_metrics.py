@@ -74,7 +74,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gradient_norm": Family("gauge", "The last gradient norm reported."),
     "progress": Family("gauge", "Greatest progress known to be in use, in the run's unit."),
-    "total": Family("gauge", "Planned length, in the run's unit."),
+    "length": Family("gauge", "Planned length, in the run's unit."),
     "frontier": Family("gauge", "Least progress whose loss is not final."),
     "horizon": Family("gauge", "First progress whose values are not fixed yet."),
     "delay": Family("gauge", "The delay D, in the run's unit."),
@@ -250,7 +250,7 @@ def _readings(run: LiveRun) -> Iterator[Reading]:
     }
     yield from (Reading(name, value) for name, value in known.items() if value is not None)
     yield Reading("progress", progress)
-    yield Reading("total", spec.total)
+    yield Reading("length", spec.total)
     yield Reading("frontier", state.frontier)
     yield Reading("horizon", state.horizon)
     yield Reading("delay", spec.delay)
