@@ -4,9 +4,7 @@ goes on with values that are the same on every rank, and that the log holds in t
 from __future__ import annotations
 
 import signal
-import socket
 import sqlite3
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -31,6 +29,7 @@ from tests.e2e.harness import (
     one_value,
     wait_until,
 )
+from tests.e2e.relay import Relay
 from tests.e2e.training import loss_at
 from tests.rules.reference import Hex
 from tests.server.conftest import Program
@@ -39,79 +38,6 @@ TIMING = {"LEADER_PATIENCE_S": 1.0, "HOLDER_WAIT_S": 0.2, "BACKOFF_CAP_S": 0.2}
 """A job that loses patience soon meets more of it; how it goes on is the same."""
 
 OFF: dict[str, Any] = {"policies": [{"kind": "plateau", "mode": "off"}]}
-
-
-class Relay:
-    """What rank 0 reaches the server through; a test cuts it, or drops what comes back."""
-
-    def __init__(self, target: str) -> None:
-        host, port = target.rsplit(":", 1)
-        self._target = (host, int(port))
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self._lock = threading.Lock()
-        self._sockets: list[socket.socket] = []
-        self._is_cut = self._is_mute = False
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def cut(self) -> None:
-        """End every connection, and each new one."""
-        with self._lock:
-            self._is_cut = True
-            self._drop()
-
-    def mute(self) -> None:
-        """Let requests through, and no answer."""
-        self._is_mute = True
-
-    def restore(self) -> None:
-        """Let everything through again, on new connections."""
-        with self._lock:
-            self._is_cut = self._is_mute = False
-            self._drop()
-
-    def close(self) -> None:
-        self.cut()
-        self._listener.close()
-
-    def _drop(self) -> None:
-        for item in self._sockets:
-            try:
-                item.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue
-        self._sockets.clear()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            with self._lock:
-                if self._is_cut:
-                    client.close()
-                    continue
-                try:
-                    server = socket.create_connection(self._target)
-                except OSError:
-                    client.close()
-                    continue
-                self._sockets += [client, server]
-            for source, sink, answers in ((client, server, False), (server, client, True)):
-                threading.Thread(
-                    target=self._pump, args=(source, sink, answers), daemon=True
-                ).start()
-
-    def _pump(self, source: socket.socket, sink: socket.socket, answers: bool) -> None:
-        with source:
-            try:
-                while data := source.recv(65536):
-                    if not (answers and self._is_mute):
-                        sink.sendall(data)
-                sink.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                return
 
 
 @dataclass

@@ -3,7 +3,16 @@
 import { nonfiniteLosses, valueAt } from "./curves.js";
 import { badge, element } from "./dom.js";
 import { count, duration, percent, plural, progressText, rate } from "./format.js";
-import { changeSentence, lastChange, lossText, nextOf, sinceText, stateOf, troublesOf } from "./words.js";
+import {
+  changeSentence,
+  lastChange,
+  leaderText,
+  lossText,
+  nextOf,
+  sinceText,
+  stateOf,
+  troublesOf,
+} from "./words.js";
 
 const CLOCK_MS = 1000;
 /** Groups whose LR is told. */
@@ -112,7 +121,11 @@ function factsOf(run, curves, left) {
     ["LR now", rateText(run, curves)],
     ["Last change", last ? changeSentence(last) : "none: LR and WD follow the base schedule", last?.reason],
     ["Next", next.join("; ") || "nothing planned"],
-    ["Attempt", run.attempt ? `${count(run.attempt)}, opened at ${count(run.begin)}` : "none yet"],
+    [
+      "Attempt",
+      run.attempt ? `${count(run.attempt)}, opened at ${count(run.begin)}` : "none yet",
+      leaderText(run),
+    ],
   ];
 }
 

@@ -192,6 +192,17 @@ function trendOf(before, after) {
   return after > before ? "rises" : "falls";
 }
 
+/** Return how far a job in leader mode may go on without the server, and over what it last did; "": another mode. */
+export function leaderText(run) {
+  if (!run.leader) return "";
+  const may = run.permitted ? `may go on alone below ${count(run.permitted)}` : "may not go on alone yet";
+  const last = run.declaration;
+  const did = last
+    ? `; it did so for ${plural(run.declared_steps, "step")}, last from ${count(last.begin)} to ${count(last.end)}`
+    : "";
+  return `Leader mode: the job ${may}${did}.`;
+}
+
 /** Return when the run last did something, in words. */
 export function sinceText(run, now = Date.now()) {
   const what = run.state === "finished" ? "finished" : "last event";
