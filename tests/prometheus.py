@@ -15,10 +15,17 @@ import yaml
 
 
 class Prometheus:
-    """A Prometheus that scrapes one target every second, and keeps what it finds in a folder."""
+    """A Prometheus that scrapes one target every second, and keeps what it finds in a folder.
+
+    It scrapes itself too, as most do.
+    """
 
     def __init__(self, folder: Path, target: str, rules: Sequence[Path] = ()) -> None:
         folder.mkdir()
+        # It cannot be told to let the kernel pick, nor say which port it got.
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
         config = {
             "global": {
                 "scrape_interval": "1s",
@@ -28,14 +35,11 @@ class Prometheus:
             "rule_files": [str(path) for path in rules],
             "scrape_configs": [
                 {"job_name": "lrpilot", "static_configs": [{"targets": [target]}]},
+                {"job_name": "prometheus", "static_configs": [{"targets": [self.address]}]},
             ],
         }
         path = folder / "prometheus.yml"
         path.write_text(yaml.safe_dump(config))
-        # It cannot be told to let the kernel pick, nor say which port it got.
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{probe.getsockname()[1]}"
         self._log = folder / "log"
         with self._log.open("w") as log:
             self.process = subprocess.Popen(

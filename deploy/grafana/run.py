@@ -267,11 +267,10 @@ def _decisions(board: dashboard.Dashboard) -> None:
     board.with_panel(
         graph(
             "Adjustments",
-            "Changes of the plan within 5 minutes, by kind of policy. lrpilot run history has the "
-            "reasons.",
+            "Changes of the plan, by kind of policy. lrpilot run history has the reasons.",
             {
                 "{{kind}} ({{source}})": f"max by (kind, source) "
-                f"(increase(lrpilot_run_adjustments_total{{{RUN}}}[5m]))"
+                f"(increase(lrpilot_run_adjustments_total{{{RUN}}}[$__rate_interval]))"
             },
             bars=True,
             width=8,
@@ -352,7 +351,8 @@ def _pace(board: dashboard.Dashboard) -> None:
             "Losses that went missing",
             "Waivers and late losses, of the attempt.",
             {
-                "waivers": f"max by (run) (increase(lrpilot_run_waivers_total{{{RUN}}}[5m]))",
+                "waivers": "max by (run) "
+                f"(increase(lrpilot_run_waivers_total{{{RUN}}}[$__rate_interval]))",
                 "late": f"max by (run) (lrpilot_run_late_losses{{{RUN}}})",
                 "NaN": f"max by (run) (lrpilot_run_nonfinite_losses{{{RUN}}})",
                 "skipped updates": f"max by (run) (lrpilot_run_skipped_updates{{{RUN}}})",
@@ -363,12 +363,12 @@ def _pace(board: dashboard.Dashboard) -> None:
     board.with_panel(
         graph(
             "Attempts and old processes",
-            "Attempt, rollbacks, and calls of older attempts that were refused within 5 minutes.",
+            "Attempt, rollbacks, and calls of older attempts that were refused.",
             {
                 "attempt": f"max by (run) (lrpilot_run_attempt{{{RUN}}})",
                 "rollbacks": f"max by (run) (lrpilot_run_rollbacks{{{RUN}}})",
                 "refused calls": f"sum by (run) "
-                f"(increase(lrpilot_run_superseded_calls_total{{{RUN}}}[5m]))",
+                f"(increase(lrpilot_run_superseded_calls_total{{{RUN}}}[$__rate_interval]))",
             },
             width=6,
         )

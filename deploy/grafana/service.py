@@ -5,6 +5,9 @@ from panels import ALARM_ANY, CALM, base, choice, graph, number, ranges
 
 HERE = 'job=~"$job", instance=~"$instance"'
 RATE = "[$__rate_interval]"
+OURS = f"lrpilot_build_info{{{HERE}}}"
+"""One series for each server of lrpilot. What else a Prometheus scrapes has `up` and `process_*`
+too, and would be found where all jobs are chosen."""
 
 
 def service() -> dashboard.Dashboard:
@@ -39,7 +42,8 @@ def _now(board: dashboard.Dashboard) -> None:
         number(
             "Servers that answer",
             "Of those that Prometheus scrapes.",
-            {"up": f"sum(up{{{HERE}}})"},
+            # One that is down was seen within a day.
+            {"up": f"sum(up{{{HERE}}} and on (job) last_over_time({OURS}[1d]))"},
             steps=[(None, "red"), (1, "green")],
             missing="none",
         )
@@ -48,10 +52,7 @@ def _now(board: dashboard.Dashboard) -> None:
         number(
             "Faults",
             "Share of calls that ended with INTERNAL, UNAVAILABLE or UNKNOWN within 5 minutes.",
-            {
-                "faults": f"max(instance:lrpilot_rpc_faults:ratio5m{{{HERE}}}) "
-                f"or 0 * sum(up{{{HERE}}})"
-            },
+            {"faults": f"max(instance:lrpilot_rpc_faults:ratio5m{{{HERE}}}) or 0 * sum({OURS})"},
             unit="percentunit",
             steps=[(None, "green"), (0.001, "orange"), (0.05, "red")],
             decimals=2,
@@ -213,12 +214,12 @@ def _store(board: dashboard.Dashboard) -> None:
     board.with_panel(
         graph(
             "Snapshots that failed",
-            "Within the hour before, by server. Any is worth a look: "
-            "docs/alerts.md#lrpilotsnapshotsfail.",
+            "By server. Any is worth a look: docs/alerts.md#lrpilotsnapshotsfail.",
             {
                 "{{instance}}": f"sum by (instance) "
-                f"(increase(lrpilot_snapshot_failures_total{{{HERE}}}[1h]))"
+                f"(increase(lrpilot_snapshot_failures_total{{{HERE}}}{RATE}))"
             },
+            bars=True,
             width=8,
         )
     )
@@ -235,6 +236,10 @@ def _store(board: dashboard.Dashboard) -> None:
     )
 
 
+def _of_process(what: str) -> str:
+    return f"{what} and on (job, instance) {OURS}"
+
+
 def _process(board: dashboard.Dashboard) -> None:
     board.with_row(dashboard.Row("Process"))
     board.with_panel(
@@ -242,8 +247,8 @@ def _process(board: dashboard.Dashboard) -> None:
             "CPU",
             "Cores in use; one server uses about one.",
             {
-                "{{instance}}": f"sum by (instance) "
-                f"(rate(process_cpu_seconds_total{{{HERE}}}{RATE}))"
+                "{{instance}}": "sum by (instance) "
+                f"({_of_process(f'rate(process_cpu_seconds_total{{{HERE}}}{RATE})')})"
             },
             width=8,
         )
@@ -252,7 +257,10 @@ def _process(board: dashboard.Dashboard) -> None:
         graph(
             "Memory",
             "Resident set.",
-            {"{{instance}}": f"max by (instance) (process_resident_memory_bytes{{{HERE}}})"},
+            {
+                "{{instance}}": "max by (instance) "
+                f"({_of_process(f'process_resident_memory_bytes{{{HERE}}}')})"
+            },
             unit="bytes",
             width=8,
         )
@@ -262,8 +270,9 @@ def _process(board: dashboard.Dashboard) -> None:
             "Open files",
             "A connection is one; the limit is raised to the hard one at the start.",
             {
-                "{{instance}}": f"max by (instance) (process_open_fds{{{HERE}}})",
-                "limit of {{instance}}": f"max by (instance) (process_max_fds{{{HERE}}})",
+                "{{instance}}": f"max by (instance) ({_of_process(f'process_open_fds{{{HERE}}}')})",
+                "limit of {{instance}}": "max by (instance) "
+                f"({_of_process(f'process_max_fds{{{HERE}}}')})",
             },
             width=8,
         )

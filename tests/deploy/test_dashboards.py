@@ -157,6 +157,15 @@ def test_target_rate_interval_rule(board: dict[str, Any]) -> None:
             assert window == "$__rate_interval", where
 
 
+def test_no_graph_misses_what_happened_between_two_points(board: dict[str, Any]) -> None:
+    # The window grows with the step, as no fixed one does.
+    for panel in panels(board):
+        for target in panel["targets"]:
+            if target.get("range"):
+                windows = set(re.findall(r"\[([^\]]+)\]", target["expr"]))
+                assert windows <= {"$__rate_interval"}, panel["title"]
+
+
 def test_target_counter_agg_rule(board: dict[str, Any]) -> None:
     for where, expression in expressions(board):
         for match in re.finditer(r"lrpilot_\w+_(?:total|bucket|count|sum)\b", expression):

@@ -26,7 +26,7 @@ RUN = "watched"
 VARIABLES = {
     "$__rate_interval": "10s",
     "$run": RUN,
-    "$job": "lrpilot",
+    "$job": ".+",
     "$instance": ".+",
 }
 """What Grafana puts in their place; a scrape comes every second."""
@@ -152,6 +152,21 @@ def test_each_variable_has_values(
         series = prometheus.get("series", **{"match[]": found.group(1)})
         expected = {"run": RUN, "job": "lrpilot", "instance": program.http}
         assert {item[found.group(2)] for item in series} == {expected[found.group(2)]}
+
+
+def test_servers_of_others_are_not_shown(root: Path, prometheus: Prometheus) -> None:
+    other = '{job="prometheus"}'
+    wait_until(lambda: answer(prometheus, f"process_open_fds{other}"), "a scrape of Prometheus")
+    shown = {
+        where: query
+        for where, query in expressions(committed(root, "service"))
+        if re.search(r"\b(?:up|process_\w+)\{", query)
+    }
+    assert len(shown) == 5
+    for where, query in shown.items():
+        number = query if "up{" in query else f"count({query})"
+        wait_until(lambda number=number: answer(prometheus, number), where)  # type: ignore[misc]
+        assert answer(prometheus, number) == [1], where
 
 
 async def found(prometheus: Prometheus, expression: str) -> set[tuple[str, str]]:

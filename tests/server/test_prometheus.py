@@ -42,7 +42,7 @@ async def test_it_answers_what_people_ask(
         return (await prometheus.query('lrpilot_run_frontier{run="watched"}')) == {run: 4}
 
     await until(scraped)
-    assert await prometheus.query("up") == {(): 1}
+    assert await prometheus.query('up{job="lrpilot"}') == {(): 1}
     smoothed = (await job.shown()).smoothed_loss
     source = (("kind", "plateau"), ("run", "watched"), ("source", "policies.0 (plateau)"))
     expected: dict[str, dict[tuple[tuple[str, str], ...], float]] = {
@@ -93,4 +93,4 @@ async def test_it_answers_what_people_ask(
 
     # Stale at the next scrape, and not only after the five minutes of a target that is lost.
     await until(gone)
-    assert await prometheus.query("up") == {(): 1}
+    assert await prometheus.query('up{job="lrpilot"}') == {(): 1}
