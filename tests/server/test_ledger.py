@@ -620,6 +620,8 @@ class TestFinding:
         async with opened_ledger(store) as ledger:
             await ledger.warm_up()
             assert [name for name, run in ledger._runs.items() if run.state.exists] == ["running"]
+            # It has no ranks yet.
+            assert ledger.live() == []
 
     async def test_names_come_in_order(self, store: FaultyStore) -> None:
         async with opened_ledger(store) as ledger:

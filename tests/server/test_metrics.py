@@ -267,6 +267,22 @@ async def test_a_rank_that_waits_makes_its_run_visible(server: Replica, until: U
     await task
 
 
+async def test_a_run_whose_ranks_died_before_a_restart_is_shown_as_silent(server: Replica) -> None:
+    job = await server.start_job(**server.feedback())
+    await job.report((0, 1.0))
+    # Without an attempt there are no ranks that could be dead.
+    await server.call(
+        "CreateRun", spec_document=server.document("planned"), request_id="create planned"
+    )
+    before = await scrape(server)
+    await server.restart()
+    await server.ledger.warm_up()
+    after = await scrape(server)
+    for name in ("updated_timestamp_seconds", "last_report_timestamp_seconds", "losses"):
+        assert after.run(name) == before.run(name) is not None
+    assert after.series_of("planned") == set()
+
+
 async def test_what_an_attempt_forgot_stays_counted(server: Replica) -> None:
     job = await server.start_job(**server.feedback())
     await job.report((0, 1.0), (1, 1.0))

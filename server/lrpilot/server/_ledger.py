@@ -102,7 +102,7 @@ class Ledger:
             run.excuse()
 
     def live(self) -> list[LiveRun]:
-        """Return the unfinished runs whose ranks asked this server for something lately."""
+        """Return the unfinished runs whose ranks asked this server, or one before it, lately."""
         now_s = time.monotonic()
         return [
             run
@@ -167,7 +167,7 @@ class Ledger:
                 head = await asyncio.to_thread(self._store.head, name)
                 rows = await self.history(name, head[0] - 1, 1) if head is not None else []
                 if rows and core.decode(rows[0].payload).kind != core.Finished.kind:
-                    await self.find(name)
+                    _seen_before(await self.find(name))
             except Exception:
                 logger.exception("cannot be read", extra=about(name))
 
@@ -530,6 +530,16 @@ class Ledger:
             return
         async with self._one_overview:
             await asyncio.to_thread(self.losses.keep_up, name, decided)
+
+
+def _seen_before(run: LiveRun) -> None:
+    """Have a run count as live as long as if this server had been there at its last event.
+
+    Its ranks may be dead by now: then none of them asks, and just that is to be seen.
+    """
+    if run.state.token and run.seen_s is None:
+        age_s = (time.time_ns() - run.updated_ns) / 1e9
+        run.seen_s = time.monotonic() - max(age_s, 0.0)
 
 
 def _rows(state: core.RunState, events: list[core.Event]) -> list[LogRow]:

@@ -39,7 +39,8 @@ class LiveRun:
         self.updated_ns = 0
         """When the first and the last event were recorded, Unix nanoseconds."""
         self.seen_s: float | None = None
-        """When a rank last asked for something, on the monotonic clock; None: not yet."""
+        """When a rank last asked for something, on the monotonic clock; None: not yet. Before a
+        start of the server: when the last event was recorded."""
         self.viewed_s: float | None = None
         """When a person last looked, likewise: what other replicas write is read for them too."""
         self.blocks: dict[tuple[int, int, int, int], bytes] = {}
