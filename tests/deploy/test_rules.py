@@ -1,7 +1,9 @@
 """The rules for Prometheus: valid, tested, and each alert with a page that says what to do."""
 
+import copy
 import re
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +45,75 @@ def test_each_alert_is_tested_where_it_fires_and_where_it_must_not(root: Path) -
     assert seen == {alert: {True, False} for alert in alerts}
 
 
+def changed(alert: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (what is changed, the alert) for each way in which it could be a little wrong."""
+    if "for" in alert:
+        number, unit = re.fullmatch(r"(\d+)([smh])", alert["for"]).groups()  # type: ignore[union-attr]
+        yield "at once", {key: value for key, value in alert.items() if key != "for"}
+        yield "twice as late", alert | {"for": f"{2 * int(number)}{unit}"}
+    text = alert["expr"]
+    for bound in re.finditer(r"(==|[<>]=?) ([\d.e]+)", text):
+        value = float(bound[2])
+        # 2: what counts happened once in most cases, and increase() makes a little more of it.
+        for other in (value / 2, value * 1.5) if value else (2,):
+            if (bound[1], value) == ("<", 0):
+                continue
+            expr = f"{text[: bound.start(2)]}{other:g}{text[bound.end(2) :]}"
+            yield f"{bound[0]} is {other:g}", alert | {"expr": expr}
+    lines = text.strip().splitlines()
+    for at in range(1, len(lines)):
+        expr = "\n".join(lines[:at] + lines[at + 1 :])
+        yield f"without {lines[at].strip()}", alert | {"expr": expr}
+    yield "of another severity", alert | {"labels": {"severity": "none"}}
+
+
+@pytest.mark.needs_program("promtool")
+def test_an_alert_that_is_a_little_wrong_fails_its_cases(root: Path, tmp_path: Path) -> None:
+    # As texts: 0x40 is no number here, but 41 zeros.
+    whole = yaml.load((root / "tests/deploy/rules.test.yml").read_text(), yaml.BaseLoader)
+
+    def passes(alert: dict[str, Any]) -> bool:
+        cases = copy.deepcopy(whole["tests"])
+        for case in cases:
+            case.pop("promql_expr_test", None)
+            case["alert_rule_test"] = [
+                test
+                for test in case.get("alert_rule_test", ())
+                if test["alertname"] == alert["alert"]
+            ]
+        recording = str(root / "deploy/prometheus/recording.yml")
+        files = {
+            "alert.yml": {"groups": [{"name": "alert", "rules": [alert]}]},
+            "test.yml": whole
+            | {
+                "rule_files": [recording, "alert.yml"],
+                "tests": [case for case in cases if case["alert_rule_test"]],
+            },
+        }
+        for name, content in files.items():
+            (tmp_path / name).write_text(yaml.safe_dump(content))
+        done = subprocess.run(
+            ["promtool", "test", "rules", tmp_path / "test.yml"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "FAILED" in done.stderr + done.stdout or done.returncode == 0, done.stderr
+        return done.returncode == 0
+
+    unnoticed = []
+    for alert in rules(root, "alerts.yml"):
+        assert passes(alert), alert["alert"]
+        unnoticed += [f"{alert['alert']}: {how}" for how, it in changed(alert) if passes(it)]
+    assert unnoticed == []
+
+
 def test_each_recorded_series_is_tested(root: Path) -> None:
-    text = (root / "tests/deploy/rules.test.yml").read_text()
+    cases = yaml.safe_load((root / "tests/deploy/rules.test.yml").read_text())["tests"]
+    asked = " ".join(test["expr"] for case in cases for test in case.get("promql_expr_test", ()))
     recorded = [rule["record"] for rule in rules(root, "recording.yml")]
     assert recorded
-    assert [name for name in recorded if f"- expr: {name}" not in text] == []
+    assert [name for name in recorded if name not in asked] == []
 
 
 def test_each_alert_says_what_to_do(root: Path) -> None:
