@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import math
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from http import HTTPStatus
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.timestamp_pb2 import Timestamp
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from lrpilot.server._store import StoreUnavailable
@@ -371,8 +373,12 @@ class TestSpecs:
 
 class TestServer:
     async def test_what_it_says_of_itself(self, http: Http) -> None:
+        before_ns = time.time_ns()
         found = await http.read("/api/server")
-        assert found.keys() == {"version", "read_only", "why_read_only", "author", "ready"}
+        assert found.keys() == {"version", "read_only", "why_read_only", "author", "ready", "time"}
+        now = Timestamp()
+        now.FromJsonString(found["time"])
+        assert before_ns <= now.ToNanoseconds() <= time.time_ns()
         assert (found["read_only"], found["why_read_only"], found["ready"]) == (False, None, None)
         assert found["author"].endswith(f"@{socket.gethostname()}")
 
@@ -482,8 +488,18 @@ class TestEveryAnswer:
 
 class TestRefusals:
     async def test_a_path_that_is_none(self, http: Http) -> None:
-        for path in ("/nothing", "/metrics/x", "/live/", "/runs/", "/runs/a/b"):
+        for path in ("/nothing", "/metrics/x", "/live/", "//runs/a", "/runs/a/b"):
             assert (await http.get(path)).status == 404
+
+    async def test_an_address_with_a_slash_too_many_leads_to_the_page(self, http: Http) -> None:
+        for path, address in (
+            ("/runs", "/"),
+            ("/runs/", "/"),
+            ("/runs/small/?from=1&to=2", "/runs/small?from=1&to=2"),
+            ("/runs/a%3Fb/", "/runs/a%3Fb"),
+        ):
+            answer = await http.get(path)
+            assert (answer.status, answer.headers["location"]) == (307, address)
 
     async def test_a_path_of_the_api_that_is_none(self, http: Http) -> None:
         for path in ("", "nothing", "runs/", "runs/small/x", "runs/a%2Fb", "runs/small/"):

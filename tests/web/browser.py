@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from selenium import webdriver
@@ -20,7 +21,7 @@ from selenium.webdriver.support.select import Select
 from tests.e2e.harness import DEADLINE_S
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from selenium.webdriver.remote.webelement import WebElement
 
@@ -82,9 +83,14 @@ class Browser:
         """Run JavaScript in the page."""
         return self.driver.execute_script(script, *arguments)
 
-    def before_scripts(self, script: str) -> None:
-        """Run JavaScript in each page that is loaded from now on, before its own."""
-        self.driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": script})
+    @contextmanager
+    def before_scripts(self, script: str) -> Iterator[None]:
+        """Run JavaScript in each page that is loaded within the block, before its own."""
+        added = self.driver.execute_cdp_cmd(
+            "Page.addScriptToEvaluateOnNewDocument", {"source": script}
+        )
+        yield
+        self.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
 
     # What it shows.
 

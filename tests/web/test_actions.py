@@ -256,6 +256,34 @@ class TestRefusals:
         confirm(browser, "Done: LR x 0.5")
         assert [item.factor for item in site.adjustments(job.name)] == [0.1, 0.5]
 
+    def test_an_advice_that_somebody_approved_meanwhile_is_refused_in_words(
+        self, browser: Browser, site: Site
+    ) -> None:
+        site.train("twice", [2.0, 2.0], **ADVISING)
+        (advice,) = site.adjustments("twice")
+        browser.open(site.url("/runs/twice"))
+        browser.click(".adjustments [data-role=approve]")
+        browser.click("dialog [type=submit]")
+        browser.wait_for(CONFIRM)
+        site.call("ApproveAdvice", run="twice", advice=advice.id, author="x", request_id="x")
+        browser.click(CONFIRM)
+        browser.wait_for("dialog .notice", "Nothing was done", "it was approved already")
+        assert "Below is what it would do" not in browser.text("dialog .notice")
+        assert not browser.all("dialog .primary")[0].is_displayed()
+        assert len(site.adjustments("twice")) == 2
+        browser.expect_refusal(409)
+
+    def test_a_run_that_is_left_takes_its_dialog_along(
+        self, browser: Browser, site: Site, job: Trainer
+    ) -> None:
+        browser.open(site.url())
+        browser.click(f".runs a[href='/runs/{job.name}']")
+        browser.click("[data-role=hold]")
+        browser.wait_for("dialog[open]")
+        browser.driver.back()
+        browser.wait_for(".runs")
+        browser.wait_gone("dialog")
+
     def test_a_run_that_was_finished_meanwhile_takes_no_change(
         self, browser: Browser, site: Site, job: Trainer
     ) -> None:

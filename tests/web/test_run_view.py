@@ -361,6 +361,12 @@ class TestCurves:
         page.click(".groups button:last-of-type")
         wait_for_pixels(page, "Learning rate", "series-1")
 
+    def test_groups_that_are_none_count_as_left_out(self, browser: Browser, site: Site) -> None:
+        opened(browser, site, "/runs/eventful?group=matrices&group=gone")
+        browser.wait_for(".groups button:last-of-type[aria-pressed=true]", "embedding")
+        wait_for_pixels(browser, "Learning rate", "series-1")
+        browser.expect_refusal(400)
+
     def test_both_themes(self, page: Browser) -> None:
         def ground() -> str:
             found: str = page.run_script("return getComputedStyle(document.body).backgroundColor")
@@ -605,6 +611,52 @@ class TestLive:
         site.train("ranked", [3.0, 2.9])
         opened(browser, site, "/runs/ranked")
         browser.wait_for("section", "1 rank asked within the last two minutes", "None waits.")
+
+    def test_times_are_those_of_the_server(self, browser: Browser, site: Site) -> None:
+        site.train("on-time", [3.0])
+        an_hour_ahead = "const real = Date.now; Date.now = () => real() + 3_600_000;"
+        with browser.before_scripts(an_hour_ahead):
+            opened(browser, site, "/runs/on-time")
+            browser.wait_for(".summary .badge", "trains")
+            browser.wait_for(".summary", " s ago")
+            assert "Nothing was recorded" not in browser.text(".troubles")
+            browser.open(site.url("/?q=on-time"))
+            browser.wait_for(".runs tbody tr", "trains", " s ago")
+
+    def test_a_run_that_is_deleted_is_shown_as_it_was_last(
+        self, browser: Browser, site: Site
+    ) -> None:
+        site.train("deleted", [3.0])
+        opened(browser, site, "/runs/deleted")
+        browser.wait_for(".actions button")
+        site.delete("deleted")
+        browser.wait_for("[role=alert]", "The run deleted was deleted. What is below is its last")
+        browser.wait_for(".summary .badge", "deleted")
+        browser.wait_for(".actions", "The run was deleted.")
+        assert not browser.all("[data-role=hold]")
+        assert newest_drawn(browser) == 0
+        browser.wait_for("#connection", "live")
+        # One that was made anew is another run.
+        site.train("deleted", [2.5])
+        browser.click("[role=alert] button")
+        browser.wait_for(".facts", "2.5")
+        browser.wait_for("[data-role=hold]")
+
+    def test_a_run_may_be_deleted_while_the_page_is_cut_off(
+        self, browser: Browser, site: Site
+    ) -> None:
+        site.train("cut-off", [3.0])
+        opened(browser, site, "/runs/cut-off")
+        browser.wait_for("#connection", "live")
+        # A page that is not seen has no stream.
+        hide = "Object.defineProperty(document, 'hidden', { value: arguments[0], writable: true });"
+        turn = "document.dispatchEvent(new Event('visibilitychange'))"
+        browser.run_script(hide + turn, True)
+        site.delete("cut-off")
+        browser.run_script(f"document.hidden = false; {turn}")
+        browser.wait_for("[role=alert]", "The run cut-off was deleted.")
+        browser.wait_for("#connection", "live")
+        browser.expect_refusal(404)
 
     def test_it_comes_back_when_the_server_does(self, browser: Browser, tmp_path: Path) -> None:
         program = serve(tmp_path / "data")

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
+from google.protobuf.timestamp_pb2 import Timestamp
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -148,6 +149,7 @@ class Api:
             "why_read_only": why,
             "author": self._author,
             "ready": self._not_ready(),
+            "time": _now(),
         }
 
     async def _list(self, request: Request) -> Any:
@@ -315,6 +317,12 @@ class Api:
         """Do what may take long where it keeps no rank waiting."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, work, *arguments)
+
+
+def _now() -> str:
+    now = Timestamp()
+    now.GetCurrentTime()
+    return now.ToJsonString()
 
 
 def _shown_text(message: pb.Run) -> str:

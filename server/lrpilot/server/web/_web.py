@@ -6,12 +6,13 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any
+from urllib.parse import quote
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 
 from lrpilot.server._ledger import Ledger
@@ -63,6 +64,10 @@ class Web:
             routes=[
                 Route("/", self._page),
                 Route("/runs/{name}", self._page),
+                # What becomes of an address that somebody shortens or writes down.
+                Route("/runs", self._to_page),
+                Route("/runs/", self._to_page),
+                Route("/runs/{name}/", self._to_page),
                 Route("/static/{path:path}", self._file),
                 Route("/metrics", self._scrape),
                 Route("/live", self._live),
@@ -71,7 +76,7 @@ class Web:
             ],
             exception_handlers={HTTPException: _no_such},
         )
-        # An address is right or wrong.
+        # Any other address is right or wrong.
         app.router.redirect_slashes = False
         self._app = Guarded(app)
 
@@ -126,6 +131,13 @@ class Web:
 
     async def _page(self, request: Request) -> Response:
         return self._found(request, "index.html")
+
+    async def _to_page(self, request: Request) -> Response:
+        self._refuse_misdirected(request)
+        name = request.path_params.get("name")
+        address = "/" if name is None else f"/runs/{quote(name, safe='')}"
+        query: str = request.url.query
+        return RedirectResponse(f"{address}?{query}" if query else address)
 
     async def _file(self, request: Request) -> Response:
         return self._found(request, request.path_params["path"])

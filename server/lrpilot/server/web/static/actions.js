@@ -98,6 +98,7 @@ function offered(run) {
 
 function whyNot(server, run, kinds) {
   if (run.state === "finished") return ["The run is finished: its plan no longer changes."];
+  if (run.state === "deleted") return ["The run was deleted."];
   if (run.state === "unreadable") return ["The log of the run cannot be read."];
   const lines = [...kinds, ...ADJUSTMENTS].map((kind) => commandLine(kind, run.name));
   return [

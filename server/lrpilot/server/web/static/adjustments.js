@@ -39,7 +39,7 @@ class Adjustments {
   #wondered = null;
   /** Whether somebody has chosen what is drawn; until then it is the newest advice. */
   #isChosen = false;
-  #lookedMs = 0;
+  #lookedMs = -Infinity;
   #lookedHorizon = -1;
   #looks = 0;
   #stops = [];
@@ -230,7 +230,7 @@ class Adjustments {
   #drawWhatIf(id) {
     this.#wondered = id;
     this.#lookedHorizon = -1;
-    this.#lookedMs = 0;
+    this.#lookedMs = -Infinity;
     this.#looks += 1;
     if (id === null) this.#context.preview(null);
   }
@@ -247,10 +247,10 @@ class Adjustments {
       this.#line(pending[0], run);
       this.#mark(this.#context.selected, false);
     }
-    const isDue = run.horizon !== this.#lookedHorizon && Date.now() - this.#lookedMs > LOOK_EVERY_MS;
+    const isDue = run.horizon !== this.#lookedHorizon && performance.now() - this.#lookedMs > LOOK_EVERY_MS;
     if (this.#wondered === null || !isDue) return;
     this.#lookedHorizon = run.horizon;
-    this.#lookedMs = Date.now();
+    this.#lookedMs = performance.now();
     this.#look(this.#wondered);
   }
 

@@ -3,6 +3,8 @@
 // JSON as the server sends it: field names of the proto files, and "nan", "inf", "-inf" in place of
 // non-finite numbers: `toNumber` of format.js reads them.
 
+import { setClock } from "./clock.js";
+
 const DEADLINE_MS = 10_000;
 const LOOK_EVERY_MS = 15_000;
 const RETRY_MS = [500, 1_000, 2_000, 4_000, 8_000];
@@ -55,7 +57,7 @@ class Api {
   async look() {
     try {
       // Several ask at once when a view opens.
-      this.#looking ??= this.#get("/api/server").finally(() => {
+      this.#looking ??= this.#askServer().finally(() => {
         this.#looking = null;
       });
       this.server = await this.#looking;
@@ -65,6 +67,13 @@ class Api {
     }
     this.#say();
     return this.server;
+  }
+
+  async #askServer() {
+    const sentMs = Date.now();
+    const { time, ...server } = await this.#get("/api/server");
+    setClock(time, sentMs, Date.now());
+    return server;
   }
 
   /** Look again and again, while the page is seen. */
@@ -185,12 +194,12 @@ class Api {
    *
    * `handlers` maps the name of an event to a function of its data. It may have `opened(again)`:
    * called when the stream is open; `again`: it was open before, so that something may have been
-   * missed.
+   * missed; and `failed`: called whenever it ends or cannot be opened.
    *
    * While nobody sees the page it is closed: a browser has six connections to a server for all of its
    * tabs, and for pages that it keeps to go back to.
    */
-  #stream(path, { opened = () => {}, ...handlers }) {
+  #stream(path, { opened = () => {}, failed = () => {}, ...handlers }) {
     let source = null;
     let timer = 0;
     let failures = 0;
@@ -214,6 +223,7 @@ class Api {
         this.connection.set("reconnecting", "updates were cut off");
         timer = setTimeout(connect, RETRY_MS[Math.min(failures, RETRY_MS.length - 1)]);
         failures += 1;
+        failed();
       });
       for (const [name, handle] of Object.entries(handlers)) {
         source.addEventListener(name, (event) => handle(JSON.parse(event.data)));

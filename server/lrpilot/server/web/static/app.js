@@ -19,6 +19,8 @@ let unmount = () => {};
 /** Show the view of the address, unless it is shown already: views heed their own parameters. */
 function show() {
   if (location.pathname === shown) return;
+  // A dialog is about the run that is left.
+  document.querySelector("dialog[open]")?.close();
   unmount();
   shown = location.pathname;
   main.replaceChildren();

@@ -15,6 +15,8 @@ const LOOK_MS = 1_000;
 /** Waits between tries of a call that may or may not have been carried out, in milliseconds. */
 const RETRY_MS = [500, 2_000];
 
+const CHANGED = "Nothing was done: the plan has changed since the dry run.";
+
 let numbers = 0;
 
 export class ChangeDialog {
@@ -174,8 +176,8 @@ export class ChangeDialog {
     return this.#kind === "approve" ? api.approve(name, body) : api.adjust(name, body);
   }
 
-  /** Show what the change would do; `notice`: what to say above it. */
-  async #tryOut(notice = null) {
+  /** Show what the change would do; `isAnew`: it would have been made, but the plan had changed. */
+  async #tryOut(isAnew = false) {
     if (this.#isBusy || !this.#isFilledIn()) return;
     this.#unsee();
     this.#setBusy(true);
@@ -183,9 +185,9 @@ export class ChangeDialog {
       const answer = await this.#call({ ...this.#wish(), dry_run: true });
       if (!this.dialog.open) return;
       this.#showEffect(answer);
-      this.#say(notice);
+      if (isAnew) this.#say({ tone: "warn", text: `${CHANGED} Below is what it would do now.` });
     } catch (error) {
-      const text = notice ? `${notice.text} ${error.message}` : error.message;
+      const text = isAnew ? `${CHANGED} ${error.message}` : error.message;
       this.#say({ tone: "bad", text, fields: error.fields });
     } finally {
       this.#setBusy(false);
@@ -314,10 +316,7 @@ export class ChangeDialog {
   }
 
   async #showAnew() {
-    await this.#tryOut({
-      tone: "warn",
-      text: "Nothing was done: the plan has changed since the dry run. Below is what it would do now.",
-    });
+    await this.#tryOut(true);
     // The second click of a double click confirms nothing that was not seen.
     this.confirm.disabled = true;
     setTimeout(() => {

@@ -151,7 +151,7 @@ class EventLog {
 
   #follow(run) {
     if (run.seq <= this.#seq || this.#isBusy || this.#timer || document.hidden) return;
-    const wait = Math.max(0, this.#lookedMs + LOOK_EVERY_MS - Date.now());
+    const wait = Math.max(0, this.#lookedMs + LOOK_EVERY_MS - performance.now());
     this.#timer = setTimeout(() => {
       this.#timer = 0;
       this.#readNew(this.#context.run.seq);
@@ -162,7 +162,7 @@ class EventLog {
   async #readNew(seq) {
     const mine = this.#loads;
     const missing = seq - this.#seq;
-    this.#lookedMs = Date.now();
+    this.#lookedMs = performance.now();
     if (this.#isBusy || missing <= 0) return;
     if (missing + MARGIN > MOST_NEW || this.list.childElementCount + missing > MOST_SHOWN) {
       this.#load();

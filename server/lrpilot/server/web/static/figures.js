@@ -228,6 +228,7 @@ class Figures {
   // What is asked of the server.
 
   #runChanged(run) {
+    if (run.state === "deleted") return;
     const plan = `${run.attempt} ${run.etag} ${run.state}`;
     if (this.#shown) {
       // The curves were asked for beside the first state of the run, which says how to draw them.
@@ -271,9 +272,16 @@ class Figures {
   }
 
   async #curves(options) {
-    return decode(
-      await this.context.api.curves(this.context.name, { groups: this.#address.groups, ...options }),
-    );
+    const { api, name } = this.context;
+    const { groups } = this.#address;
+    try {
+      return decode(await api.curves(name, { groups, ...options }));
+    } catch (error) {
+      // An address may name groups that the run no longer has, or never had.
+      if (error.status !== 400 || !groups.length) throw error;
+      this.#address.groups = [];
+      return decode(await api.curves(name, options));
+    }
   }
 
   async #askAll() {

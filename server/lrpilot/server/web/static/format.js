@@ -1,5 +1,7 @@
 // Numbers, progress and times as text. Everywhere on the page the same.
 
+import { nowMs } from "./clock.js";
+
 const COUNT = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
 /** Return a number of the server's JSON, where "nan", "inf" and "-inf" are text; null stays null. */
@@ -80,12 +82,12 @@ export function duration(seconds) {
 }
 
 /** Return how long ago a time of the server's (RFC 3339) was, in seconds, never negative. */
-export function secondsSince(time, now = Date.now()) {
+export function secondsSince(time, now = nowMs()) {
   return Math.max(0, (now - Date.parse(time)) / 1000);
 }
 
 /** Return how long ago it was: "8 s ago". */
-export function ago(time, now = Date.now()) {
+export function ago(time, now = nowMs()) {
   return `${duration(secondsSince(time, now))} ago`;
 }
 

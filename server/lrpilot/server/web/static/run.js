@@ -24,6 +24,7 @@ export function mountRun(root, api, name) {
   root.append(message, view);
   const ends = [];
   let isOver = false;
+  let leave = () => {};
   const mount = (part) => {
     const place = element("div");
     view.append(place);
@@ -41,24 +42,33 @@ export function mountRun(root, api, name) {
     context.setRun(run);
     if (!isFirst) return;
     PANELS.forEach(mount);
-    const leave = api.streamRun(name, {
+    leave = api.streamRun(name, {
       // What was missed while it was away may be more than the stream sends: the spec, say.
       opened: (again) => again && load(),
+      // There is none for a run that was deleted meanwhile.
+      failed: () => load(),
       run: show,
-      gone: () => {
-        leave();
-        showError(message, { message: `The run ${name} was deleted. What is below is its last state.` });
-      },
+      gone,
     });
     ends.push(leave);
+  };
+  const gone = () => {
+    leave();
+    // The stream may have ended without a word: the server is there all the same.
+    api.look().catch(() => {});
+    context.setRun({ ...context.run, state: "deleted", ranks: null });
+    const text = `The run ${name} was deleted. What is below is its last state.`;
+    showError(message, { message: text }, () => location.reload());
   };
   const load = async () => {
     try {
       const run = await api.run(name);
       if (!isOver) show(run);
     } catch (error) {
-      // What is seen stays: the bar says that the server is away.
+      if (isOver) return;
       if (context.run === null) showError(message, error, load);
+      else if (error.reason === "RunNotFound") gone();
+      // Else what is seen stays: the bar says that the server is away.
     }
   };
   load();

@@ -1,5 +1,6 @@
 // All runs: where each stands, and who needs somebody first.
 
+import { nowMs } from "./clock.js";
 import { badge, element, showError } from "./dom.js";
 import { ago, count, percent, plural, rate, toNumber, utc } from "./format.js";
 import { sparkline } from "./sparkline.js";
@@ -217,7 +218,7 @@ class Runs {
   }
 
   #draw() {
-    const now = Date.now();
+    const now = nowMs();
     const shown = [];
     for (const row of this.#rows.values()) {
       row.state = stateOf(row.run, now);

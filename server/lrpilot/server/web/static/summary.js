@@ -149,7 +149,7 @@ class Pace {
   #seen = [];
 
   /** Return it in words, empty where it is not known. */
-  left(run, now = Date.now()) {
+  left(run, now = performance.now()) {
     if (this.#seen.at(-1)?.attempt !== run.attempt) this.#seen = [];
     if (this.#seen.at(-1)?.progress !== run.progress)
       this.#seen.push({ attempt: run.attempt, progress: run.progress, now });

@@ -1,6 +1,7 @@
 // What is to be said of a run: whether it is well, what lrpilot did last and why, what it will do.
 // The words and thresholds are those of deploy/grafana/states.py.
 
+import { nowMs } from "./clock.js";
 import { lowerBound } from "./curves.js";
 import { ago, changeText, count, duration, plural, rate, secondsSince, toNumber } from "./format.js";
 
@@ -20,9 +21,9 @@ const MOST_PLANNED = 2;
 const PASSED = new Set(["advice", "expired", "held back", "forgotten", "undone", "approved"]);
 
 /** Return the state of a run: `{ word, tone }`. */
-export function stateOf(run, now = Date.now()) {
+export function stateOf(run, now = nowMs()) {
   if (run.state === "unreadable") return { word: "unreadable", tone: "bad" };
-  if (run.state === "finished") return { word: "finished", tone: "faint" };
+  if (run.state === "finished" || run.state === "deleted") return { word: run.state, tone: "faint" };
   if (run.forgotten) return { word: "log forgot", tone: "bad" };
   if (run.state === "created") return { word: "created", tone: "faint" };
   if (run.imported_from) return { word: "imported", tone: "info" };
@@ -57,9 +58,10 @@ function troubledDirectives(run) {
  * Return what needs someone, worst first: a list of `{ tone, text, detail, id }`, `id` of the
  * adjustment that it is about or null. `nonfiniteAt`: progress of the newest loss that is not finite, null: none.
  */
-export function troublesOf(run, nonfiniteAt = null, now = Date.now()) {
+export function troublesOf(run, nonfiniteAt = null, now = nowMs()) {
   const found = [];
   const add = (tone, text, detail = "", id = null) => found.push({ tone, text, detail, id });
+  if (run.state === "deleted") return found;
   if (run.forgotten) add("bad", run.forgotten);
   if (run.state === "finished") return found;
   if (waits(run)) {
@@ -134,7 +136,7 @@ export function lossText(run) {
  * where the LR turns. `curves`: as `decode` has them, null: not there yet.
  */
 export function nextOf(run, curves) {
-  if (run.state === "finished") return [];
+  if (run.state === "finished" || run.state === "deleted") return [];
   const planned = (run.adjustments ?? []).filter(
     (item) => item.status === "planned" && !item.forgotten && item.action !== "note",
   );
@@ -204,7 +206,7 @@ export function leaderText(run) {
 }
 
 /** Return when the run last did something, in words. */
-export function sinceText(run, now = Date.now()) {
+export function sinceText(run, now = nowMs()) {
   const what = run.state === "finished" ? "finished" : "last event";
   return run.updated_at ? `${what} ${ago(run.updated_at, now)}` : "";
 }
