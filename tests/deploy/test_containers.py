@@ -198,6 +198,12 @@ def test_the_parts_find_each_other(root: Path, compose: dict[str, Any]) -> None:
     assert (root / "deploy/grafana/dashboards" / home.name).is_file()
 
 
+def test_who_tells_that_the_server_is_away_does_not_wait_for_it(compose: dict[str, Any]) -> None:
+    assert "depends_on" not in compose["services"]["prometheus"]
+    assert set(compose["services"]["grafana"]["depends_on"]) == {"prometheus"}
+    assert {item["restart"] for item in compose["services"].values()} == {"unless-stopped"}
+
+
 def test_the_first_line_of_the_compose_file_is_how_it_is_started(root: Path) -> None:
     first = (root / "deploy/compose.yml").read_text().splitlines()[0]
     words = shlex.split(first.partition(": ")[2])
