@@ -283,6 +283,7 @@ class TestCurves:
             f"{chart('Loss')} tbody tr",
         )
         assert 100 < len(rows) <= 400
+        assert re.search(r", one in \d+ of [\d,]+ points$", page.text(f"{chart('Loss')} caption"))
         points = int(asked_curves(page)[0]["points"][0])
         assert 500 < points <= 2000
         curves = asked(site, f"/api/runs/eventful/curves?points={points}")

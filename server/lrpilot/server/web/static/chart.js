@@ -452,7 +452,7 @@ export class Chart {
     const stride = Math.ceil(every.length / MOST_ROWS) || 1;
     const rows = every.filter((_, index) => index % stride === 0);
     const shown =
-      rows.length === every.length ? "" : `, each ${count(stride)}th of ${count(every.length)} points`;
+      rows.length === every.length ? "" : `, one in ${count(stride)} of ${count(every.length)} points`;
     this.#table.replaceChildren(
       element(
         "table",
