@@ -122,7 +122,7 @@ FAMILIES: Mapping[str, Family] = {
         "gauge", "Updates that the optimizer refused, without those that an attempt forgot."
     ),
     "rollbacks": Family("gauge", "Attempts that were opened to undo damage."),
-    "waivers": Family("counter", "Waivers of the attempt: losses that never came."),
+    "waivers": Family("counter", "Waivers of the attempt: losses that did not come in time."),
     "declared_steps": Family(
         "counter", "Steps of the attempt that the job in leader mode went on without the server."
     ),
