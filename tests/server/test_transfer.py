@@ -8,7 +8,9 @@ import hashlib
 import itertools
 import json
 import math
+import zlib
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -570,6 +572,12 @@ class TestReader:
         # The first ten bytes hold the time and the system of whoever packed it.
         changed = bytearray(FILE)
         changed[at] ^= 1 << bit
+        # A few bits mean nothing: those behind the last code, and a way back to the same bytes
+        # elsewhere. Every byte of what was packed is there then.
+        with suppress(EOFError, OSError, zlib.error):
+            if gzip.decompress(changed) == TEXT:
+                assert rows_of(read(bytes(changed))) == ROWS
+                return
         fault(bytes(changed))
 
     @settings(deadline=None)
