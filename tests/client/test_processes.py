@@ -390,6 +390,26 @@ if __name__ == "__main__":
     assert trained.losses() == ALL
 
 
+def test_programs_started_by_a_fork_run(trained: Trained) -> None:
+    """Also where `subprocess` closes what grpc has open before the child runs its program."""
+    code, out, err = trained.run(
+        """
+import subprocess
+
+pilot, scheduler = begin()
+codes = set()
+for at in range(LOSSES):
+    scheduler.step(loss=float(at))
+    # Some find its calls under way, some none.
+    for _ in range(8):
+        codes.add(subprocess.run(["true"], preexec_fn=lambda: None).returncode)
+print(codes)
+""".replace("LOSSES", str(LOSSES)),
+    )
+    assert (code, out, err) == (0, "{0}\n", "")
+    assert trained.losses() == ALL
+
+
 def test_a_compiled_step_is_compiled_once_however_the_lr_changes(trained: Trained) -> None:
     code, out, err = trained.run(
         """

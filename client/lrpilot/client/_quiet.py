@@ -1,18 +1,25 @@
-"""Imports grpc without the line that it writes to stderr at each fork while a call is under way.
+"""Imports grpc so that it leaves forks alone, and says nothing of them.
 
-Data loaders fork workers while values are renewed. The line says that grpc leaves the fork alone,
-which is what is wanted: a forked child has no connection. grpc reads its level once, as it is
-imported; where the user has set one, or has imported grpc before, it stays.
+Data loaders and programs are started by forks while values are renewed. A forked child has no
+connection of ours, so grpc has nothing to do there. Left to itself it stops and restarts its
+threads around each fork, in the child too: one that closes what it inherited and is yet to run
+another program (`subprocess` with a `preexec_fn`) then dies of SIGABRT now and then. Its line to
+stderr tells of the forks that it does leave alone.
+
+grpc reads both settings once, as it is imported; what the user has set, or all of it where grpc
+was imported before, stays.
 """
 
 import os
 import sys
 
-_LEVEL = "GRPC_VERBOSITY"
+_SETTINGS = {"GRPC_ENABLE_FORK_SUPPORT": "0", "GRPC_VERBOSITY": "ERROR"}
 
-if _LEVEL not in os.environ and "grpc" not in sys.modules:
-    os.environ[_LEVEL] = "ERROR"
+if "grpc" not in sys.modules:
+    _ours = {name: value for name, value in _SETTINGS.items() if name not in os.environ}
+    os.environ.update(_ours)
     try:
         import grpc  # noqa: F401
     finally:
-        del os.environ[_LEVEL]
+        for _name in _ours:
+            del os.environ[_name]
