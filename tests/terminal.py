@@ -8,7 +8,6 @@ import fcntl
 import os
 import pty
 import re
-import signal
 import struct
 import subprocess
 import sys
@@ -20,6 +19,15 @@ DEADLINE_S = 60.0
 """Every wait ends by then."""
 
 _TOKEN = re.compile(r"\x1b\[([0-?]*)([@-~])|[\x00-\x1f]|[^\x00-\x1f]+")
+_ON_TERMINAL = """
+import fcntl, os, signal, sys, termios
+# What a shell starts in the background ignores Ctrl-C, and so does what that starts.
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "lrpilot.server.cli", *sys.argv[1:]])
+"""
+"""Takes the terminal, and becomes the program. A `preexec_fn` would run in a copy of this process,
+which may die of what grpc does at a fork, by SIGABRT."""
 _UNFINISHED = re.compile(r"\x1b(\[[0-?]*)?$")
 
 
@@ -82,13 +90,12 @@ class Terminal:
         }
         environment |= {"TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8", **(env or {})}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "lrpilot.server.cli", *arguments],
+            [sys.executable, "-c", _ON_TERMINAL, *arguments],
             stdin=slave,
             stdout=slave,
             stderr=slave,
             env=environment,
             start_new_session=True,
-            preexec_fn=_take_terminal,  # noqa: PLW1509 It makes two system calls.
         )
         os.close(slave)
         self._encoding = environment["PYTHONIOENCODING"]
@@ -193,9 +200,3 @@ class Terminal:
                 page.write(whole)
             else:
                 assert final == "m", f"{whole!r} in {text!r}"
-
-
-def _take_terminal() -> None:
-    # What a shell starts in the background ignores Ctrl-C, and so does what that starts.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -203,16 +203,17 @@ def test_a_reader_who_leaves_is_no_error(spec_file: SpecFile) -> None:
         assert (process.wait(timeout=60), err) == (141, b"")
 
 
-def _heed_interrupts() -> None:
-    # What a shell starts in the background ignores them, and so does what that starts.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def test_ctrl_c_is_quiet(tmp_path: Path) -> None:
     path = tmp_path / "spec"
     os.mkfifo(path)
+    # What a shell starts in the background ignores Ctrl-C, and so does what that starts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = start("curve", str(path))
+    finally:
+        signal.signal(signal.SIGINT, before)
     # The second opens once the program has opened it, which then waits for what never comes.
-    with start("curve", str(path), preexec_fn=_heed_interrupts) as process, path.open("wb"):
+    with process, path.open("wb"):
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, b"", b"")
