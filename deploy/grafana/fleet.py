@@ -41,9 +41,9 @@ def _now(board: dashboard.Dashboard) -> None:
         ),
         (
             "Silent",
-            "Runs of which nothing was recorded for 15 minutes.",
-            "count(time() - max by (run) (lrpilot_run_updated_timestamp_seconds) > 900) "
-            "or vector(0)",
+            "Runs short of their end of which nothing was recorded for 15 minutes.",
+            "count(time() - max by (run) (lrpilot_run_updated_timestamp_seconds) > 900 "
+            "and on (run) run:lrpilot_run_progress:ratio < 1) or vector(0)",
             WATCH_ANY,
         ),
         (

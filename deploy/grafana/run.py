@@ -41,7 +41,8 @@ def _now(board: dashboard.Dashboard) -> None:
         number(
             "The run",
             "In one word. Ranks wait: blocked for longer than 15 s. Silent: nothing was recorded "
-            "for 15 minutes. Held: an operator or a policy holds LR and WD. See docs/alerts.md.",
+            "for 15 minutes. At its end: the same, with the whole plan done. Held: an operator or "
+            "a policy holds LR and WD. See docs/alerts.md.",
             {"state": state(RUN)},
             mappings=STATES,
             missing="not live",

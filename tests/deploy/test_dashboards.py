@@ -225,19 +225,22 @@ def test_the_state_of_a_run_is_the_right_word(root: Path, tmp_path: Path) -> Non
     [panel] = [item for item in panels(committed(root, "run")) if item["title"] == "The run"]
     [target] = panel["targets"]
     ranges = [item["options"] for item in panel["fieldConfig"]["defaults"]["mappings"]]
-    # Of each word: forgotten, ranks waiting, seconds blocked, seconds since the last event, held.
+    # Of each word: forgotten, ranks waiting, seconds blocked, seconds since the last event, held,
+    # progress of 400.
     situations = {
-        "trains": (0, 8, 14, 899, 0),
-        "is held": (0, 0, 90, 0, 1),
-        "is silent": (0, 0, 0, 901, 1),
-        "ranks wait": (0, 1, 16, 1000, 1),
-        "log forgot": (1, 0, 0, 0, 0),
+        "at its end": (0, 0, 0, 901, 1, 400),
+        "trains": (0, 8, 14, 899, 0, 400),
+        "is held": (0, 0, 90, 0, 1, 10),
+        "is silent": (0, 0, 0, 901, 1, 399),
+        "ranks wait": (0, 1, 16, 1000, 1, 399),
+        "log forgot": (1, 0, 0, 0, 0, 0),
     }
     assert [item["result"]["text"] for item in ranges] == list(situations)
     names = ("forgotten", "ranks_waiting", "blocked_seconds", "updated_timestamp_seconds", "held")
+    names += ("progress", "length")
     tests = []
-    for word, (forgotten, waiting, blocked, age, held) in situations.items():
-        values = (forgotten, waiting, blocked, 1200 - age, held)
+    for word, (forgotten, waiting, blocked, age, held, progress) in situations.items():
+        values = (forgotten, waiting, blocked, 1200 - age, held, progress, 400)
         [low, high] = next(
             (item["from"], item["to"]) for item in ranges if item["result"]["text"] == word
         )

@@ -230,6 +230,7 @@ class TestWords:
             "trains": {},
             "is held": {"held": True},
             "is silent": {"held": True, "updated_at": "1970-01-01T02:31:39Z"},
+            "at its end": {"updated_at": "1970-01-01T02:31:39Z", "progress": 400, "held": True},
             "ranks wait": {"ranks": ranks, "updated_at": "1970-01-01T02:31:39Z"},
             "log forgot": {"ranks": ranks, "forgotten": "The log has forgotten 3 events."},
             "imported": {"imported_from": "0.2.0 on node-7"},
@@ -238,9 +239,10 @@ class TestWords:
             "unreadable": {"state": "unreadable"},
         }
         run = {"state": "running", "updated_at": "1970-01-01T02:46:00Z", "forgotten": ""}
+        run |= {"progress": 399, "total": 400}
         runs = [run | fields for fields in changes.values()]
-        # Waits that end soon are no trouble.
-        runs.append(run | {"ranks": ranks | {"blocked_s": 14.0}})
+        # Waits that end soon are no trouble, and the last step was only just taken.
+        runs.append(run | {"ranks": ranks | {"blocked_s": 14.0}, "progress": 400})
         said = page.driver.execute_async_script(
             "const [runs, now, done] = arguments;"
             "import('/static/words.js').then((words) =>"
@@ -676,6 +678,8 @@ class TestLive:
                 site.train("restarted", [2.9, 2.8, 2.7], resume_at=1)
                 browser.wait_for(".facts", "2, opened at 1", "2.7")
                 browser.wait(lambda: newest_drawn(browser) >= 3, "the curve goes on")
+            # Nothing of the page asks a server that is gone once more.
+            browser.open("about:blank")
         finally:
             program.dispose()
         # Chromium itself writes a line for each try while nobody answered.

@@ -22,6 +22,7 @@ const STATES = [
   "trains",
   "imported",
   "created",
+  "at its end",
   "finished",
 ];
 
@@ -402,7 +403,7 @@ function matches({ run, state }, wish) {
 /** A loss that is not finite and advice need somebody as well: before what only trains or is held. */
 function urgency({ run, state }) {
   const place = STATES.indexOf(state.word);
-  if (run.state !== "running") return place;
+  if (run.state !== "running" || state.word === "at its end") return place;
   const loss = toNumber(run.loss);
   const held = STATES.indexOf("is held");
   if (loss !== null && !Number.isFinite(loss)) return Math.min(place, held - 0.75);

@@ -29,6 +29,7 @@ export function stateOf(run, now = nowMs()) {
   if (run.imported_from) return { word: "imported", tone: "info" };
   if (waits(run)) return { word: "ranks wait", tone: "bad" };
   if (isSilent(run, now)) return { word: "is silent", tone: "warn" };
+  if (isQuiet(run, now)) return { word: "at its end", tone: "faint" };
   if (run.held) return { word: "is held", tone: "info" };
   return { word: "trains", tone: "ok" };
 }
@@ -37,8 +38,13 @@ function waits(run) {
   return Boolean(run.ranks && run.ranks.waiting > 0 && run.ranks.blocked_s > WAIT_S);
 }
 
-function isSilent(run, now) {
+function isQuiet(run, now) {
   return run.state === "running" && secondsSince(run.updated_at, now) > SILENT_S;
+}
+
+/** A job that has reached the end of its plan has nothing more to say. */
+function isSilent(run, now) {
+  return isQuiet(run, now) && !(run.progress >= run.total);
 }
 
 /** Return the advice that waits for an answer, oldest first. */
