@@ -236,8 +236,7 @@ def test_the_state_of_a_run_is_the_right_word(root: Path, tmp_path: Path) -> Non
         "log forgot": (1, 0, 0, 0, 0, 0),
     }
     assert [item["result"]["text"] for item in ranges] == list(situations)
-    names = ("forgotten", "ranks_waiting", "blocked_seconds", "updated_timestamp_seconds", "held")
-    names += ("progress", "length")
+    names = "forgotten ranks_waiting blocked_seconds updated_timestamp_seconds held progress length"
     tests = []
     for word, (forgotten, waiting, blocked, age, held, progress) in situations.items():
         values = (forgotten, waiting, blocked, 1200 - age, held, progress, 400)
@@ -250,7 +249,7 @@ def test_the_state_of_a_run_is_the_right_word(root: Path, tmp_path: Path) -> Non
                 "interval": "1m",
                 "input_series": [
                     {"series": f'lrpilot_run_{name}{{run="{word}"}}', "values": f"{value}x30"}
-                    for name, value in zip(names, values, strict=True)
+                    for name, value in zip(names.split(), values, strict=True)
                 ],
                 "promql_expr_test": [
                     {

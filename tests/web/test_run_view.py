@@ -238,8 +238,13 @@ class TestWords:
             "finished": {"state": "finished", "held": True},
             "unreadable": {"state": "unreadable"},
         }
-        run = {"state": "running", "updated_at": "1970-01-01T02:46:00Z", "forgotten": ""}
-        run |= {"progress": 399, "total": 400}
+        run = {
+            "state": "running",
+            "updated_at": "1970-01-01T02:46:00Z",
+            "forgotten": "",
+            "progress": 399,
+            "total": 400,
+        }
         runs = [run | fields for fields in changes.values()]
         # Waits that end soon are no trouble, and the last step was only just taken.
         runs.append(run | {"ranks": ranks | {"blocked_s": 14.0}, "progress": 400})
