@@ -21,6 +21,8 @@ from tests.crash.laboratory import Laboratory
 from tests.crash.server_program import BUGS
 from tests.crash.test_directed import param
 
+TRIES = 3
+
 CAUGHT = [
     ("reply-before-commit", "killed after an answer", "loss lost"),
     ("synchronous-off", "power lost after an answer", "loss lost"),
@@ -70,11 +72,12 @@ met what it must not; that a log went back it says itself."""
     ("name", "bug", "kind"), [param(name, bug, kind) for bug, name, kind in CAUGHT]
 )
 def test_a_planted_bug_is_caught(name: str, bug: str, kind: str) -> None:
-    violations, _ = play(name, bug=bug)
-    assert kind in {item.kind for item in violations}, violations
+    # On a busy machine a call of the round may fail before the bug could show; rarely.
+    tries = [play(name, bug=bug)]
+    while len(tries) < TRIES and kind not in {item.kind for item in tries[-1][0]}:
+        tries.append(play(name, bug=bug))
+    assert kind in {item.kind for item in tries[-1][0]}, tries
 
-
-TRIES = 3
 
 SEEDED = [
     pytest.param(

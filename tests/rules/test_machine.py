@@ -330,7 +330,7 @@ class Job(RuleBasedStateMachine):
 
 TestInMemory = pytest.mark.timeout(900)(Job.TestCase)
 TestInMemory.settings = settings(
-    max_examples=150,
+    max_examples=100,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
