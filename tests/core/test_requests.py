@@ -529,14 +529,14 @@ def test_a_state_stays_small_with_many_groups_and_adjustments() -> None:
     groups = [{"name": f"group {index}", "peak": 1.0 + index / 7} for index in range(1000)]
     log = Log(policies=[{**PLATEAU, "factor": 0.99}], groups=groups, feedback={"delay": 1})
     log.open()
-    log.report(0, [1.0] * 200)
+    log.report(0, [1.0] * 110)
     assert len(log.state.plan.adjustments) > 100
-    data = core.save_state(log.state, 200)
+    data = core.save_state(log.state, 110)
     assert len(data) < 512 * 1024
     after = Log.__new__(Log)
     after.state, after.rows = core.RunState("run"), []
     after.open(saved=core.read_state(data, "run"))
-    assert after.state.values(200) == log.state.values(200)
+    assert after.state.values(110) == log.state.values(110)
 
 
 def test_what_a_state_shortened_is_whole_again_where_the_log_has_it(

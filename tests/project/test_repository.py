@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,7 @@ def _commands(root: Path) -> list[str]:
     return sorted({line for line in lines if line.startswith("lrpilot ")})
 
 
+@cache
 def _help(*command: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", "from lrpilot.server.cli import main; main()", *command, "--help"],
