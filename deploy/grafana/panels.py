@@ -20,6 +20,9 @@ from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 SOURCE = models.DataSourceRef(type_val="prometheus", uid="${datasource}")
+
+RATE = "[$__rate_interval]"
+"""A window that grows with the step, so that a graph misses nothing between two points."""
 """Whatever Prometheus is chosen on top of the dashboard."""
 
 Queries = Mapping[str, str]

@@ -2,7 +2,7 @@
 
 from grafana_foundation_sdk.builders import dashboard
 from grafana_foundation_sdk.models.common import BigValueTextMode
-from panels import ALARM_ANY, WATCH_ANY, Mark, base, choice, graph, number, ranges, timeline
+from panels import ALARM_ANY, RATE, WATCH_ANY, Mark, base, choice, graph, number, ranges, timeline
 from states import STATES, state
 
 RUN = 'run="$run"'
@@ -271,7 +271,7 @@ def _decisions(board: dashboard.Dashboard) -> None:
             "Changes of the plan, by kind of policy. lrpilot run history has the reasons.",
             {
                 "{{kind}} ({{source}})": f"max by (kind, source) "
-                f"(increase(lrpilot_run_adjustments_total{{{RUN}}}[$__rate_interval]))"
+                f"(increase(lrpilot_run_adjustments_total{{{RUN}}}{RATE}))"
             },
             bars=True,
             width=8,
@@ -352,8 +352,7 @@ def _pace(board: dashboard.Dashboard) -> None:
             "Losses that went missing",
             "Waivers and late losses, of the attempt.",
             {
-                "waivers": "max by (run) "
-                f"(increase(lrpilot_run_waivers_total{{{RUN}}}[$__rate_interval]))",
+                "waivers": f"max by (run) (increase(lrpilot_run_waivers_total{{{RUN}}}{RATE}))",
                 "late": f"max by (run) (lrpilot_run_late_losses{{{RUN}}})",
                 "NaN": f"max by (run) (lrpilot_run_nonfinite_losses{{{RUN}}})",
                 "skipped updates": f"max by (run) (lrpilot_run_skipped_updates{{{RUN}}})",
@@ -369,7 +368,7 @@ def _pace(board: dashboard.Dashboard) -> None:
                 "attempt": f"max by (run) (lrpilot_run_attempt{{{RUN}}})",
                 "rollbacks": f"max by (run) (lrpilot_run_rollbacks{{{RUN}}})",
                 "refused calls": f"sum by (run) "
-                f"(increase(lrpilot_run_superseded_calls_total{{{RUN}}}[$__rate_interval]))",
+                f"(increase(lrpilot_run_superseded_calls_total{{{RUN}}}{RATE}))",
             },
             width=6,
         )

@@ -1,10 +1,9 @@
 """The dashboard of the servers: whether calls and commits go through, and how fast."""
 
 from grafana_foundation_sdk.builders import dashboard
-from panels import ALARM_ANY, CALM, base, choice, graph, number, ranges
+from panels import ALARM_ANY, CALM, RATE, base, choice, graph, number, ranges
 
 HERE = 'job=~"$job", instance=~"$instance"'
-RATE = "[$__rate_interval]"
 OURS = f"lrpilot_build_info{{{HERE}}}"
 """One series for each server of lrpilot. What else a Prometheus scrapes has `up` and `process_*`
 too, and would be found where all jobs are chosen."""

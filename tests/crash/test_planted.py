@@ -72,11 +72,13 @@ met what it must not; that a log went back it says itself."""
     ("name", "bug", "kind"), [param(name, bug, kind) for bug, name, kind in CAUGHT]
 )
 def test_a_planted_bug_is_caught(name: str, bug: str, kind: str) -> None:
-    # On a busy machine a call of the round may fail before the bug could show; rarely.
-    tries = [play(name, bug=bug)]
-    while len(tries) < TRIES and kind not in {item.kind for item in tries[-1][0]}:
-        tries.append(play(name, bug=bug))
-    assert kind in {item.kind for item in tries[-1][0]}, tries
+    # Once, on a busy machine, a round found nothing; why is not known.
+    for _ in range(TRIES):
+        violations, failure = play(name, bug=bug)
+        if kind in {item.kind for item in violations}:
+            break
+    else:
+        raise AssertionError((violations, failure))
 
 
 SEEDED = [

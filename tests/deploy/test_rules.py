@@ -3,6 +3,7 @@
 import re
 import subprocess
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,16 @@ import yaml
 from tests.served_metrics import series_names
 
 
+@cache
+def cases_as_texts(root: Path) -> dict[str, Any]:
+    """Return the cases of the rules. As texts: 0x40 is no number here, but 41 zeros."""
+    found: dict[str, Any] = yaml.load(
+        (root / "tests/deploy/rules.test.yml").read_text(), yaml.BaseLoader
+    )
+    return found
+
+
+@cache
 def rules(root: Path, name: str) -> list[dict[str, Any]]:
     groups = yaml.safe_load((root / "deploy/prometheus" / name).read_text())["groups"]
     return [rule for group in groups for rule in group["rules"]]
@@ -35,7 +46,7 @@ def test_promtool_finds_nothing(root: Path, arguments: tuple[str, ...]) -> None:
 
 
 def test_each_alert_is_tested_where_it_fires_and_where_it_must_not(root: Path) -> None:
-    cases = yaml.safe_load((root / "tests/deploy/rules.test.yml").read_text())["tests"]
+    cases = cases_as_texts(root)["tests"]
     seen: dict[str, set[bool]] = {}
     for case in cases:
         for test in case.get("alert_rule_test", ()):
@@ -68,8 +79,7 @@ def changed(alert: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def passes(root: Path, folder: Path, rule: dict[str, Any]) -> bool:
     """Return whether the cases of one rule pass, with `rule` in its place."""
-    # As texts: 0x40 is no number here, but 41 zeros.
-    whole = yaml.load((root / "tests/deploy/rules.test.yml").read_text(), yaml.BaseLoader)
+    whole = cases_as_texts(root)
     name = rule.get("alert") or rule["record"]
     cases = []
     for case in whole["tests"]:
@@ -79,7 +89,7 @@ def passes(root: Path, folder: Path, rule: dict[str, Any]) -> bool:
             cases.append(case | {"alert_rule_test": alerts, "promql_expr_test": asked})
     recorded = rules(root, "recording.yml")
     if "alert" in rule:
-        recorded.append(rule)
+        recorded = [*recorded, rule]
     else:
         recorded = [rule if item["record"] == name else item for item in recorded]
     files = {
@@ -129,7 +139,7 @@ def test_to_add_up_what_several_servers_show_of_a_run_fails_a_case(
 
 
 def test_each_recorded_series_is_tested(root: Path) -> None:
-    cases = yaml.safe_load((root / "tests/deploy/rules.test.yml").read_text())["tests"]
+    cases = cases_as_texts(root)["tests"]
     asked = " ".join(test["expr"] for case in cases for test in case.get("promql_expr_test", ()))
     recorded = [rule["record"] for rule in rules(root, "recording.yml")]
     assert recorded

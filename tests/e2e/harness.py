@@ -30,6 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DEADLINE_S = 60.0
 """Every wait in these tests ends by then."""
 
+LEADER_TIMING = {"LEADER_PATIENCE_S": 1.0, "HOLDER_WAIT_S": 0.2, "BACKOFF_CAP_S": 0.2}
+"""A job that loses patience soon meets more of it; how it goes on is the same."""
+
 LAST_BYTES = 4096
 """More than a line of any rank."""
 

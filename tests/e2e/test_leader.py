@@ -19,6 +19,7 @@ import lrpilot.client as lrpilot
 from lrpilot import core
 from lrpilot.v1 import runs_pb2 as pb
 from tests.e2e.harness import (
+    LEADER_TIMING,
     Expected,
     Rank,
     Runs,
@@ -33,9 +34,6 @@ from tests.e2e.relay import Relay
 from tests.e2e.training import loss_at
 from tests.rules.reference import Hex
 from tests.server.conftest import Program
-
-TIMING = {"LEADER_PATIENCE_S": 1.0, "HOLDER_WAIT_S": 0.2, "BACKOFF_CAP_S": 0.2}
-"""A job that loses patience soon meets more of it; how it goes on is the same."""
 
 OFF: dict[str, Any] = {"policies": [{"kind": "plateau", "mode": "off"}]}
 
@@ -169,7 +167,7 @@ def start(
             leader_address=relays[-1].address,
             rendezvous=(tmp_path / f"rendezvous-{key}").as_uri(),
             reporter=reporter,
-            timing={**TIMING, "LEADER_PATIENCE_S": patience_s},
+            timing={**LEADER_TIMING, "LEADER_PATIENCE_S": patience_s},
             pause_s=0.01,
             **options,
         )
@@ -353,7 +351,7 @@ def test_a_job_resumes_from_a_state_saved_after_an_outage(
         leader_address=job.relay.address,
         rendezvous=(tmp_path / "rendezvous-again").as_uri(),
         reporter=0,
-        timing=TIMING,
+        timing=LEADER_TIMING,
         pause_s=0.01,
         state=str(tmp_path / "state.json"),
     )

@@ -89,8 +89,10 @@ class Browser:
         added = self.driver.execute_cdp_cmd(
             "Page.addScriptToEvaluateOnNewDocument", {"source": script}
         )
-        yield
-        self.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+        try:
+            yield
+        finally:
+            self.driver.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
 
     # What it shows.
 

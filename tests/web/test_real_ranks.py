@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from selenium.webdriver.common.keys import Keys
 
-from tests.e2e.harness import Rank, ask_to_end, make_spec, wait_until
+from tests.e2e.harness import LEADER_TIMING, Rank, ask_to_end, make_spec, wait_until
 from tests.e2e.relay import Relay
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def test_it_says_how_far_a_leader_may_go_on_alone_and_how_far_it_went(
             leader_address=relay.address,
             rendezvous=(tmp_path / "rendezvous").as_uri(),
             reporter=0,
-            timing={"LEADER_PATIENCE_S": 1.0, "HOLDER_WAIT_S": 0.2, "BACKOFF_CAP_S": 0.2},
+            timing=LEADER_TIMING,
         )
         browser.open(site.url("/runs/leader"))
         browser.wait_for(".facts", "Leader mode: the job may go on alone below ")

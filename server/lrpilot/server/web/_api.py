@@ -10,7 +10,6 @@ from contextlib import suppress
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
@@ -20,7 +19,7 @@ from lrpilot.server._author import caller
 from lrpilot.server._json import fields_of, json_line
 from lrpilot.server._ledger import Ledger
 from lrpilot.server._live_run import LiveRun
-from lrpilot.server._messages import put_adjustments, run_message, run_summary
+from lrpilot.server._messages import put_adjustments, run_message, run_summary, timestamp
 from lrpilot.server._run_service import RunService
 from lrpilot.server._store import StoreUnavailable
 from lrpilot.server.web._access import Access, is_foreign
@@ -149,7 +148,7 @@ class Api:
             "why_read_only": why,
             "author": self._author,
             "ready": self._not_ready(),
-            "time": _now(),
+            "time": timestamp(time.time_ns()).ToJsonString(),
         }
 
     async def _list(self, request: Request) -> Any:
@@ -317,12 +316,6 @@ class Api:
         """Do what may take long where it keeps no rank waiting."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, work, *arguments)
-
-
-def _now() -> str:
-    now = Timestamp()
-    now.GetCurrentTime()
-    return now.ToJsonString()
 
 
 def _shown_text(message: pb.Run) -> str:

@@ -23,7 +23,7 @@ const PASSED = new Set(["advice", "expired", "held back", "forgotten", "undone",
 /** Return the state of a run: `{ word, tone }`. */
 export function stateOf(run, now = nowMs()) {
   if (run.state === "unreadable") return { word: "unreadable", tone: "bad" };
-  if (run.state === "finished" || run.state === "deleted") return { word: run.state, tone: "faint" };
+  if (isOver(run)) return { word: run.state, tone: "faint" };
   if (run.forgotten) return { word: "log forgot", tone: "bad" };
   if (run.state === "created") return { word: "created", tone: "faint" };
   if (run.imported_from) return { word: "imported", tone: "info" };
@@ -32,6 +32,11 @@ export function stateOf(run, now = nowMs()) {
   if (isQuiet(run, now)) return { word: "at its end", tone: "faint" };
   if (run.held) return { word: "is held", tone: "info" };
   return { word: "trains", tone: "ok" };
+}
+
+/** A run that was finished or deleted does nothing more. */
+function isOver(run) {
+  return run.state === "finished" || run.state === "deleted";
 }
 
 function waits(run) {
@@ -142,7 +147,7 @@ export function lossText(run) {
  * where the LR turns. `curves`: as `decode` has them, null: not there yet.
  */
 export function nextOf(run, curves) {
-  if (run.state === "finished" || run.state === "deleted") return [];
+  if (isOver(run)) return [];
   const planned = (run.adjustments ?? []).filter(
     (item) => item.status === "planned" && !item.forgotten && item.action !== "note",
   );
